@@ -1,0 +1,1 @@
+"""Optimizers: one file, one class each. The contract is in backends/base.py."""

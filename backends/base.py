@@ -1,0 +1,124 @@
+"""The contract between the suite and a backend, and the registry that finds backends.
+
+A backend is one file in this package with one subclass of `Backend`; nothing else in the suite
+knows its name. A backend's file must import quickly and everywhere, so it imports its engine
+inside the methods that need it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
+
+from errors import InputError
+
+if TYPE_CHECKING:
+    from models import Export
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Optimized:
+    """An export made fast, and what is known of it.
+
+    Attributes:
+        call: takes the images (float tensors, 3 x H x W, on the run's device) and returns the
+            export's flat tuple of tensors on the device the images came from.
+        precision: the precision that it really computes in, read back from the engine where the
+            engine tells (the *effective* precision).
+        provider: what executes it, as the engine names it.
+        threads: CPU threads that the engine uses; None where there is no such number.
+        coverage: what is known of how much of the graph the engine took, for example
+            `operators`, `operators_in_engine`, `segments`.
+        seconds: time spent preparing, by phase: `export` (tracing, scripting), `convert`,
+            `compile`.
+        artifacts: files that `--output` should keep, by file name.
+    """
+
+    call: Callable[..., Tuple[Any, ...]]
+    precision: str
+    provider: str
+    threads: Optional[int] = None
+    coverage: Dict[str, Any] = field(default_factory=dict)
+    seconds: Dict[str, float] = field(default_factory=dict)
+    artifacts: Dict[str, str] = field(default_factory=dict)
+
+
+class Backend:
+    """An optimizer.
+
+    Attributes:
+        name: what the command line calls it.
+        label: what the table calls it.
+        rank: where its rows stand in the table; the baseline has 0.
+        devices: of `cpu` and `cuda`, where it runs.
+        precisions: device -> the precisions it can compute in there.
+        default: whether it is part of a run that names no backend, if it is available.
+    """
+
+    name: str
+    label: str
+    rank: int
+    devices: Tuple[str, ...]
+    precisions: Dict[str, Tuple[str, ...]]
+    default: bool = True
+
+    def unavailable(self, device: str) -> Optional[str]:
+        """Says in one sentence why the backend cannot run on `device` here and what to install.
+
+        Returns:
+            None where it can run.
+        """
+        raise NotImplementedError
+
+    def versions(self) -> Dict[str, str]:
+        """Versions of the libraries that this backend stands on, by distribution name."""
+        raise NotImplementedError
+
+    def optimize(self, export: Export, precision: str, device: str) -> Optimized:
+        """Makes an export fast.
+
+        Args:
+            export: the test model, its exported module, inputs and tuning inputs.
+            precision: one of `precisions[device]`.
+            device: one of `devices`.
+
+        Raises:
+            errors.Unsupported: the backend cannot take this export; the message says why.
+        """
+        raise NotImplementedError
+
+
+def names() -> List[str]:
+    """Names of all backends, without importing any: the files of this package."""
+    modules = pkgutil.iter_modules([str(Path(__file__).parent)])
+    return sorted(module.name for module in modules if module.name != "base")
+
+
+def load(name: str) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        errors.InputError: there is none; the message lists those there are.
+    """
+    if name not in names():
+        raise InputError(f"unknown backend '{name}'; there are {', '.join(names())}")
+    module = importlib.import_module(f"backends.{name}")
+    classes = [
+        cls
+        for cls in vars(module).values()
+        if isinstance(cls, type) and issubclass(cls, Backend) and cls.__module__ == module.__name__
+    ]
+    if len(classes) != 1:
+        raise TypeError(f"backends/{name}.py must define exactly one Backend, not {len(classes)}")
+    return classes[0]()
+
+
+def load_all() -> List[Backend]:
+    """All backends, in the order in which the table lists them."""
+    return sorted((load(name) for name in names()), key=lambda backend: backend.rank)

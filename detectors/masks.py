@@ -1,0 +1,74 @@
+"""Pasting masks: from M x M probabilities inside a box to a mask of the whole image."""
+
+from typing import List
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _sample(masks: Tensor, boxes: Tensor, ys: Tensor, xs: Tensor) -> Tensor:
+    """Values of N x M x M masks, stretched over N boxes, at pixel rows and columns: N x h x w."""
+    x0, y0, x1, y1 = boxes.split(1, dim=1)
+    y = (ys + 0.5 - y0) / (y1 - y0) * 2 - 1
+    x = (xs + 0.5 - x0) / (x1 - x0) * 2 - 1
+    height, width = y.shape[1], x.shape[1]
+    grid = torch.stack(
+        [x[:, None, :].expand(-1, height, width), y[:, :, None].expand(-1, height, width)], dim=3
+    )
+    return F.grid_sample(
+        masks[:, None],
+        grid.to(masks.dtype),
+        mode="bilinear",
+        padding_mode="zeros",
+        align_corners=False,
+    )[:, 0]
+
+
+@torch.jit.script_if_tracing
+def _paste_one_by_one(masks: Tensor, boxes: Tensor, size: Tensor) -> Tensor:
+    """Pastes one mask after the other, each only around its box: the least arithmetic."""
+    height, width = int(size[0]), int(size[1])
+    pasted = torch.zeros([masks.shape[0], height, width], dtype=torch.bool, device=masks.device)
+    for n in range(masks.shape[0]):
+        box = boxes[n]
+        x0, y0 = max(int(box[0].floor()) - 1, 0), max(int(box[1].floor()) - 1, 0)
+        x1, y1 = min(int(box[2].ceil()) + 1, width), min(int(box[3].ceil()) + 1, height)
+        ys = torch.arange(y0, y1, dtype=torch.float32, device=boxes.device)
+        xs = torch.arange(x0, x1, dtype=torch.float32, device=boxes.device)
+        mask = _sample(masks[n : n + 1], boxes[n : n + 1], ys, xs)
+        pasted[n, y0:y1, x0:x1] = mask[0] >= 0.5
+    return pasted
+
+
+@torch.jit.script_if_tracing
+def _paste_in_chunks(masks: Tensor, boxes: Tensor, size: Tensor) -> Tensor:
+    """Pastes many masks at once into the whole image: more arithmetic, but fewer kernels."""
+    height, width = int(size[0]), int(size[1])
+    ys = torch.arange(height, device=boxes.device, dtype=torch.float32)
+    xs = torch.arange(width, device=boxes.device, dtype=torch.float32)
+    # As many at once as make 1 GiB of float32.
+    per_chunk = max(1, (1 << 28) // (height * width))
+    pasted = torch.jit.annotate(List[Tensor], [])
+    for start in range(0, masks.shape[0], per_chunk):
+        end = start + per_chunk
+        pasted.append(_sample(masks[start:end], boxes[start:end], ys, xs) >= 0.5)
+    if len(pasted) == 0:
+        return torch.zeros([0, height, width], dtype=torch.bool, device=masks.device)
+    return torch.cat(pasted)
+
+
+def paste_masks(masks: Tensor, boxes: Tensor, size: Tensor) -> Tensor:
+    """Pastes masks into the image.
+
+    Args:
+        masks: N x M x M probabilities.
+        boxes: N x 4, none of them empty.
+        size: height and width of the image.
+
+    Returns:
+        N x H x W bool, true where the probability is at least 0.5.
+    """
+    if masks.is_cuda:
+        return _paste_in_chunks(masks, boxes, size)
+    return _paste_one_by_one(masks, boxes, size)
