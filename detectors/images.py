@@ -1,9 +1,9 @@
 """From raw images to the network's input: normalise, pad, batch.
 
 The sizes of an image are numbers in eager mode and in TorchScript, and tensors while tracing.
-The padding is written so that it means the same in all three, and in every engine: no maximum
-over a single image, no floor division (OpenVINO 2026.4 pads one stride too many where it meets
-the two together).
+The padding is written so that it means the same in all three, and in every engine. OpenVINO 2026.4
+pads one stride too many where a maximum over a single image precedes the division by the stride,
+and pads nothing where the padding is computed with a remainder.
 """
 
 from typing import List
@@ -45,8 +45,8 @@ def _pad_to_multiple(image: Tensor, divisor: int) -> Tensor:
     if divisor == 0:
         return image
     height, width = image.shape[-2], image.shape[-1]
-    right = (divisor - width % divisor) % divisor
-    bottom = (divisor - height % divisor) % divisor
+    right = (width + divisor - 1) // divisor * divisor - width
+    bottom = (height + divisor - 1) // divisor * divisor - height
     return F.pad(image, [0, right, 0, bottom])
 
 

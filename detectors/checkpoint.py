@@ -1,0 +1,363 @@
+"""Reading checkpoints as data, not as programs, and getting them from Detectron2's model zoo.
+
+A pickle is a program: loading one with `pickle.load` runs whatever it imports. Nothing here does.
+`.pkl` files go through an unpickler that knows a fixed list of harmless constructors, everything
+else through `torch.load(weights_only=True)`. PyTorch 1.12 has no `weights_only`; there the same
+unpickler, with PyTorch's tensor constructors added to its list, reads those files as well.
+"""
+
+import _codecs
+import collections
+import hashlib
+import inspect
+import os
+import pickle
+import re
+import sys
+import tarfile
+import types
+import zipfile
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, BinaryIO, Dict, List, Tuple, Union
+from urllib.error import HTTPError
+from urllib.parse import urlparse
+from urllib.request import urlopen
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from errors import InputError
+
+ZOO_URL = "https://dl.fbaipublicfiles.com/detectron2"
+
+# Model-zoo config -> model id and file; the six hex digits are the beginning of the file's md5.
+ZOO = {
+    "COCO-Detection/retinanet_R_50_FPN_3x": "190397829/model_final_5bd44e.pkl",
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_3x": "137849525/model_final_4ce675.pkl",
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x": "137849600/model_final_f10217.pkl",
+    "Misc/cascade_mask_rcnn_R_50_FPN_3x": "144998488/model_final_480dd8.pkl",
+}
+
+
+class CheckpointUnavailable(InputError):
+    """A model-zoo checkpoint is neither in the local cache nor can it be downloaded."""
+
+
+class _ImportRefused(pickle.UnpicklingError):
+    """A checkpoint names something to import that is not on the list."""
+
+
+def _numpy_constructors() -> Dict[Tuple[str, str], Any]:
+    # Asked from NumPy itself: the functions moved from numpy.core to numpy._core in 2.0.
+    reconstruct = np.empty(0).__reduce__()[0]
+    scalar = np.float32(0).__reduce__()[0]
+    from_buffer = np.empty(1).__reduce_ex__(5)[0]
+    admitted: Dict[Tuple[str, str], Any] = {
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
+    for core in ("numpy.core", "numpy._core"):
+        admitted[f"{core}.multiarray", "_reconstruct"] = reconstruct
+        admitted[f"{core}.multiarray", "scalar"] = scalar
+        admitted[f"{core}.numeric", "_frombuffer"] = from_buffer
+    return admitted
+
+
+# What a pickle may name. Nothing is ever imported by name: it is looked up here or refused.
+_ADMITTED: Dict[Tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    # How protocols up to 2 spell the bytes of an array.
+    ("_codecs", "encode"): _codecs.encode,
+    **{
+        (module, container.__name__): container
+        for module in ("builtins", "__builtin__")
+        for container in (set, frozenset, bytearray)
+    },
+    **_numpy_constructors(),
+}
+
+_ADMITTED_TORCH: Dict[Tuple[str, str], Any] = {
+    **_ADMITTED,
+    ("torch", "Size"): torch.Size,
+    ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+}
+
+
+class _DataUnpickler(pickle.Unpickler):
+    """Unpickles NumPy arrays and plain containers; refuses to import anything else."""
+
+    admitted = _ADMITTED
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        try:
+            return self.admitted[module_name, global_name]
+        except KeyError:
+            raise _ImportRefused(f"{module_name}.{global_name}") from None
+
+
+class _TensorUnpickler(_DataUnpickler):
+    """The same, and tensors; `torch.load` subclasses it to supply their storages."""
+
+    admitted = _ADMITTED_TORCH
+
+
+def _load_tensors(file: BinaryIO, **options: Any) -> Any:
+    return _TensorUnpickler(file, **options).load()
+
+
+# What torch.load takes as its `pickle_module`.
+_tensor_pickle = types.SimpleNamespace(
+    __name__="tensor_pickle", Unpickler=_TensorUnpickler, load=_load_tensors
+)
+
+_HAS_WEIGHTS_ONLY = "weights_only" in inspect.signature(torch.load).parameters
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _read_torch(path: Path) -> Any:
+    # Before 2.6 PyTorch read these two without regard to weights_only (CVE-2025-32434): its tar
+    # archives of 2017, and TorchScript, which it hands on to torch.jit.load.
+    if tarfile.is_tarfile(path) or _is_torchscript(path):
+        raise pickle.UnpicklingError("not a state dict")
+    if not _HAS_WEIGHTS_ONLY:
+        return torch.load(path, map_location="cpu", pickle_module=_tensor_pickle)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # "Unsupported class x.y" (PyTorch 1.13), "Unsupported global: GLOBAL x.y" (2.x).
+        refused = re.search(r"(?:GLOBAL|Unsupported class) (\w[\w.]*\w)", str(error))
+        if refused:
+            raise _ImportRefused(refused.group(1)) from error
+        raise
+
+
+def _read_pickle(path: Path) -> Any:
+    with open(path, "rb") as file:
+        # latin1: the zoo has files that Python 2 wrote.
+        return _DataUnpickler(file, encoding="latin1").load()
+
+
+def _tensors(document: Any) -> Dict[str, Tensor]:
+    """The tensors of a state dict, bare or below `model` or `state_dict`."""
+    for key in ("model", "state_dict"):
+        if isinstance(document, dict) and isinstance(document.get(key), dict):
+            document = document[key]
+    if not isinstance(document, dict):
+        return {}
+    state: Dict[str, Tensor] = {}
+    for key, value in document.items():
+        if isinstance(value, np.ndarray) and value.dtype.kind in "bif":
+            # astype copies, because an array over a pickle's bytes is read-only.
+            value = torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
+        if isinstance(key, str) and isinstance(value, Tensor):
+            state[key] = value.detach()
+    if all(key.startswith("module.") for key in state):  # saved from DistributedDataParallel
+        state = {key[len("module.") :]: value for key, value in state.items()}
+    return state
+
+
+def read(path: Union[str, Path]) -> Dict[str, Tensor]:
+    """Reads a checkpoint: `.pkl` as the model zoo has them, else what `torch.save` wrote.
+
+    Entries that are no tensors (`__author__`, `matching_heuristics`) are left out, and the prefix
+    `module.` if all keys have it.
+
+    Returns:
+        Parameter name -> tensor on the CPU.
+
+    Raises:
+        InputError: the file does not exist, is truncated, is no checkpoint, tries to import
+            something other than arrays and containers (it does not run), or has no tensors.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"checkpoint {path} is a directory, not a file")
+    if not path.is_file():
+        raise InputError(f"checkpoint {path} does not exist")
+    try:
+        document = _read_pickle(path) if path.suffix == ".pkl" else _read_torch(path)
+    except _ImportRefused as error:
+        raise InputError(
+            f"checkpoint {path} was not loaded: it tries to import {str(error)[:80]!r}, "
+            "and a checkpoint may hold arrays and plain containers only"
+        ) from error
+    except PermissionError as error:
+        raise InputError(f"checkpoint {path} cannot be read: {error.strerror}") from error
+    except Exception as error:  # a damaged pickle can raise any exception there is
+        raise InputError(f"checkpoint {path} is truncated or is not a checkpoint") from error
+    state = _tensors(document)
+    if not state:
+        raise InputError(f"checkpoint {path} has no tensors in it")
+    return state
+
+
+def _is_ignored(key: str) -> bool:
+    """Whether a key plays no part in inference: its presence or absence says nothing.
+
+    Detectron2 computes cell anchors and takes `pixel_mean` and `pixel_std` from the configuration,
+    while old checkpoints still have them; `num_batches_tracked` counts training steps.
+    """
+    name = key.rsplit(".", 1)[-1]
+    return (
+        name in ("num_batches_tracked", "pixel_mean", "pixel_std")
+        or "anchor_generator.cell_anchors" in key
+    )
+
+
+def _frozen_statistics(model: nn.Module, state: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """Statistics that a checkpoint may lack, because they are folded into weight and bias.
+
+    Detectron2's FrozenBatchNorm2d takes mean 0 and variance 1 for them. A batch norm that is not
+    frozen has to have its own.
+    """
+    statistics: Dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
+        for name, value in (("running_mean", 0.0), ("running_var", 1.0)):
+            buffer = getattr(module, name, None)
+            if isinstance(buffer, Tensor) and f"{prefix}.weight" in state:
+                statistics[f"{prefix}.{name}"] = torch.full_like(buffer, value)
+    return statistics
+
+
+def _size(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape)) or "scalar"
+
+
+def load_into(model: nn.Module, state: Dict[str, Tensor], source: str) -> None:
+    """Loads a state dict into a model: every key and every shape has to fit.
+
+    Exempt are the keys that Detectron2 ignores or fills in (`_is_ignored`, `_frozen_statistics`).
+    The model is changed only if everything fits.
+
+    Args:
+        model: any Detectron2-compatible module, bundled or Detectron2's own.
+        state: parameter name -> tensor, from `read`.
+        source: what the error message calls the checkpoint.
+
+    Raises:
+        InputError: the checkpoint belongs to another architecture.
+    """
+    own = model.state_dict()
+    state = {key: value for key, value in state.items() if key in own or not _is_ignored(key)}
+    state = {**_frozen_statistics(model, state), **state}
+    missing = [key for key in own if key not in state and not _is_ignored(key)]
+    unexpected = [key for key in state if key not in own]
+    reshaped = [key for key in own if key in state and state[key].shape != own[key].shape]
+
+    differences: List[str] = []
+    if missing:
+        differences.append(f"keys missing: {len(missing)}, such as {missing[0]}")
+    if unexpected:
+        differences.append(f"keys unexpected: {len(unexpected)}, such as {unexpected[0]}")
+    if reshaped:
+        key = reshaped[0]
+        differences.append(
+            f"shapes that differ: {len(reshaped)}, such as {key}, "
+            f"{_size(state[key])} instead of {_size(own[key])}"
+        )
+    if differences:
+        raise InputError(
+            f"checkpoint {source} belongs to another architecture ({'; '.join(differences)})"
+        )
+    model.load_state_dict(state, strict=False)
+
+
+def cache_dir() -> Path:
+    """Where Detectron2 (through iopath) keeps what it has downloaded."""
+    return Path(os.getenv("FVCORE_CACHE", "~/.torch/iopath_cache")).expanduser()
+
+
+def zoo_checkpoint(model_zoo_config: str, base_url: str = ZOO_URL, timeout: float = 5.0) -> Path:
+    """The model-zoo checkpoint of a config: from the local cache, else downloaded into it.
+
+    The cache is Detectron2's own, so what either has downloaded the other finds. A cached file
+    that does not have the md5 in its name is downloaded again.
+
+    Args:
+        model_zoo_config: one of `ZOO`.
+        base_url: where the zoo is.
+        timeout: seconds to wait for a connection, and then for each piece.
+
+    Raises:
+        CheckpointUnavailable: not in the cache, and the download failed.
+        InputError: there is no such config.
+    """
+    if model_zoo_config not in ZOO:
+        raise InputError(
+            f"no model-zoo checkpoint is known for '{model_zoo_config}'; there are {', '.join(ZOO)}"
+        )
+    url = f"{base_url}/{model_zoo_config}/{ZOO[model_zoo_config]}"
+    path = cache_dir() / urlparse(url).path.lstrip("/")
+    digest = path.stem.rsplit("_", 1)[-1]
+    if not (path.is_file() and _md5(path).startswith(digest)):
+        _download(url, path, digest, timeout)
+    return path
+
+
+def _md5(path: Path) -> str:
+    digest = hashlib.md5()
+    with open(path, "rb") as file:
+        for piece in iter(lambda: file.read(1 << 20), b""):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _download(url: str, path: Path, digest: str, timeout: float) -> None:
+    """Downloads to `path`; the file appears there whole and checked, or not at all."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointUnavailable(
+            f"cannot create {path.parent} for {url} ({error.strerror}); "
+            "set FVCORE_CACHE to a directory that can be written"
+        ) from error
+    # In the same directory, so that the last step is a rename; of this process alone.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        _fetch(url, partial, timeout)
+        found = _md5(partial)
+        if not found.startswith(digest):
+            raise CheckpointUnavailable(
+                f"{url} is damaged: its md5 begins with {found[:6]} instead of {digest}"
+            )
+        os.replace(partial, path)
+    except (OSError, HTTPException) as error:
+        reason = error if isinstance(error, HTTPError) else getattr(error, "reason", error)
+        raise CheckpointUnavailable(f"cannot download {url}: {reason}") from error
+    finally:
+        if partial.exists():
+            partial.unlink()
+
+
+def _fetch(url: str, path: Path, timeout: float) -> None:
+    """Copies a URL's bytes to `path`, with a progress bar where stderr is a terminal."""
+    from tqdm import tqdm
+
+    with urlopen(url, timeout=timeout) as response, open(path, "wb") as file:
+        length = response.headers.get("Content-Length")
+        total = int(length) if length else None
+        with tqdm(
+            total=total,
+            desc=path.name.split(".pkl")[0],
+            unit="B",
+            unit_scale=True,
+            file=sys.stderr,
+            disable=None,
+        ) as bar:
+            for piece in iter(lambda: response.read(1 << 16), b""):
+                file.write(piece)
+                bar.update(len(piece))
+        if total is not None and file.tell() != total:
+            raise OSError(f"the connection ended after {file.tell()} of {total} bytes")

@@ -1,0 +1,389 @@
+"""The result file: what it was measured on, written whole or not at all, and read with care.
+
+docs/results.md documents every key. The document is plain dicts and lists, so that other tools
+need nothing but a JSON parser; `load` checks its structure.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Collection, Dict, Iterator, List, Optional, Union
+
+import psutil
+
+from errors import InputError
+
+SCHEMA = 1
+TOOL = "run_blade"
+
+STATUSES = ("ok", "failed", "unsupported", "mismatch")
+
+# CPU features that decide which kernels an engine picks: x86, then ARM.
+RELEVANT_FLAGS = (
+    "sse4_1", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16",
+    "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16",
+    "asimd", "asimdhp", "asimddp", "sve", "sve2", "i8mm", "bf16",
+)  # fmt: skip
+
+# Environment variables that change how fast the libraries compute, by the beginning of the name.
+RELEVANT_VARIABLES = (
+    "OMP_", "KMP_", "GOMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "DNNL_", "ATEN_", "OV_",
+    "TORCH", "PYTORCH_", "CUDA_VISIBLE_DEVICES", "NVIDIA_TF32_OVERRIDE", "MALLOC_",
+)  # fmt: skip
+
+_CGROUPS = Path("/sys/fs/cgroup")
+
+_NUMBER = (int, float)
+_OPTIONAL_NUMBER = (int, float, type(None))
+_OPTIONAL_DICT = (dict, type(None))
+
+_DOCUMENT_KEYS = {
+    "schema": int,
+    "tool": str,
+    "version": str,
+    "environment": dict,
+    "settings": dict,
+    "groups": list,
+    "aa": _OPTIONAL_DICT,
+    "notes": list,
+    "complete": bool,
+}
+_GROUP_KEYS = {
+    "model": str,
+    "export": str,
+    "precision": str,
+    "images_per_call": int,
+    "image_sizes": dict,
+    "rounds": int,
+    "stopped": str,
+    "runs": list,
+}
+_RUN_KEYS = {
+    "backend": str,
+    "label": str,
+    "baseline": bool,
+    "requested_precision": str,
+    "effective_precision": (str, type(None)),
+    "status": str,
+    "reason": (str, type(None)),
+    "samples_s": list,
+    "statistics": _OPTIONAL_DICT,
+    "speedup": _OPTIONAL_DICT,
+    "detections": _OPTIONAL_DICT,
+}
+_STATISTICS_KEYS = {
+    "samples": int,
+    "median_ms": _NUMBER,
+    "mean_ms": _NUMBER,
+    "std_dev_ms": _NUMBER,
+    "max_ms": _NUMBER,
+    "p99_ms": _OPTIONAL_NUMBER,
+    "median_fps": _NUMBER,
+    "mean_fps": _NUMBER,
+}
+_SPEEDUP_KEYS = {
+    "ratio": _NUMBER,
+    "low": _OPTIONAL_NUMBER,
+    "high": _OPTIONAL_NUMBER,
+    "verdict": str,
+}
+
+
+def _read_text(path: Path) -> Optional[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+
+
+def _cpuinfo() -> Dict[str, str]:
+    """Fields of the first processor in Linux' /proc/cpuinfo; empty elsewhere."""
+    first = (_read_text(Path("/proc/cpuinfo")) or "").split("\n\n")[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def cpu_flags() -> List[str]:
+    """Those of `RELEVANT_FLAGS` that this CPU has; empty where the system does not tell."""
+    fields = _cpuinfo()
+    present = set((fields.get("flags") or fields.get("Features") or "").split())
+    return [flag for flag in RELEVANT_FLAGS if flag in present]
+
+
+def has_native_bf16(flags: Collection[str]) -> bool:
+    """Whether a CPU with these flags has instructions that multiply bf16.
+
+    Without them bf16 is emulated through fp32, and is slower than that.
+    """
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _cgroup_settings(controller: str, *names: str) -> Iterator[List[str]]:
+    """Words of a setting in this process's control group and in all above it (versions 1, 2)."""
+    for line in (_read_text(Path("/proc/self/cgroup")) or "").splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        mount = _CGROUPS / controllers
+        directory = mount / group.lstrip("/")
+        for folder in (directory, *directory.parents):
+            texts = [_read_text(folder / name) for name in names]
+            if None not in texts:
+                yield " ".join(texts).split()
+            if folder == mount:
+                break
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: CPU affinity and a container's quota, rounded down.
+
+    Threads above a quota do not wait in line, they are all stopped until its period is over,
+    which is poison for timings.
+    """
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
+        cores = os.cpu_count() or 1
+    quotas = [
+        *_cgroup_settings("cpu", "cpu.max"),
+        *_cgroup_settings("cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us"),
+    ]
+    for quota, period in quotas:
+        if quota not in ("max", "-1"):  # no limit, in version 2 and 1
+            cores = min(cores, int(quota) // int(period))
+    return max(1, cores)
+
+
+def _memory_mb() -> int:
+    """Memory that this process may use, in MiB: the machine's, or a container's limit."""
+    limits = [
+        *_cgroup_settings("memory", "memory.max"),
+        *_cgroup_settings("memory", "memory.limit_in_bytes"),
+    ]
+    sizes = [int(words[0]) for words in limits if words[0] != "max"]
+    return min([psutil.virtual_memory().total, *sizes]) >> 20
+
+
+def _operating_system() -> str:
+    release = re.search(
+        r'^PRETTY_NAME="?([^"\n]+)', _read_text(Path("/etc/os-release")) or "", re.M
+    )
+    return release.group(1) if release else platform.system()
+
+
+def _git(*arguments: str) -> Optional[str]:
+    directory = Path(__file__).resolve().parent
+    try:
+        completed = subprocess.run(
+            ["git", "-C", str(directory), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=10,
+            check=True,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return completed.stdout.decode(errors="replace").strip()
+
+
+def commit() -> Optional[Dict[str, Any]]:
+    """The commit of this repository and whether tracked files differ from it.
+
+    Returns:
+        `revision` (hexadecimal) and `dirty`; None outside a checkout, and without git.
+    """
+    top = _git("rev-parse", "--show-toplevel")
+    # An unpacked copy may lie inside a checkout of something else.
+    if not top or Path(top).resolve() != Path(__file__).resolve().parent:
+        return None
+    revision = _git("rev-parse", "--verify", "--quiet", "HEAD")
+    if not revision:
+        return None
+    return {
+        "revision": revision,
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def _versions(names: Collection[str]) -> Dict[str, str]:
+    """Versions of installed distributions, from their metadata: nothing is imported."""
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _variables() -> Dict[str, str]:
+    """Environment variables that matter; a path is private and only said to be one."""
+    return {
+        name: "(path)" if "/" in value or "\\" in value else value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(RELEVANT_VARIABLES)
+    }
+
+
+def environment(distributions: Dict[str, str]) -> Dict[str, Any]:
+    """What a result was measured on, without host name, user name or paths.
+
+    Args:
+        distributions: distribution -> version of what the backends stand on, added to those that
+            every run uses.
+    """
+    fields = _cpuinfo()
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "cpu": {
+            "model": fields.get("model name") or platform.processor() or platform.machine(),
+            "architecture": platform.machine(),
+            "flags": cpu_flags(),
+            "physical_cores": psutil.cpu_count(logical=False),
+            "logical_cores": psutil.cpu_count(logical=True),
+            "usable_cores": usable_cores(),
+        },
+        "load_average": [round(load, 2) for load in psutil.getloadavg()],
+        "memory_mb": _memory_mb(),
+        "os": _operating_system(),
+        "kernel": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "versions": {**_versions(("torch", "torchvision", "numpy", "scipy")), **distributions},
+        "commit": commit(),
+        "variables": _variables(),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """What json asks for a value that it does not know: NumPy scalars and arrays."""
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"a result file cannot hold a {type(value).__name__}")
+
+
+def save(document: Dict[str, Any], path: Union[str, Path]) -> None:
+    """Writes a result file; whatever happens, `path` has the old content or the whole new one.
+
+    Raises:
+        InputError: the file system refuses.
+        TypeError, ValueError: the document has something JSON cannot hold, NaN and infinity
+            included; nothing has been written.
+    """
+    path = Path(path)
+    text = json.dumps(document, indent=1, allow_nan=False, default=_plain) + "\n"
+    # In the same directory, so that the last step is a rename.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            if temporary.exists():
+                temporary.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")
+
+
+def load(path: Union[str, Path]) -> Dict[str, Any]:
+    """Reads a result file and checks its structure.
+
+    Raises:
+        InputError: it is missing, empty, not JSON or cut short, not a result file, written by a
+            newer version, or lacks something.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not a result file: it is not text") from error
+    if not text.strip():
+        raise InputError(f"{path} is empty")
+    try:
+        document = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON, or it is cut short: {error}") from error
+    problem = _problem(document)
+    if problem:
+        raise InputError(f"{path} {problem}")
+    return document
+
+
+def _problem(document: Any) -> Optional[str]:
+    """Why a JSON value is not a result file that this version reads; None if it is one."""
+    if not isinstance(document, dict) or document.get("tool") != TOOL:
+        return "is not a result file of run_blade"
+    schema = document.get("schema")
+    if isinstance(schema, int) and schema > SCHEMA:
+        return f"has schema {schema} and this version reads up to {SCHEMA}: update run_blade"
+    if schema != SCHEMA:
+        return f"is damaged: its schema is {schema!r}"
+    flaw = _flaw(document, _DOCUMENT_KEYS, "the document")
+    for i, group in enumerate(document["groups"] if not flaw else ()):
+        flaw = flaw or _flaw(group, _GROUP_KEYS, f"group {i}")
+        for j, run in enumerate(group["runs"] if not flaw else ()):
+            flaw = flaw or _run_flaw(run, f"group {i}, run {j}")
+    return f"is damaged: {flaw}" if flaw else None
+
+
+def _flaw(value: Any, keys: Dict[str, Any], where: str) -> Optional[str]:
+    if not isinstance(value, dict):
+        return f"{where} is not an object"
+    for key, types in keys.items():
+        if key not in value:
+            return f"{where} has no '{key}'"
+        if not isinstance(value[key], types):
+            return f"'{key}' of {where} is of the wrong type"
+    return None
+
+
+def _run_flaw(run: Any, where: str) -> Optional[str]:
+    flaw = _flaw(run, _RUN_KEYS, where)
+    if flaw:
+        return flaw
+    if run["status"] not in STATUSES:
+        return f"'status' of {where} is none of {', '.join(STATUSES)}"
+    if not all(isinstance(s, _NUMBER) and math.isfinite(s) and s > 0 for s in run["samples_s"]):
+        return f"'samples_s' of {where} has something that is not a positive number"
+    for key, keys in (("statistics", _STATISTICS_KEYS), ("speedup", _SPEEDUP_KEYS)):
+        if run[key] is not None:
+            flaw = flaw or _flaw(run[key], keys, f"'{key}' of {where}")
+    return flaw
+
+
+def prepare_directory(path: Union[str, Path]) -> Path:
+    """Creates the directory for results, with its parents, and makes sure it can be written.
+
+    Raises:
+        InputError: it cannot be created or written.
+    """
+    path = Path(path)
+    probe = path / f".{TOOL}.{os.getpid()}.tmp"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except FileExistsError as error:
+        raise InputError(f"output directory {path} is a file") from error
+    except OSError as error:
+        raise InputError(
+            f"output directory {path} cannot be written: {error.strerror or error}"
+        ) from error
+    return path
