@@ -11,7 +11,7 @@ import importlib
 import pkgutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from errors import InputError
 
@@ -122,3 +122,30 @@ def load(name: str) -> Backend:
 def load_all() -> List[Backend]:
     """All backends, in the order in which the table lists them."""
     return sorted((load(name) for name in names()), key=lambda backend: backend.rank)
+
+
+def check_sizes(images: Sequence[Any], export: Export, engine: str) -> None:
+    """Refuses images that an engine with bounded shapes was not built for.
+
+    Args:
+        images: of a call, 3 x H x W each.
+        export: its tuning inputs are the bounds.
+        engine: what the message calls it.
+
+    Raises:
+        errors.InputError: another number of images, or one smaller than `min` or larger than `max`.
+    """
+    smallest, largest = export.tuning_inputs["min"], export.tuning_inputs["max"]
+    if len(images) != len(smallest):
+        raise InputError(f"{export.name} takes {len(smallest)} image(s) a call, not {len(images)}")
+    for number, (image, low, high) in enumerate(zip(images, smallest, largest), 1):
+        bounds = zip(low.shape, image.shape, high.shape)
+        if len(image.shape) != 3 or not all(a <= b <= c for a, b, c in bounds):
+            raise InputError(
+                f"image {number} is {_shape(image)}, and {engine} was built for {export.name} with "
+                f"{_shape(low)} to {_shape(high)}; scale it, or tune with another --image-size"
+            )
+
+
+def _shape(image: Any) -> str:
+    return " x ".join(str(int(side)) for side in image.shape)

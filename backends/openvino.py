@@ -1,0 +1,144 @@
+"""OpenVINO on a CPU: the whole exported graph, with a range of image sizes."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
+
+from backends.base import Backend, Optimized, check_sizes
+from errors import Unsupported
+
+if TYPE_CHECKING:
+    from models import Export
+
+HINTS = {"fp32": "f32", "bf16": "bf16"}
+# What the CPU plugin calls the layers that have kernels of lower precision.
+HEAVY_LAYERS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
+NO_LAYERS = ("Const", "Input", "Output", "Reorder", "Parameter", "Result")
+
+
+class OpenVINO(Backend):
+    """`openvino.convert_model` of the exported module, compiled for latency."""
+
+    name = "openvino"
+    label = "OpenVINO"
+    rank = 4
+    devices = ("cpu",)
+    precisions = {"cpu": ("fp32", "bf16")}
+
+    def unavailable(self, device: str) -> Optional[str]:
+        try:
+            import openvino  # noqa: F401
+        except ImportError as error:
+            return f"OpenVINO is not usable here ({error}): pip install openvino"
+        return None
+
+    def versions(self) -> Dict[str, str]:
+        import openvino
+
+        return {"openvino": openvino.__version__}
+
+    def optimize(self, export: Export, precision: str, device: str) -> Optimized:
+        import torch
+
+        start = time.perf_counter()
+        module = export.script_module()
+        exported = time.perf_counter()
+        model = _convert(module, export)
+        converted = time.perf_counter()
+        compiled = _compile(model, precision, torch.get_num_threads())
+        compiled_at = time.perf_counter()
+        _check_precision(compiled, precision)
+        call = _caller(compiled.create_infer_request(), export)
+        call(*export.inputs)  # The plugin picks its kernels when it first sees the sizes.
+        return Optimized(
+            call=call,
+            precision=precision,
+            provider="CPU",
+            threads=int(compiled.get_property("INFERENCE_NUM_THREADS")),
+            coverage=_coverage(compiled),
+            seconds={
+                "export": exported - start,
+                "convert": converted - exported,
+                "compile": compiled_at - converted,
+            },
+        )
+
+
+def _sizes(export: Export, which: str) -> List[Tuple[int, int]]:
+    return [(image.shape[-2], image.shape[-1]) for image in export.tuning_inputs[which]]
+
+
+def _convert(module: Any, export: Export) -> Any:
+    """The exported module as an OpenVINO model for images between `min` and `max`.
+
+    Raises:
+        errors.Unsupported: OpenVINO cannot convert it.
+    """
+    import openvino
+
+    try:
+        model = openvino.convert_model(module, example_input=export.inputs)
+    except Exception as error:
+        raise Unsupported(f"OpenVINO cannot convert the module: {first_cause(error)}") from error
+    bounds = zip(model.inputs, _sizes(export, "min"), _sizes(export, "max"))
+    for port, smallest, largest in bounds:
+        shape = openvino.PartialShape([3, *zip(smallest, largest)])
+        port.get_node().set_partial_shape(shape)
+    model.validate_nodes_and_infer_types()
+    return model
+
+
+def _compile(model: Any, precision: str, threads: int) -> Any:
+    import openvino
+
+    return openvino.Core().compile_model(
+        model,
+        "CPU",
+        {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": HINTS[precision],
+            "INFERENCE_NUM_THREADS": threads,
+        },
+    )
+
+
+def _check_precision(compiled: Any, precision: str) -> None:
+    read_back = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+    if read_back not in (HINTS[precision], {"fp32": "float32", "bf16": "bfloat16"}[precision]):
+        raise Unsupported(f"OpenVINO compiled for {read_back} on this CPU instead of {precision}")
+
+
+def _coverage(compiled: Any) -> Dict[str, Any]:
+    """Layers of the compiled graph, and how many of the heavy ones run in which precision."""
+    layers = [
+        node.get_rt_info() for node in compiled.get_runtime_model().get_ops() if node.get_rt_info()
+    ]
+    layers = [(str(x["layerType"].astype(str)), x["runtimePrecision"].astype(str)) for x in layers]
+    layers = [layer for layer in layers if layer[0] not in NO_LAYERS]
+    heavy = [precision for kind, precision in layers if kind in HEAVY_LAYERS]
+    return {
+        "operators": len(layers),
+        "operators_in_engine": len(layers),
+        "segments": 1,
+        "heavy_layers": {precision: heavy.count(precision) for precision in sorted(set(heavy))},
+    }
+
+
+def _caller(request: Any, export: Export) -> Callable[..., Tuple[Any, ...]]:
+    import torch
+
+    def call(*images: Any) -> Tuple[Any, ...]:
+        check_sizes(images, export, "OpenVINO's model")
+        # Inputs are read where they are; outputs are copied, as the next call overwrites them.
+        found = request.infer([image.numpy() for image in images], share_inputs=True)
+        return tuple(torch.from_numpy(value) for value in found.to_tuple())
+
+    return call
+
+
+def first_cause(error: BaseException) -> str:
+    """The line of an OpenVINO error that says what is wrong, without file names and stacks."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    causes = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
+    return (causes or lines or [type(error).__name__])[0]

@@ -1,0 +1,66 @@
+"""TorchScript: the exported module, frozen and optimized for inference."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Dict, Optional
+
+from backends.base import Backend, Optimized
+from backends.torch import Torch, autocast
+
+if TYPE_CHECKING:
+    from models import Export
+
+
+class TorchScript(Backend):
+    """`torch.jit.freeze` and `torch.jit.optimize_for_inference`."""
+
+    name = "torchscript"
+    label = "TorchScript"
+    rank = 2
+    devices = ("cpu", "cuda")
+    precisions = Torch.precisions
+
+    def unavailable(self, device: str) -> Optional[str]:
+        return Torch().unavailable(device)
+
+    def versions(self) -> Dict[str, str]:
+        return Torch().versions()
+
+    def optimize(self, export: Export, precision: str, device: str) -> Optimized:
+        import torch
+
+        start = time.perf_counter()
+        module = self._export(export, precision, device)
+        exported = time.perf_counter()
+        module = torch.jit.optimize_for_inference(torch.jit.freeze(module.eval()))
+        compiled = time.perf_counter()
+        traced_casts = precision != "fp32" and export.kind == "traced"
+        return Optimized(
+            # Where the casts are part of the graph, autocast would only cast once more.
+            call=autocast(module, "fp32" if traced_casts else precision, device),
+            precision=precision,
+            provider=device,
+            threads=torch.get_num_threads() if device == "cpu" else None,
+            coverage={"operators": count_operators(module.graph)},
+            seconds={"export": exported - start, "compile": compiled - exported},
+        )
+
+    def _export(self, export: Export, precision: str, device: str) -> Any:
+        """The exported module; traced under autocast, so that freezing folds the weights' casts."""
+        import torch
+
+        if precision == "fp32" or export.kind == "scripted":
+            return export.script_module()
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+        # Without its cache: the tracer would take cached casts for constants of another graph.
+        with torch.autocast(device, dtype=dtype, cache_enabled=False):
+            return export.trace()
+
+
+def count_operators(graph: Any) -> int:
+    """Number of operators of a TorchScript graph, those of its blocks included."""
+    bookkeeping = ("prim::Constant", "prim::ListConstruct", "prim::TupleConstruct")
+    nodes = [node for node in graph.nodes() if node.kind() not in bookkeeping]
+    inner = [block for node in nodes for block in node.blocks()]
+    return len(nodes) + sum(count_operators(block) for block in inner)

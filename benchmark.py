@@ -1,0 +1,527 @@
+"""The timing harness: interleaved rounds, the rule that ends them, statistics and the table.
+
+It knows nothing of models or backends. A run is a name and a callable that makes one timed call
+and returns its seconds. Runs that are to be compared take turns, in rounds: a shared machine's
+speed drifts by tens of percent within minutes, and only calls made next to each other share that.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+
+# A difference of less than this share is none: below it lie code placement and memory layout.
+MARGIN = 0.03
+# No fewer rounds, however slow the calls: the range of five samples holds the true median with a
+# probability of 1 - 2 * 0.5**5 = 94%, that of four with 88%.
+LEAST_ROUNDS = 5
+# Resamples of the check after a round: it wants to know whether to go on, not two exact digits.
+CHECK_RESAMPLES = 400
+
+
+class RunFailed(Exception):
+    """A run died during a timed call; the message becomes the status of its row."""
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """When a run is warm.
+
+    Attributes:
+        minimum: calls that are made in any case.
+        maximum: calls after which it ends in any case.
+        agreement: ends when the last two calls differ by no more than this share of the shorter;
+            None: they are not compared.
+        seconds: ends when the calls have taken this long together; None: no such limit.
+    """
+
+    minimum: int = 3
+    maximum: int = 10
+    agreement: Optional[float] = 0.10
+    seconds: Optional[float] = 30.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.minimum <= self.maximum:
+            raise ValueError(f"a warm-up of {self.minimum} to {self.maximum} calls")
+
+    @classmethod
+    def on(cls, device: str) -> WarmUp:
+        """What warms up a device: clocks and caches on a GPU take longer to settle."""
+        if device == "cuda":
+            return cls(minimum=3, maximum=100, agreement=None, seconds=2.0)
+        return cls()
+
+    @classmethod
+    def fixed(cls, calls: int) -> WarmUp:
+        """Exactly that many calls, which may be 0."""
+        return cls(minimum=calls, maximum=calls, agreement=None, seconds=None)
+
+    def done(self, times: Sequence[float]) -> bool:
+        """Whether calls that took `times` (seconds) are enough."""
+        if len(times) >= self.maximum:
+            return True
+        if len(times) < self.minimum:
+            return False
+        if self.seconds is not None and sum(times) >= self.seconds:
+            return True
+        if self.agreement is None or len(times) < 2:
+            return False
+        return abs(times[-1] - times[-2]) <= self.agreement * min(times[-2:])
+
+
+def warm_up(call: Callable[[], float], rule: WarmUp) -> List[float]:
+    """Makes uncounted calls until the rule is content.
+
+    Args:
+        call: makes one call and returns its seconds.
+
+    Returns:
+        the seconds of every call made.
+    """
+    times: List[float] = []
+    while not rule.done(times):
+        times.append(call())
+    return times
+
+
+@dataclass(frozen=True)
+class StopRule:
+    """When enough rounds have been made.
+
+    It looks at how well the speedups are known, never at what they are: stopping as soon as a
+    result pleases would bias it.
+
+    Attributes:
+        min_rounds: rounds that are made unless the budget is spent.
+        max_rounds: the most rounds.
+        half_width: ends when every speedup's 95% interval reaches no further than this share of
+            the speedup to either side.
+        budget_s: ends before a round that would, at the average length of those before, end after
+            this many seconds; `LEAST_ROUNDS` are made all the same. None: no limit.
+    """
+
+    min_rounds: int = 15
+    max_rounds: int = 200
+    half_width: float = 0.03
+    budget_s: Optional[float] = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_rounds <= self.max_rounds:
+            raise ValueError(f"a stop rule of {self.min_rounds} to {self.max_rounds} rounds")
+
+    @classmethod
+    def fixed(cls, rounds: int) -> StopRule:
+        """Exactly that many rounds, without a budget."""
+        return cls(min_rounds=rounds, max_rounds=rounds)
+
+
+@dataclass
+class Rounds:
+    """What was measured: filled while measuring, so that an interruption loses nothing.
+
+    Attributes:
+        samples: run -> seconds of its timed calls. Sample i was taken in round i, for every run;
+            a run that failed has those from before its failure.
+        failures: run -> why it failed.
+        rounds: complete rounds.
+        stopped: what ended it: `interval`, `max rounds`, `fixed`, `time budget`, `all failed`;
+            `interrupted` until one of them has.
+    """
+
+    samples: Dict[str, List[float]] = field(default_factory=dict)
+    failures: Dict[str, str] = field(default_factory=dict)
+    rounds: int = 0
+    stopped: str = "interrupted"
+
+    def live(self) -> List[str]:
+        """The runs that have not failed."""
+        return [name for name in self.samples if name not in self.failures]
+
+
+def run_rounds(
+    calls: Dict[str, Callable[[], float]],
+    baseline: str,
+    rule: StopRule,
+    seed: int,
+    progress: Optional[Callable[[Rounds], None]] = None,
+    clock: Callable[[], float] = time.monotonic,
+    into: Optional[Rounds] = None,
+) -> Rounds:
+    """Times runs against each other: in every round each is called once, in random order.
+
+    A run that raises `RunFailed` is left out from then on. When the baseline is the one to fail,
+    or there is nothing else, the rule goes by how well each run's own median is known instead of
+    its speedup. Any other exception ends the measurement.
+
+    Args:
+        calls: run -> a function that makes one timed call and returns its seconds.
+        baseline: the run that the speedups are relative to.
+        seed: of the order within rounds.
+        progress: called after every round.
+        clock: seconds, for the budget.
+        into: an empty `Rounds` to fill. A caller who keeps it has what was measured when
+            `KeyboardInterrupt` or another exception comes through.
+    """
+    rounds = Rounds() if into is None else into
+    rounds.samples.update({name: [] for name in calls})
+    order, resampling = (np.random.default_rng([seed, stream]) for stream in range(2))
+    start, next_check, stopped = clock(), rule.min_rounds, None
+    while stopped is None:
+        _one_round(calls, rounds, order)
+        if progress is not None:
+            progress(rounds)
+        stopped = _limit_reached(rounds, rule, clock() - start)
+        if stopped is None and rounds.rounds >= next_check:
+            # Every round at first, then ever fewer, so that the cost of a check stays unseen.
+            next_check = rounds.rounds + max(1, rounds.rounds // 10)
+            if _widest(rounds, baseline, resampling) <= rule.half_width:
+                stopped = "interval"
+    rounds.stopped = stopped
+    return rounds
+
+
+def _one_round(
+    calls: Dict[str, Callable[[], float]], rounds: Rounds, order: np.random.Generator
+) -> None:
+    live = rounds.live()
+    for position in order.permutation(len(live)):
+        name = live[position]
+        try:
+            rounds.samples[name].append(calls[name]())
+        except RunFailed as failure:
+            rounds.failures[name] = str(failure)
+    rounds.rounds += 1
+
+
+def _limit_reached(rounds: Rounds, rule: StopRule, elapsed_s: float) -> Optional[str]:
+    if not rounds.live():
+        return "all failed"
+    if rounds.rounds >= rule.max_rounds:
+        return "fixed" if rule.min_rounds == rule.max_rounds else "max rounds"
+    if rule.budget_s is not None and rounds.rounds >= LEAST_ROUNDS:
+        end_of_next = elapsed_s * (rounds.rounds + 1) / rounds.rounds
+        return "time budget" if end_of_next > rule.budget_s else None
+    return None
+
+
+def _widest(rounds: Rounds, baseline: str, generator: np.random.Generator) -> float:
+    """The widest interval of a live run's speedup (else median): half of it, as a share."""
+    live = rounds.live()
+    samples = np.array([rounds.samples[name] for name in live])
+    estimates = np.median(samples, axis=1)
+    resampled = _bootstrap_medians(samples, CHECK_RESAMPLES, generator)
+    if baseline in live and len(live) > 1:
+        reference = live.index(baseline)
+        estimates = np.delete(estimates[reference] / estimates, reference)
+        resampled = np.delete(resampled[reference] / resampled, reference, axis=0)
+    low, high = np.quantile(resampled, (0.025, 0.975), axis=1)
+    return float(np.max(np.maximum(estimates - low, high - estimates) / estimates))
+
+
+def _bootstrap_medians(
+    samples: np.ndarray, resamples: int, generator: np.random.Generator
+) -> np.ndarray:
+    """Medians of rounds drawn with replacement, the same rounds for every run.
+
+    Args:
+        samples: runs x rounds.
+
+    Returns:
+        runs x resamples.
+    """
+    count = samples.shape[1]
+    drawn = generator.integers(count, size=(resamples, count))
+    return np.median(samples[:, drawn], axis=2)
+
+
+def describe_stop(rounds: Rounds, rule: StopRule) -> str:
+    """How many rounds were made and what ended them, in words."""
+    why = {
+        "interval": f"until every speedup was known to ±{100 * rule.half_width:g}%",
+        "max rounds": f"the most allowed, before every speedup was known to "
+        f"±{100 * rule.half_width:g}%",
+        "fixed": "as asked for",
+        "time budget": f"until the time budget of {rule.budget_s or 0:g} s",
+        "all failed": "until every run had failed",
+        "interrupted": "until it was interrupted",
+    }
+    return f"{rounds.rounds} round{'' if rounds.rounds == 1 else 's'}, {why[rounds.stopped]}"
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of the timed calls of one run.
+
+    Attributes:
+        samples: number of calls.
+        median_ms, mean_ms, std_dev_ms, max_ms: of a call, in milliseconds.
+        p99_ms: 99th percentile; None when there are too few samples to bound it.
+        median_fps, mean_fps: of each call's images per second, which is how TorchBlade computes
+            them; not the inverses of the medians and means of time.
+        relative_iqr: interquartile range over median: how quiet the machine was.
+    """
+
+    samples: int
+    median_ms: float
+    mean_ms: float
+    std_dev_ms: float
+    max_ms: float
+    p99_ms: Optional[float]
+    median_fps: float
+    mean_fps: float
+    relative_iqr: float
+
+
+def samples_to_bound(quantile: float, confidence: float = 0.95) -> int:
+    """How many samples it takes for their maximum to exceed a quantile with that confidence.
+
+    All of n independent samples lie below the quantile p with probability p**n, whatever their
+    distribution, so it is the smallest n with 1 - p**n >= confidence (S. S. Wilks, Determination
+    of sample sizes for setting tolerance limits, Annals of Mathematical Statistics 12, 1941).
+    """
+    return math.ceil(math.log(1 - confidence) / math.log(quantile))
+
+
+def summarize(samples_s: Sequence[float], images_per_call: int) -> Statistics:
+    """Statistics of the seconds of timed calls, at least one.
+
+    The standard deviation is that of the population (ddof 0) and the percentile interpolates
+    linearly, both as in TorchBlade's benchmark.
+    """
+    times = np.asarray(samples_s, dtype=float)
+    if times.size == 0:
+        raise ValueError("no samples to summarize")
+    milliseconds = 1000 * times
+    rates = images_per_call / times
+    lower, median, upper = np.percentile(milliseconds, (25, 50, 75))
+    bounded = times.size >= samples_to_bound(0.99)
+    return Statistics(
+        samples=int(times.size),
+        median_ms=float(median),
+        mean_ms=float(milliseconds.mean()),
+        std_dev_ms=float(milliseconds.std(ddof=0)),
+        max_ms=float(milliseconds.max()),
+        p99_ms=float(np.percentile(milliseconds, 99)) if bounded else None,
+        median_fps=float(np.median(rates)),
+        mean_fps=float(rates.mean()),
+        relative_iqr=float((upper - lower) / median),
+    )
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How much faster than the baseline a run is.
+
+    Attributes:
+        ratio: median time of the baseline over that of the run.
+        low, high: the ratio's confidence interval; None with fewer than `LEAST_ROUNDS` rounds.
+        verdict: `faster` or `slower` when the whole interval lies beyond ±3% of 1, `same` when it
+            lies within, else `inconclusive`.
+    """
+
+    ratio: float
+    low: Optional[float]
+    high: Optional[float]
+    verdict: str
+
+
+def speedup(
+    baseline_s: Sequence[float],
+    samples_s: Sequence[float],
+    seed: int,
+    confidence: float = 0.95,
+    resamples: int = 4000,
+) -> Speedup:
+    """The ratio of medians of two runs that took turns, with its percentile-bootstrap interval.
+
+    Whole rounds are resampled: the two calls of a round saw the same machine, and keeping them
+    together lets what they share cancel (B. Efron, R. J. Tibshirani, An Introduction to the
+    Bootstrap, 1993, chapters 8 and 13).
+
+    Args:
+        baseline_s, samples_s: seconds, by round. Where one has fewer (it failed, or the last
+            round was interrupted) only the rounds that both have are compared, at least one.
+        seed: of the resampling.
+    """
+    shared = min(len(baseline_s), len(samples_s))
+    if shared == 0:
+        raise ValueError("no round that both runs completed")
+    samples = np.array([baseline_s[:shared], samples_s[:shared]], dtype=float)
+    baseline_median, run_median = np.median(samples, axis=1)
+    ratio = float(baseline_median / run_median)
+    if shared < LEAST_ROUNDS:
+        return Speedup(ratio, None, None, "inconclusive")
+    medians = _bootstrap_medians(samples, resamples, np.random.default_rng(seed))
+    tails = ((1 - confidence) / 2, (1 + confidence) / 2)
+    low, high = (float(bound) for bound in np.quantile(medians[0] / medians[1], tails))
+    return Speedup(ratio, low, high, verdict(low, high))
+
+
+def verdict(low: float, high: float) -> str:
+    """What a speedup's confidence interval says of it: see `Speedup`."""
+    if low > 1 + MARGIN:
+        return "faster"
+    if high < 1 - MARGIN:
+        return "slower"
+    return "same" if low >= 1 - MARGIN and high <= 1 + MARGIN else "inconclusive"
+
+
+def resolution(same_against_same: Speedup) -> Optional[float]:
+    """The difference that a machine can resolve, as a share of 1.
+
+    Args:
+        same_against_same: the speedup of a run against an identical one (A/A): how far its
+            interval strays from 1 is noise, and a smaller difference cannot be told from that.
+
+    Returns:
+        None where the speedup has no interval.
+    """
+    if same_against_same.low is None or same_against_same.high is None:
+        return None
+    return max(abs(same_against_same.low - 1), abs(same_against_same.high - 1))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table.
+
+    Attributes:
+        model: name of the test model.
+        kind: `traced` or `scripted`.
+        backend: its label.
+        precision: as it should be printed.
+        statistics: None where nothing was measured.
+        speedup: None for the baseline, and where there is none to speak of.
+        baseline: whether it is the one that the others are compared with.
+        detections: whether they are still the same, in a word or two.
+        status: why the row is not what it should be; becomes a footnote.
+    """
+
+    model: str
+    kind: str
+    backend: str
+    precision: str
+    statistics: Optional[Statistics] = None
+    speedup: Optional[Speedup] = None
+    baseline: bool = False
+    detections: str = "-"
+    status: str = ""
+
+
+# The columns of TorchBlade's published results, then ours; True: right-aligned.
+_COLUMNS: Tuple[Tuple[str, bool], ...] = (
+    ("Model({kind})", False),
+    ("Backend", False),
+    ("precision", False),
+    ("Median(FPS)", True),
+    ("Mean(FPS)", True),
+    ("Median(ms)", True),
+    ("Mean(ms)", True),
+    ("99th_p", True),
+    ("std_dev", True),
+    ("Speedup", False),
+    ("Detections", False),
+)
+
+
+def table(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
+    """The results of one test model in Markdown, padded so that the text itself reads well.
+
+    A row's status is a footnote, referred to from its last column. A verdict of `faster` goes
+    without saying; the others follow the speedup.
+
+    Args:
+        rows: of one test model, at least one.
+        notes: sentences to put below, after those that explain the rows.
+    """
+    header = [name.format(kind=rows[0].kind) for name, _ in _COLUMNS]
+    cells, below = [], []
+    for row in rows:
+        reference = f" [{len(below) + 1}]" if row.status else ""
+        cells.append(_cells(row, reference))
+        if row.status:
+            status = " ".join(row.status.split())
+            below.append(f"[{len(below) + 1}] {row.backend} {row.precision}: {status}")
+    lines = _markdown([header] + cells)
+    if any(row.statistics is not None and row.statistics.p99_ms is None for row in rows):
+        below.append(
+            "(max): the longest call, in place of a 99th percentile, which takes "
+            f"{samples_to_bound(0.99)} calls to bound with 95% confidence"
+        )
+    below += [" ".join(note.split()) for note in notes]
+    if below:
+        lines += [""] + [f"- {line}" for line in below]
+    return "\n".join(lines)
+
+
+def _cells(row: Row, reference: str) -> List[str]:
+    model = row.model[len("test") :] if row.model.startswith("test") else row.model
+    statistics = ["-"] * 6 if row.statistics is None else _statistics_cells(row.statistics)
+    detections = "failed" if reference and row.detections == "-" else row.detections
+    speedup_cell = _speedup_cell(row)
+    return [model, row.backend, row.precision, *statistics, speedup_cell, detections + reference]
+
+
+def _statistics_cells(statistics: Statistics) -> List[str]:
+    if statistics.p99_ms is None:
+        percentile = f"{_digits(statistics.max_ms)} (max)"
+    else:
+        percentile = _digits(statistics.p99_ms)
+    return [
+        _digits(statistics.median_fps),
+        _digits(statistics.mean_fps),
+        _digits(statistics.median_ms),
+        _digits(statistics.mean_ms),
+        percentile,
+        _digits(statistics.std_dev_ms, significant=3),
+    ]
+
+
+def _speedup_cell(row: Row) -> str:
+    if row.baseline and row.statistics is not None:
+        return "1.00x"
+    if row.speedup is None:
+        return "-"
+    return describe_speedup(row.speedup)
+
+
+def describe_speedup(result: Speedup) -> str:
+    """A speedup as the table prints it, `1.58x ±0.03` or `1.01x ±0.02 same`.
+
+    The larger side of the interval is shown, rounded up, so that it is never narrower in print
+    than it is.
+    """
+    if result.low is None or result.high is None:
+        half_width = "±?"
+    else:
+        larger = max(result.ratio - result.low, result.high - result.ratio)
+        # Without the inner rounding a 0.03 that is stored as 0.030000000000000027 becomes 0.04.
+        half_width = f"±{max(1, math.ceil(round(100 * larger, 6))) / 100:.2f}"
+    known = "" if result.verdict == "faster" else f" {result.verdict}"
+    return f"{result.ratio:.2f}x {half_width}{known}"
+
+
+def _digits(value: float, significant: int = 4) -> str:
+    """A positive number in plain notation with that many significant digits, or all before '.'."""
+    if value == 0:
+        return "0"
+    decimals = significant - 1 - math.floor(math.log10(abs(value)))
+    return f"{value:.{max(0, decimals)}f}"
+
+
+def _markdown(grid: Sequence[Sequence[str]]) -> List[str]:
+    widths = [max(len(line[column]) for line in grid) for column in range(len(_COLUMNS))]
+    rights = [right for _, right in _COLUMNS]
+    rule = ["-" * (width - 1) + (":" if right else "-") for width, right in zip(widths, rights)]
+    padded = [
+        [
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, rights)
+        ]
+        for line in grid
+    ]
+    return ["| " + " | ".join(line) + " |" for line in padded[:1] + [rule] + padded[1:]]

@@ -1,0 +1,33 @@
+"""What the user sees while waiting, on standard error: a bar on a terminal, else plain lines."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from typing import Callable, Iterator
+
+from benchmark import Rounds, StopRule
+
+
+class Progress:
+    """Says what is being done."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """One line, with the seconds since the start."""
+        print(f"[{time.monotonic() - self._start:5.0f} s] {text}", file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def rounds(self, title: str, rule: StopRule) -> Iterator[Callable[[Rounds], None]]:
+        """Shows rounds going by; yields what is to be called after each."""
+        if not sys.stderr.isatty():
+            self.say(f"{title}: timing")
+            yield lambda rounds: None
+            return
+        from tqdm import tqdm
+
+        with tqdm(total=rule.max_rounds, desc=title, unit="round", leave=False) as bar:
+            yield lambda rounds: bar.update(1) and None

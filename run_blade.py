@@ -1,0 +1,154 @@
+#!/usr/bin/env python3
+"""TorchBlade Detectron2 Benchmark: how much faster each optimizer is, and whether it still sees.
+
+Exit codes: 0, all runs that were asked for are measured and find what Torch fp32 finds, or their
+row says why a backend cannot take the model; 1, a run failed, mismatched or (--fail-on slower) was
+slower; 2, wrong usage, unavailable backend, unreadable input; 130, interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from typing import Callable, NoReturn, Optional, Sequence, Tuple
+
+from backends import base
+from catalog import MODELS
+from errors import InputError
+
+WEIGHTS = ("auto", "zoo", "synthetic")
+# Seconds of timed rounds for each group of runs; seven models at two precisions are 14 groups.
+TIME_BUDGET_S = 60.0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one sentence: the usage of twenty options would bury it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parse = _Parser(description="TorchBlade Detectron2 Benchmark")
+    add = parse.add_argument
+    add("--model", nargs="+", choices=list(MODELS), help="test models to measure")
+    add("--all", action="store_true", help="all seven test models")
+    add("--list", action="store_true", help="list test models and backends, and why one is missing")
+    add("--backend", nargs="+", metavar="NAME", help="of " + ", ".join(base.names()))
+    add(
+        "--precision",
+        nargs="+",
+        choices=base.PRECISIONS,
+        metavar="PRECISION",
+        help="of "
+        + ", ".join(base.PRECISIONS)
+        + " (default: fp32 and what the device has natively)",
+    )
+    add("--device", choices=base.DEVICES, help="default: cuda where there is one, else cpu")
+    add(
+        "--source",
+        choices=("auto", "bundled", "detectron2"),
+        default="auto",
+        help="where the detectors come from (default: detectron2 where it is installed)",
+    )
+    add("--image", metavar="FILE", help="default: a photograph, cropped and resized to 480x640")
+    add("--image-size", type=_image_size, metavar="HxW", help="crop and resize the image to this")
+    add(
+        "--weights",
+        default="auto",
+        metavar="auto|zoo|synthetic|FILE",
+        help="from the model zoo, made up for the image, or a checkpoint; auto (default): "
+        "from the zoo where that can be had, else synthetic",
+    )
+    add(
+        "--detections",
+        type=_at_least(0, most=100),
+        default=100,
+        metavar="N",
+        help="objects that synthetic weights find, 0 to 100 (default: 100)",
+    )
+    add(
+        "--warmup", type=_at_least(0), metavar="N", help="warm-up calls (default: until they agree)"
+    )
+    add(
+        "--iterations",
+        type=_at_least(1),
+        metavar="N",
+        help="rounds of timed calls (default: until the speedups are known well enough)",
+    )
+    add(
+        "--time-budget",
+        type=_seconds,
+        default=TIME_BUDGET_S,
+        metavar="S",
+        help=f"seconds of timed rounds per model and precision (default: {TIME_BUDGET_S:g})",
+    )
+    add("--threads", type=_at_least(1), metavar="N", help="CPU threads (default: usable cores)")
+    add("--seed", type=_at_least(0), default=0, metavar="N", help="of weights, sizes and order")
+    add("--output", metavar="DIR", help="keep results.json and what the optimizers leave behind")
+    add("--fail-on", choices=("slower",), nargs="+", default=(), help="exit with 1 then, too")
+    add(
+        "--compare-published",
+        action="store_true",
+        help="print the speedups that TorchBlade published beside ours",
+    )
+    add("--debug", action="store_true", help="show tracebacks and what the workers printed")
+    return parse
+
+
+def _at_least(least: int, most: Optional[int] = None) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least or (most is not None and value > most):
+            upper = "" if most is None else f" and at most {most}"
+            raise argparse.ArgumentTypeError(f"{value} is not at least {least}{upper}")
+        return value
+
+    return number
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds above 0")
+    return value
+
+
+def _image_size(text: str) -> Tuple[int, int]:
+    try:
+        height, width = (int(side) for side in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not HxW, like 480x640") from None
+    if min(height, width) < 32:
+        raise argparse.ArgumentTypeError(f"both sides of {text} must have at least 32 pixels")
+    return height, width
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Runs the command line; returns the exit code."""
+    parse = parser()
+    options = parse.parse_args(arguments)
+    try:
+        if not options.list and bool(options.model) == options.all:
+            parse.error("say which test models: --model NAME, or --all (see --list)")
+        # Not before: PyTorch and SciPy take seconds to import, and --help should not.
+        import session
+
+        if options.list:
+            print(session.listing(session.resolve_device(options.device)))
+            return 0
+        return session.Session(options).run()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except InputError as error:
+        if options.debug:
+            traceback.print_exc()
+        print(f"{parse.prog}: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

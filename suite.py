@@ -1,0 +1,336 @@
+"""What is done with a test model: prepare its runs, let them take turns, check what they find."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import benchmark
+import verify
+from backends.base import Backend
+from benchmark import RunFailed, StopRule, WarmUp
+from catalog import MODELS
+from errors import Unsupported
+from progress import Progress
+from worker import CALL_LIMIT_S, PREPARE_LIMIT_S, Job, ModelRequest, Worker
+
+SIZES = ("opt", "min", "max")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked for, with all defaults filled in.
+
+    Attributes:
+        models: names of test models, in the order in which they are measured.
+        backends: the baseline first.
+        precisions: requested, each a group of its own.
+        image_size: height and width, or None for the image's own.
+        warm_up, rule: of the timing.
+        output: directory for results and the files that backends want kept, or None.
+        debug: whether to show what the worker of a failed run printed.
+    """
+
+    models: Tuple[str, ...]
+    backends: Tuple[Backend, ...]
+    precisions: Tuple[str, ...]
+    device: str
+    source: str
+    image: Optional[str]
+    image_size: Optional[Tuple[int, int]]
+    weights: str
+    detections: int
+    warm_up: WarmUp
+    rule: StopRule
+    threads: int
+    seed: int
+    output: Optional[Path]
+    debug: bool
+
+    def backends_for(self, precision: str) -> List[Backend]:
+        """The backends that know that precision on the plan's device."""
+        return [x for x in self.backends if precision in x.precisions[self.device]]
+
+
+@dataclass
+class Run:
+    """One run while it is being measured: its process and what is known of it so far."""
+
+    key: str
+    backend: Backend
+    record: Dict[str, Any]
+    worker: Optional[Worker] = None
+    log: Optional[Path] = None
+
+    def give_up(self, status: str, reason: str) -> None:
+        """Takes note of why it goes no further, and ends its process."""
+        self.record.update(status=status, reason=reason)
+        self.end()
+
+    def end(self) -> None:
+        """Ends its process, if there is one."""
+        if self.worker is not None:
+            self.worker.kill()
+            self.worker = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A test model that was made ready.
+
+    Attributes:
+        name: of the test model.
+        file: its weights and tuning inputs, for the workers.
+        reference: `min`, `opt`, `max` -> the flat tuple that eager fp32 found.
+        sizes: `min`, `opt`, `max` -> height and width of each image.
+        fields: names of the tensors of one image in a flat tuple.
+        note: where the weights come from.
+    """
+
+    name: str
+    file: Path
+    reference: Dict[str, List[Any]]
+    sizes: Dict[str, List[List[int]]]
+    fields: Tuple[str, ...]
+    note: str
+
+
+def prepare_model(name: str, plan: Plan, folder: Path, progress: Progress) -> Prepared:
+    """Makes weights and inputs of a test model and computes its reference, in its own process.
+
+    Args:
+        folder: for the files that workers share, and their logs.
+
+    Raises:
+        errors.InputError: image or weights cannot be had.
+        benchmark.RunFailed: the process died.
+    """
+    progress.say(f"{name}: weights, inputs, and the reference detections (Torch fp32)")
+    prepared = folder / f"{name}.pt"
+    worker = Worker(folder / f"{name}.log", plan.threads)
+    request = ModelRequest(
+        model=name,
+        source=plan.source,
+        weights=plan.weights,
+        image=plan.image,
+        image_size=plan.image_size,
+        detections=plan.detections,
+        seed=plan.seed,
+        threads=plan.threads,
+        prepared=str(prepared),
+    )
+    try:
+        answer = worker.ask("prepare_model", request, PREPARE_LIMIT_S)
+    except RunFailed:
+        if plan.debug:
+            progress.say(worker.log.read_text(errors="replace"))
+        raise
+    finally:
+        worker.kill()
+    return Prepared(name=name, file=prepared, **answer)
+
+
+def measure_group(
+    model: Prepared,
+    precision: str,
+    plan: Plan,
+    progress: Progress,
+    groups: List[Dict[str, Any]],
+    same_again: bool,
+) -> Optional[Dict[str, Any]]:
+    """Measures all runs of a test model at one precision, in turns.
+
+    Args:
+        groups: of the result file; the new one is added as soon as there is something in it, also
+            when an interruption comes through.
+        same_again: whether a second Torch takes part, to see what difference can be resolved.
+
+    Returns:
+        the A/A record of the result file, if that was asked for and could be measured.
+    """
+    group = _new_group(model.name, precision, model.sizes)
+    runs = [_new_run(backend, precision) for backend in plan.backends_for(precision)]
+    again = [_new_run(runs[0].backend, precision, " again")] if same_again else []
+    rounds = benchmark.Rounds()
+    try:
+        with tempfile.TemporaryDirectory(prefix="run_blade_") as folder:
+            for run in runs + again:
+                _prepare_run(run, model, plan, Path(folder), progress)
+            _time(runs + again, rounds, plan, progress, f"{model.name} {precision}")
+            for run in runs:
+                _check(run, model, progress)
+            _report(runs, plan, progress)
+    finally:
+        for run in runs + again:
+            run.end()
+        if rounds.rounds or any(run.record["status"] != "ok" for run in runs):
+            _conclude(group, runs, rounds, plan)
+            groups.append(group)
+    samples = [rounds.samples.get(run.key, []) for run in (runs[:1] + again)]
+    return _same_against_same(group, samples, plan) if len(samples) == 2 and all(samples) else None
+
+
+def failed_group(name: str, precision: str, plan: Plan, reason: str) -> Dict[str, Any]:
+    """The group of a test model that could not even be prepared."""
+    group = _new_group(name, precision, {})
+    runs = [_new_run(backend, precision) for backend in plan.backends_for(precision)]
+    for run in runs:
+        run.give_up("failed", reason)
+    _conclude(group, runs, benchmark.Rounds(stopped="all failed"), plan)
+    return group
+
+
+def _new_group(name: str, precision: str, sizes: Dict[str, Any]) -> Dict[str, Any]:
+    return {
+        "model": name,
+        "export": MODELS[name].kind,
+        "precision": precision,
+        "images_per_call": MODELS[name].images_per_call,
+        "image_sizes": sizes,
+        "rounds": 0,
+        "stopped": "interrupted",
+        "runs": [],
+    }
+
+
+def _new_run(backend: Backend, precision: str, suffix: str = "") -> Run:
+    record = {
+        "backend": backend.name,
+        "label": backend.label,
+        "baseline": backend.rank == 0,
+        "requested_precision": precision,
+        "effective_precision": None,
+        "provider": None,
+        "threads": None,
+        "status": "ok",
+        "reason": None,
+        "samples_s": [],
+        "warmup_s": [],
+        "prepare": {},
+        "peak_memory_mb": None,
+        "statistics": None,
+        "speedup": None,
+        "detections": None,
+        "coverage": {},
+        "versions": {},
+        "artifacts": [],
+    }
+    return Run(backend.name + suffix, backend, record)
+
+
+def _prepare_run(run: Run, model: Prepared, plan: Plan, folder: Path, progress: Progress) -> None:
+    """Starts a run's process, prepares and warms it; a failure costs this run only."""
+    precision = run.record["requested_precision"]
+    progress.say(f"{model.name} {precision}: preparing {run.backend.label}")
+    run.log = folder / f"{run.key}.log"
+    run.worker = Worker(run.log, plan.threads)
+    job = Job(
+        model=model.name,
+        backend=run.backend.name,
+        precision=precision,
+        device=plan.device,
+        source=plan.source,
+        prepared=str(model.file),
+        threads=plan.threads,
+    )
+    try:
+        description = run.worker.ask("prepare", job, PREPARE_LIMIT_S)
+        artifacts = description.pop("artifacts")
+        run.record.update(description, artifacts=_keep(artifacts, plan.output))
+        run.record["warmup_s"] = run.worker.ask("warm_up", plan.warm_up, PREPARE_LIMIT_S)
+    except Unsupported as error:
+        run.give_up("unsupported", str(error))
+    except RunFailed as error:
+        run.give_up("failed", str(error))
+
+
+def _keep(artifacts: Dict[str, str], output: Optional[Path]) -> List[str]:
+    if output is None:
+        return []
+    for name, text in artifacts.items():
+        (output / name).write_text(text, encoding="utf-8")
+    return sorted(artifacts)
+
+
+def _time(
+    runs: List[Run], rounds: benchmark.Rounds, plan: Plan, progress: Progress, title: str
+) -> None:
+    calls = {run.key: _timed_call(run) for run in runs if run.worker is not None}
+    if not calls:
+        return
+    with progress.rounds(title, plan.rule) as advance:
+        benchmark.run_rounds(
+            calls, runs[0].key, plan.rule, plan.seed, progress=advance, into=rounds
+        )
+    for run in runs:
+        if run.key in rounds.failures:
+            run.give_up("failed", rounds.failures[run.key])
+
+
+def _timed_call(run: Run) -> Any:
+    return lambda: run.worker.ask("timed_call", (), CALL_LIMIT_S)
+
+
+def _check(run: Run, model: Prepared, progress: Progress) -> None:
+    """Compares what a run finds with the reference, at all sizes."""
+    if run.worker is None:
+        return
+    try:
+        run.record.update(run.worker.ask("peak_memory"))
+        if run.record["baseline"] and run.record["requested_precision"] == "fp32":
+            return  # It is the reference.
+        progress.say(f"{model.name} {run.record['requested_precision']}: checking {run.key}")
+        agreements = {}
+        for size in SIZES:
+            found = run.worker.ask("detect", (size,))
+            precision = run.record["effective_precision"]
+            agreements[size] = verify.verify(model.reference[size], found, model.fields, precision)
+    except RunFailed as error:
+        run.give_up("failed", f"while its detections were computed: {error}")
+        return
+    run.record["detections"] = {
+        size: {**asdict(agreement), "text": agreement.text}
+        for size, agreement in agreements.items()
+    }
+    worst = verify.worst(agreements)
+    if worst.verdict != "match":
+        run.record.update(status="mismatch", reason=worst.reason)
+
+
+def _report(runs: List[Run], plan: Plan, progress: Progress) -> None:
+    """Says which runs went wrong; with `debug`, what their processes printed."""
+    for run in runs:
+        if run.record["status"] == "ok":
+            continue
+        progress.say(f"{run.backend.label}: {run.record['status']}: {run.record['reason']}")
+        if plan.debug and run.log is not None and run.log.exists():
+            progress.say(run.log.read_text(errors="replace"))
+
+
+def _conclude(group: Dict[str, Any], runs: List[Run], rounds: benchmark.Rounds, plan: Plan) -> None:
+    """Fills in what follows from the samples."""
+    group.update(rounds=rounds.rounds, stopped=rounds.stopped, runs=[run.record for run in runs])
+    baseline = rounds.samples.get(runs[0].key, [])
+    for run in runs:
+        samples = rounds.samples.get(run.key, [])
+        run.record["samples_s"] = samples
+        if samples:
+            statistics = benchmark.summarize(samples, group["images_per_call"])
+            run.record["statistics"] = asdict(statistics)
+        if samples and baseline and not run.record["baseline"]:
+            run.record["speedup"] = asdict(benchmark.speedup(baseline, samples, plan.seed))
+
+
+def _same_against_same(
+    group: Dict[str, Any], samples: List[List[float]], plan: Plan
+) -> Dict[str, Any]:
+    speedup = benchmark.speedup(samples[0], samples[1], plan.seed)
+    return {
+        "model": group["model"],
+        "precision": group["precision"],
+        **asdict(speedup),
+        "resolution": benchmark.resolution(speedup),
+        "samples_s": samples,
+    }

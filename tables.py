@@ -1,0 +1,106 @@
+"""From the records of a result file to the tables on the screen."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Optional, Sequence
+
+import published
+from benchmark import Rounds, Row, Speedup, Statistics, StopRule, describe_stop, table
+from verify import Agreement, worst
+
+Group = Dict[str, Any]
+
+
+def model_table(groups: Sequence[Group], rule: StopRule, notes: Sequence[str] = ()) -> str:
+    """The Markdown table of one test model, with what a reader has to know below it.
+
+    Args:
+        groups: all of one test model, as in the result file.
+        rule: that ended the rounds.
+        notes: more sentences to put below.
+    """
+    rows = [_row(group, run) for group in groups for run in group["runs"]]
+    return table(rows, [*_check_note(groups[0]), *_rounds_notes(groups, rule), *notes])
+
+
+def _row(group: Group, run: Dict[str, Any]) -> Row:
+    statistics, speedup = run["statistics"], run["speedup"]
+    return Row(
+        model=group["model"],
+        kind=group["export"],
+        backend=run["label"],
+        precision=_precision(run),
+        statistics=statistics and Statistics(**statistics),
+        speedup=speedup and Speedup(**speedup),
+        baseline=run["baseline"],
+        detections=_detections(run["detections"]) if run["detections"] else "-",
+        status=run["reason"] or "",
+    )
+
+
+def _detections(agreements: Dict[str, Dict[str, Any]]) -> str:
+    """The worst of the sizes, in the table's words."""
+    kept = {
+        size: Agreement(**{name: value for name, value in agreement.items() if name != "text"})
+        for size, agreement in agreements.items()
+    }
+    return worst(kept).text
+
+
+def _precision(run: Dict[str, Any]) -> str:
+    """What it ran in and, where that is something else, what was asked for."""
+    asked, ran = run["requested_precision"], run["effective_precision"]
+    return asked if ran in (asked, None) else f"{ran} (not {asked})"
+
+
+def _check_note(group: Group) -> List[str]:
+    sizes = [group["image_sizes"].get(name) for name in ("min", "opt", "max")]
+    if not all(sizes):
+        return []
+    small, timed, large = (f"{size[0][0]}x{size[0][1]}" for size in sizes)
+    return [
+        f"timed at {timed}; Detections: against Torch fp32 at {small}, {timed} and {large}, "
+        "the worst of the three"
+    ]
+
+
+def _rounds_notes(groups: Sequence[Group], rule: StopRule) -> List[str]:
+    return [
+        f"{group['precision']}: "
+        + describe_stop(Rounds(rounds=group["rounds"], stopped=group["stopped"]), rule)
+        for group in groups
+        if group["rounds"]
+    ]
+
+
+def aa_note(aa: Optional[Dict[str, Any]]) -> List[str]:
+    """What difference the machine can resolve, in a sentence, if that was measured."""
+    if aa is None or aa["resolution"] is None:
+        return []
+    return [
+        f"A/A, Torch against itself in two processes ({aa['model']} {aa['precision']}): "
+        f"{aa['ratio']:.3f}x, {aa['low']:.3f} to {aa['high']:.3f}; differences below "
+        f"{100 * aa['resolution']:.1f}% cannot be told from noise here"
+    ]
+
+
+def published_table(groups: Sequence[Group]) -> str:
+    """Our speedups beside those that TorchBlade published."""
+    rows = []
+    for group in groups:
+        for run in group["runs"]:
+            if run["baseline"]:
+                continue
+            speedup = run["speedup"] or {"ratio": None, "low": None, "high": None}
+            rows.append(
+                published.Measured(
+                    model=group["model"],
+                    export=group["export"],
+                    precision=run["effective_precision"] or run["requested_precision"],
+                    backend=run["label"],
+                    ratio=speedup["ratio"],
+                    low=speedup["low"],
+                    high=speedup["high"],
+                )
+            )
+    return published.comparison(rows)

@@ -1,0 +1,533 @@
+"""The harness on made-up runs: functions that return seconds and clocks that count them."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import benchmark
+from benchmark import Rounds, Row, RunFailed, Speedup, StopRule, WarmUp
+
+
+class Machine:
+    """Runs of known lengths, on a clock that only they move."""
+
+    def __init__(self, seed=0, noise=0.0):
+        self.now = 0.0
+        self.calls = []
+        self.noise = noise
+        self.generator = np.random.default_rng(seed)
+
+    def clock(self):
+        return self.now
+
+    def run(self, name, seconds, fails_at=None):
+        def call():
+            self.calls.append(name)
+            if fails_at is not None and self.calls.count(name) == fails_at:
+                raise RunFailed(f"{name} was killed")
+            spent = seconds * math.exp(self.noise * self.generator.normal())
+            self.now += spent
+            return spent
+
+        return call
+
+
+def measure(machine, rule, seed=0, baseline="Torch", progress=None, into=None, **runs):
+    calls = {
+        name: machine.run(name, *(run if isinstance(run, tuple) else (run,)))
+        for name, run in runs.items()
+    }
+    return benchmark.run_rounds(calls, baseline, rule, seed, progress, machine.clock, into)
+
+
+# Warm-up
+
+
+def warmed(times, rule):
+    remaining = iter(times)
+    return benchmark.warm_up(lambda: next(remaining), rule)
+
+
+def test_warm_up_ends_when_two_calls_agree():
+    assert warmed([5, 2, 1, 1.05, 1, 1], WarmUp()) == [5, 2, 1, 1.05]
+
+
+def test_warm_up_makes_three_calls_however_well_they_agree():
+    assert warmed([1, 1, 1, 1], WarmUp()) == [1, 1, 1]
+
+
+def test_warm_up_gives_up_after_ten_calls():
+    times = [1.5**i for i in range(12)]
+    assert warmed(times, WarmUp(seconds=None)) == times[:10]
+
+
+def test_warm_up_of_slow_calls_ends_after_its_seconds():
+    assert warmed([40, 30, 20, 10], WarmUp()) == [40, 30, 20]
+
+
+def test_warm_up_on_cuda():
+    rule = WarmUp.on("cuda")
+    assert len(warmed([0.001] * 200, rule)) == 100
+    assert len(warmed([0.25] * 200, rule)) == 8
+    assert len(warmed([9.0] * 200, rule)) == 3
+    assert WarmUp.on("cpu") == WarmUp()
+
+
+@pytest.mark.parametrize("calls", [0, 1, 100])
+def test_warm_up_of_a_fixed_number_of_calls(calls):
+    assert len(warmed([1.0] * 200, WarmUp.fixed(calls))) == calls
+
+
+# Rounds
+
+
+def test_every_round_calls_every_run_once():
+    machine = Machine()
+    rounds = measure(machine, StopRule.fixed(50), Torch=1.0, OpenVINO=0.5, Inductor=0.7)
+    assert (rounds.rounds, rounds.stopped) == (50, "fixed")
+    by_round = np.array(machine.calls).reshape(50, 3)
+    assert (np.sort(by_round, axis=1) == ["Inductor", "OpenVINO", "Torch"]).all()
+    assert rounds.samples == {"Torch": [1.0] * 50, "OpenVINO": [0.5] * 50, "Inductor": [0.7] * 50}
+    assert rounds.failures == {}
+
+
+def test_order_is_random_and_fair():
+    """Every run is first, second and third equally often: chi-squared over 600 rounds."""
+    machine = Machine()
+    measure(machine, StopRule.fixed(600), Torch=1.0, OpenVINO=0.5, Inductor=0.7)
+    by_round = np.array(machine.calls).reshape(600, 3)
+    orders, counts = np.unique(by_round, axis=0, return_counts=True)
+    assert len(orders) == 6
+    assert stats.chisquare(counts).pvalue > 0.001
+
+
+def test_order_follows_the_seed():
+    orders = []
+    for seed in (1, 1, 2):
+        machine = Machine()
+        measure(machine, StopRule.fixed(50), seed, Torch=1.0, OpenVINO=0.5)
+        orders.append(machine.calls)
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_failed_run_is_dropped_and_the_others_go_on():
+    machine = Machine()
+    rounds = measure(machine, StopRule.fixed(20), Torch=1.0, OpenVINO=(0.5, 8), Inductor=(0.7, 1))
+    assert rounds.failures == {"OpenVINO": "OpenVINO was killed", "Inductor": "Inductor was killed"}
+    assert {name: len(samples) for name, samples in rounds.samples.items()} == {
+        "Torch": 20,
+        "OpenVINO": 7,
+        "Inductor": 0,
+    }
+    assert machine.calls.count("OpenVINO") == 8
+    assert rounds.live() == ["Torch"]
+
+
+def test_the_others_are_measured_without_a_baseline():
+    rounds = measure(Machine(noise=0.02), StopRule(), Torch=(1.0, 4), OpenVINO=0.5, Inductor=0.7)
+    assert rounds.stopped == "interval"
+    assert len(rounds.samples["OpenVINO"]) == len(rounds.samples["Inductor"]) >= 15
+    assert len(rounds.samples["Torch"]) == 3
+
+
+def test_ends_when_all_have_failed():
+    rounds = measure(Machine(), StopRule(), Torch=(1.0, 2), OpenVINO=(0.5, 3))
+    assert (rounds.stopped, rounds.rounds) == ("all failed", 3)
+
+
+def test_other_exceptions_come_through():
+    def broken():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        benchmark.run_rounds({"Torch": broken}, "Torch", StopRule(), seed=0)
+
+
+def test_interruption_keeps_what_was_measured():
+    def interrupt(rounds):
+        if rounds.rounds == 7:
+            raise KeyboardInterrupt
+
+    kept = Rounds()
+    with pytest.raises(KeyboardInterrupt):
+        measure(Machine(), StopRule(), progress=interrupt, into=kept, Torch=1.0, OpenVINO=(0.5, 3))
+    assert (kept.rounds, kept.stopped) == (7, "interrupted")
+    assert (len(kept.samples["Torch"]), len(kept.samples["OpenVINO"])) == (7, 2)
+    assert list(kept.failures) == ["OpenVINO"]
+
+
+def test_progress_sees_every_round():
+    seen = []
+    measure(Machine(), StopRule.fixed(4), progress=lambda rounds: seen.append(rounds.rounds), A=1.0)
+    assert seen == [1, 2, 3, 4]
+
+
+# The stop rule
+
+
+def test_stops_at_the_least_rounds_when_there_is_no_noise():
+    rounds = measure(Machine(), StopRule(), Torch=1.0, OpenVINO=0.5)
+    assert (rounds.rounds, rounds.stopped) == (15, "interval")
+
+
+def test_noise_takes_more_rounds_until_the_speedup_is_known():
+    rounds = measure(Machine(noise=0.06), StopRule(), Torch=1.0, OpenVINO=0.5, Inductor=0.9)
+    assert rounds.stopped == "interval"
+    assert 15 < rounds.rounds < 200
+    for name in ("OpenVINO", "Inductor"):
+        result = benchmark.speedup(rounds.samples["Torch"], rounds.samples[name], seed=0)
+        # The check has fewer resamples than the result: the two differ by a few percent.
+        assert max(result.high - result.ratio, result.ratio - result.low) < 0.036 * result.ratio
+
+
+def test_stops_at_the_most_rounds():
+    rounds = measure(Machine(noise=0.5), StopRule(max_rounds=40), Torch=1.0, OpenVINO=0.5)
+    assert (rounds.rounds, rounds.stopped) == (40, "max rounds")
+
+
+def test_stops_before_the_round_that_would_exceed_the_budget():
+    machine = Machine(noise=0.5)
+    rounds = measure(machine, StopRule(budget_s=100.0), Torch=4.0, OpenVINO=2.0)
+    assert rounds.stopped == "time budget"
+    assert 5 <= rounds.rounds < 20
+    assert machine.now < 110
+
+
+def test_budget_ends_before_the_least_rounds():
+    machine = Machine()
+    rounds = measure(machine, StopRule(budget_s=50.0), Torch=4.0, OpenVINO=2.0)
+    assert (rounds.rounds, rounds.stopped, machine.now) == (8, "time budget", 48.0)
+
+
+def test_five_rounds_are_made_however_slow():
+    rounds = measure(Machine(), StopRule(budget_s=1.0), Torch=40.0, OpenVINO=20.0)
+    assert (rounds.rounds, rounds.stopped) == (benchmark.LEAST_ROUNDS, "time budget")
+
+
+def test_lone_baseline_stops_by_its_own_median():
+    rounds = measure(Machine(noise=0.02), StopRule(), Torch=1.0)
+    assert rounds.stopped == "interval"
+
+
+@pytest.mark.parametrize("rounds", [1, 3, 200])
+def test_fixed_number_of_rounds(rounds):
+    result = measure(Machine(noise=0.5), StopRule.fixed(rounds), Torch=1.0, OpenVINO=0.5)
+    assert (result.rounds, result.stopped) == (rounds, "fixed")
+
+
+@pytest.mark.parametrize(("least", "most"), [(0, 5), (6, 5)])
+def test_impossible_rules(least, most):
+    with pytest.raises(ValueError, match=f"{least} to {most}"):
+        StopRule(min_rounds=least, max_rounds=most)
+
+
+def test_impossible_warm_up():
+    with pytest.raises(ValueError, match="-1 to -1"):
+        WarmUp.fixed(-1)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "text"),
+    [
+        (Rounds(rounds=23, stopped="interval"), "23 rounds, until every speedup was known to ±3%"),
+        (
+            Rounds(rounds=200, stopped="max rounds"),
+            "200 rounds, the most allowed, before every speedup was known to ±3%",
+        ),
+        (Rounds(rounds=9, stopped="time budget"), "9 rounds, until the time budget of 90 s"),
+        (Rounds(rounds=1, stopped="fixed"), "1 round, as asked for"),
+        (Rounds(rounds=2, stopped="all failed"), "2 rounds, until every run had failed"),
+        (Rounds(rounds=2), "2 rounds, until it was interrupted"),
+    ],
+)
+def test_stop_in_words(rounds, text):
+    assert benchmark.describe_stop(rounds, StopRule(budget_s=90.0)) == text
+
+
+# Statistics
+
+
+def test_statistics_of_fixed_samples():
+    result = benchmark.summarize([0.010, 0.020, 0.040, 0.030], images_per_call=2)
+    assert result.samples == 4
+    assert result.median_ms == pytest.approx(25)
+    assert result.mean_ms == pytest.approx(25)
+    assert result.std_dev_ms == pytest.approx(math.sqrt((225 + 25 + 225 + 25) / 4))
+    assert result.max_ms == pytest.approx(40)
+    # Images per second of the calls: 200, 100, 50, 66.7. Their median is not 2 / 25 ms = 80.
+    assert result.median_fps == pytest.approx((100 + 200 / 3) / 2)
+    assert result.mean_fps == pytest.approx((200 + 100 + 50 + 200 / 3) / 4)
+    assert result.relative_iqr == pytest.approx((32.5 - 17.5) / 25)
+    assert result.p99_ms is None
+
+
+def test_statistics_against_numpy_and_scipy():
+    times = np.random.default_rng(0).lognormal(-3, 0.2, size=500)
+    result = benchmark.summarize(times, images_per_call=1)
+    assert result.median_ms == pytest.approx(1000 * np.median(times))
+    assert result.mean_ms == pytest.approx(1000 * np.mean(times))
+    assert result.std_dev_ms == pytest.approx(1000 * np.std(times))
+    assert result.p99_ms == pytest.approx(1000 * stats.scoreatpercentile(times, 99))
+    assert result.relative_iqr == pytest.approx(stats.iqr(times) / np.median(times))
+    assert result.mean_fps == pytest.approx(1 / stats.hmean(times))
+
+
+def test_percentile_takes_299_samples():
+    times = np.linspace(0.1, 0.2, 299)
+    assert benchmark.summarize(times[:298], 1).p99_ms is None
+    assert benchmark.summarize(times, 1).p99_ms == pytest.approx(199, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("quantile", "confidence", "samples"),
+    [(0.99, 0.95, 299), (0.95, 0.95, 59), (0.9, 0.95, 29), (0.5, 0.95, 5), (0.99, 0.99, 459)],
+)
+def test_samples_to_bound_a_quantile(quantile, confidence, samples):
+    """The values in tables of tolerance limits; one sample fewer is not enough."""
+    assert benchmark.samples_to_bound(quantile, confidence) == samples
+    assert 1 - quantile**samples >= confidence > 1 - quantile ** (samples - 1)
+
+
+def test_no_samples():
+    with pytest.raises(ValueError, match="no samples"):
+        benchmark.summarize([], 1)
+
+
+# Speedups
+
+
+def paired_noise(generator, rounds, ratio=1.0, drift=0.2, noise=0.05):
+    """Two runs on a machine whose speed drifts: what is common to a round, and what is not."""
+    common = drift * np.sin(np.linspace(0, generator.uniform(5, 20), rounds))
+    own = np.abs(noise * generator.standard_t(3, size=(2, rounds)))
+    baseline, run = np.exp(common + own)
+    return baseline, run / ratio
+
+
+@pytest.mark.parametrize("rounds", [15, 50])
+@pytest.mark.parametrize("ratio", [1.0, 2.5])
+def test_interval_covers_the_true_ratio(ratio, rounds):
+    generator = np.random.default_rng(7)
+    results = [
+        benchmark.speedup(*paired_noise(generator, rounds, ratio), seed=i, resamples=1000)
+        for i in range(300)
+    ]
+    covered = np.mean([result.low <= ratio <= result.high for result in results])
+    assert covered >= 0.93
+    # It could do so by being useless: it is also narrow, for noise that drifts by ±20%.
+    widths = [(result.high - result.low) / result.ratio for result in results]
+    assert np.median(widths) < (0.2 if rounds == 15 else 0.12)
+
+
+def test_interval_covers_when_the_stop_rule_chose_the_rounds():
+    """Looking after every round and stopping when it is narrow must not spoil the interval."""
+    covered = 0
+    for seed in range(100):
+        rounds = measure(Machine(seed, noise=0.04), StopRule(), seed, Torch=1.0, OpenVINO=1.0)
+        result = benchmark.speedup(*rounds.samples.values(), seed=seed, resamples=1000)
+        covered += result.low <= 1 <= result.high
+    assert covered >= 90
+
+
+def test_same_against_same_is_never_faster():
+    generator = np.random.default_rng(3)
+    verdicts = [
+        benchmark.speedup(*paired_noise(generator, 50), seed=i, resamples=500).verdict
+        for i in range(200)
+    ]
+    assert sum(verdict in ("faster", "slower") for verdict in verdicts) <= 5
+
+
+def test_resampling_keeps_rounds_together():
+    """Whatever the machine does to a round, a run that takes half of it is 2x faster, exactly."""
+    baseline = np.random.default_rng(0).lognormal(0, 1, size=31)
+    assert benchmark.speedup(baseline, baseline / 2, seed=0) == Speedup(2.0, 2.0, 2.0, "faster")
+
+
+def test_interval_agrees_with_scipy():
+    baseline, run = paired_noise(np.random.default_rng(1), 41)
+    result = benchmark.speedup(baseline, run, seed=0, resamples=9999)
+    expected = stats.bootstrap(
+        (baseline, run),
+        lambda a, b, axis: np.median(a, axis=axis) / np.median(b, axis=axis),
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        random_state=np.random.default_rng(5),
+    ).confidence_interval
+    assert result.low == pytest.approx(expected.low, rel=0.005)
+    assert result.high == pytest.approx(expected.high, rel=0.005)
+
+
+def test_speedup_follows_the_seed():
+    samples = paired_noise(np.random.default_rng(1), 40)
+    assert benchmark.speedup(*samples, seed=3) == benchmark.speedup(*samples, seed=3)
+    assert benchmark.speedup(*samples, seed=3) != benchmark.speedup(*samples, seed=4)
+
+
+def test_speedup_of_a_run_that_failed_uses_the_rounds_it_has():
+    baseline = [1.0] * 10 + [9.0] * 30
+    assert benchmark.speedup(baseline, [0.5] * 10, seed=0) == Speedup(2.0, 2.0, 2.0, "faster")
+
+
+@pytest.mark.parametrize("rounds", range(1, benchmark.LEAST_ROUNDS))
+def test_few_rounds_have_no_interval(rounds):
+    result = benchmark.speedup([2.0] * rounds, [1.0] * rounds, seed=0)
+    assert result == Speedup(2.0, None, None, "inconclusive")
+    assert benchmark.resolution(result) is None
+
+
+def test_no_rounds_have_no_speedup():
+    with pytest.raises(ValueError, match="no round"):
+        benchmark.speedup([1.0, 1.0], [], seed=0)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (1.04, 1.10, "faster"),
+        (1.02, 1.10, "inconclusive"),
+        (0.98, 1.02, "same"),
+        (1.01, 1.02, "same"),
+        (0.97, 1.03, "same"),
+        (0.96, 1.01, "inconclusive"),
+        (0.90, 1.10, "inconclusive"),
+        (0.90, 0.96, "slower"),
+    ],
+)
+def test_verdict(low, high, verdict):
+    assert benchmark.verdict(low, high) == verdict
+
+
+def test_resolution_is_the_far_end_of_the_interval():
+    assert benchmark.resolution(Speedup(1.0, 0.96, 1.02, "inconclusive")) == pytest.approx(0.04)
+    assert benchmark.resolution(Speedup(1.03, 1.01, 1.05, "inconclusive")) == pytest.approx(0.05)
+
+
+# The table
+
+
+def statistics(milliseconds, images=1):
+    return benchmark.summarize([value / 1000 for value in milliseconds], images)
+
+
+def example_rows():
+    slow = statistics([468.2, 470.1, 475.3, 469.0, 530.5])
+    fast = statistics([296.0, 297.3, 295.1, 299.9, 301.2])
+    rows = [
+        ("Torch", "fp32", slow, None, True, "-", ""),
+        (
+            "OpenVINO",
+            "fp32",
+            fast,
+            Speedup(1.582, 1.559, 1.605, "faster"),
+            False,
+            "100/100 match",
+            "",
+        ),
+        (
+            "TorchScript",
+            "fp32",
+            slow,
+            Speedup(1.011, 0.991, 1.02, "same"),
+            False,
+            "99/100 match",
+            "",
+        ),
+        (
+            "Inductor",
+            "fp32",
+            fast,
+            Speedup(1.5, 1.4, 1.6, "faster"),
+            False,
+            "MISMATCH 3/100",
+            "at max: of 100 detections 97 are lost, and 0 are spurious",
+        ),
+        ("TorchBlade", "fp32", None, None, False, "-", "the worker was killed\n  by signal 9"),
+    ]
+    return [Row("testRetinaNet", "traced", *row) for row in rows]
+
+
+def test_table():
+    text = benchmark.table(example_rows(), notes=["5 rounds, as asked for"])
+    assert text.splitlines() == [
+        "| Model(traced) | Backend     | precision | Median(FPS) | Mean(FPS) | Median(ms) |"
+        " Mean(ms) |      99th_p | std_dev | Speedup          | Detections         |",
+        "| ------------- | ----------- | --------- | ----------: | --------: | ---------: |"
+        " -------: | ----------: | ------: | ---------------- | ------------------ |",
+        "| RetinaNet     | Torch       | fp32      |       2.127 |     2.077 |      470.1 |"
+        "    482.6 | 530.5 (max) |    24.1 | 1.00x            | -                  |",
+        "| RetinaNet     | OpenVINO    | fp32      |       3.364 |     3.357 |      297.3 |"
+        "    297.9 | 301.2 (max) |    2.31 | 1.58x ±0.03      | 100/100 match      |",
+        "| RetinaNet     | TorchScript | fp32      |       2.127 |     2.077 |      470.1 |"
+        "    482.6 | 530.5 (max) |    24.1 | 1.01x ±0.02 same | 99/100 match       |",
+        "| RetinaNet     | Inductor    | fp32      |       3.364 |     3.357 |      297.3 |"
+        "    297.9 | 301.2 (max) |    2.31 | 1.50x ±0.10      | MISMATCH 3/100 [1] |",
+        "| RetinaNet     | TorchBlade  | fp32      |           - |         - |          - |"
+        "        - |           - |       - | -                | failed [2]         |",
+        "",
+        "- [1] Inductor fp32: at max: of 100 detections 97 are lost, and 0 are spurious",
+        "- [2] TorchBlade fp32: the worker was killed by signal 9",
+        "- (max): the longest call, in place of a 99th percentile, which takes 299 calls to bound "
+        "with 95% confidence",
+        "- 5 rounds, as asked for",
+    ]
+
+
+def test_table_is_aligned():
+    lines = benchmark.table(example_rows()).split("\n\n")[0].splitlines()
+    bars = [[at for at, character in enumerate(line) if character == "|"] for line in lines]
+    assert all(at == bars[0] for at in bars)
+    assert len(bars[0]) == 12
+
+
+def test_table_with_a_percentile_has_no_legend():
+    times = np.linspace(10.0, 11.0, 299)
+    row = Row("testMaskRCNNFPN_b2", "traced", "Torch", "fp16", statistics(times, 2), baseline=True)
+    text = benchmark.table([row])
+    assert text.splitlines()[2:] == [
+        "| MaskRCNNFPN_b2 | Torch   | fp16      |       190.5 |     190.6 |      10.50 |"
+        "    10.50 |  10.99 |   0.290 | 1.00x   | -          |"
+    ]
+
+
+def test_table_of_a_scripted_model():
+    row = Row("testRetinaNet_scripted", "scripted", "Torch", "fp32", status="out of memory")
+    lines = benchmark.table([row]).splitlines()
+    assert lines[0].startswith("| Model(scripted)    | Backend |")
+    assert "| RetinaNet_scripted | Torch   |" in lines[2]
+    assert lines[2].endswith("| -       | failed [1] |")
+
+
+@pytest.mark.parametrize(
+    ("speedup", "text"),
+    [
+        (Speedup(1.58, 1.56, 1.61, "faster"), "1.58x ±0.03"),
+        (Speedup(1.58, 1.5501, 1.5802, "faster"), "1.58x ±0.03"),
+        (Speedup(1.5, 1.4989, 1.5, "faster"), "1.50x ±0.01"),
+        (Speedup(0.8, 0.78, 0.82, "slower"), "0.80x ±0.02 slower"),
+        (Speedup(1.0, 0.99, 1.0, "same"), "1.00x ±0.01 same"),
+        (Speedup(1.02, 0.95, 1.05, "inconclusive"), "1.02x ±0.07 inconclusive"),
+        (Speedup(2.0, None, None, "inconclusive"), "2.00x ±? inconclusive"),
+    ],
+)
+def test_speedup_in_words(speedup, text):
+    assert benchmark.describe_speedup(speedup) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (12345.6, "12346"),
+        (1234.56, "1235"),
+        (123.456, "123.5"),
+        (12.3456, "12.35"),
+        (1.23456, "1.235"),
+        (0.0123456, "0.01235"),
+        (0, "0"),
+    ],
+)
+def test_four_digits(value, text):
+    assert benchmark._digits(value) == text

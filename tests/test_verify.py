@@ -1,0 +1,551 @@
+"""The check of the detections, tried on engines that are broken on purpose."""
+
+import functools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import verify
+from verify import Detections
+
+HEIGHT, WIDTH = 480, 640
+FIELDS = ("pred_boxes", "pred_classes", "pred_masks", "scores", "image_size")
+PRECISIONS = tuple(verify.TOLERANCES)
+SEEDS = range(5)
+
+
+def iou(first, second):
+    return verify._box_iou(first[None], second[None])[0, 0]
+
+
+@functools.lru_cache(maxsize=None)
+def random_detections(seed, count=100, masks=True):
+    """What a detector lists: no two boxes of a class on one object, scores above the threshold."""
+    generator = np.random.default_rng(seed)
+    boxes, classes = [], []
+    while len(boxes) < count:
+        width, height = np.exp(generator.uniform(np.log(10), np.log(400), size=2))
+        x, y = generator.uniform(0, WIDTH - width), generator.uniform(0, HEIGHT - min(height, 470))
+        box = np.array([x, y, x + width, min(y + height, HEIGHT)])
+        label = generator.integers(80)
+        if all(label != other or iou(box, that) < 0.5 for that, other in zip(boxes, classes)):
+            boxes.append(box)
+            classes.append(label)
+    return Detections(
+        boxes=np.array(boxes).reshape(count, 4),
+        scores=np.sort(generator.uniform(0.06, 0.999, size=count))[::-1],
+        classes=np.array(classes, dtype=np.int64),
+        image_size=(HEIGHT, WIDTH),
+        masks=random_masks(generator, count) if masks else None,
+    )
+
+
+def random_masks(generator, count):
+    """Smooth blobs of probabilities, count x 1 x 28 x 28."""
+    axis = np.linspace(-1, 1, 28)
+    radius = np.hypot(*np.meshgrid(axis, axis))
+    radii = generator.uniform(0.4, 0.9, size=(count, 1, 1, 1))
+    return 1 / (1 + np.exp(8 * (radius - radii)))
+
+
+def take(detections, index):
+    masks = None if detections.masks is None else detections.masks[index]
+    return replace(
+        detections,
+        boxes=detections.boxes[index],
+        scores=detections.scores[index],
+        classes=detections.classes[index],
+        masks=masks,
+    )
+
+
+def flat(*images):
+    """The flat tuple of tensors that a model returns."""
+    return tuple(
+        torch.as_tensor(np.ascontiguousarray(value))
+        for image in images
+        for value in (
+            image.boxes.astype(np.float32),
+            image.classes,
+            image.masks.astype(np.float32),
+            image.scores.astype(np.float32),
+            np.array(image.image_size),
+        )
+    )
+
+
+def moved(detections, offset):
+    return replace(detections, boxes=detections.boxes + np.array(offset))
+
+
+def blind(detections):
+    return take(detections, slice(0, 0))
+
+
+def shifted(detections):
+    return moved(detections, [8, 0, 8, 0])
+
+
+def shifted_back(detections):
+    return moved(detections, [0, -8, 0, -8])
+
+
+def widened(detections):
+    return moved(detections, [-8, 0, 8, 0])
+
+
+def one_class_off(detections):
+    return replace(detections, classes=(detections.classes + 1) % 80)
+
+
+def without_suppression(detections):
+    """Three jittered duplicates of every box, with scores a little lower."""
+    generator = np.random.default_rng(0)
+    everything = take(detections, np.repeat(np.arange(len(detections.scores)), 4))
+    copies = np.arange(len(everything.scores)) % 4
+    jitter = generator.normal(0, 2, size=everything.boxes.shape) * (copies > 0)[:, None]
+    return replace(
+        everything,
+        boxes=everything.boxes + jitter,
+        scores=everything.scores * (1 - 0.01 * copies),
+    )
+
+
+def without_suppression_top_100(detections):
+    """The same, cut to the limit: duplicates have pushed out all that had lower scores."""
+    everything = without_suppression(detections)
+    return take(everything, np.argsort(-everything.scores, kind="stable")[:100])
+
+
+def of_another_image_size(detections):
+    """The boxes of the padded image, 672 x 512, left unscaled."""
+    return replace(detections, boxes=detections.boxes * np.array([1.05, 1.0667, 1.05, 1.0667]))
+
+
+def masks_inverted(detections):
+    return replace(detections, masks=1 - detections.masks)
+
+
+def scores_halved(detections):
+    return replace(detections, scores=detections.scores / 2)
+
+
+def every_fifth_lost(detections):
+    return take(detections, np.arange(len(detections.scores)) % 5 > 0)
+
+
+def only_the_best(detections):
+    return take(detections, slice(0, 3))
+
+
+def coordinates_swapped(detections):
+    return replace(detections, boxes=detections.boxes[:, [1, 0, 3, 2]])
+
+
+BROKEN = (
+    blind,
+    shifted,
+    shifted_back,
+    widened,
+    one_class_off,
+    without_suppression,
+    without_suppression_top_100,
+    of_another_image_size,
+    masks_inverted,
+    scores_halved,
+    every_fifth_lost,
+    only_the_best,
+    coordinates_swapped,
+)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("count", [5, 30, 100])
+@pytest.mark.parametrize("breakage", BROKEN, ids=lambda function: function.__name__)
+def test_broken_engine_is_a_mismatch(breakage, count, precision):
+    for seed in SEEDS:
+        reference = random_detections(seed, count)
+        agreement = verify.compare([reference], [breakage(reference)], precision)
+        assert agreement.verdict == "mismatch", agreement
+        assert agreement.text.startswith("MISMATCH")
+        assert agreement.reason
+
+
+def rounded(detections, seed, relative, score_noise):
+    """Box coordinates off by a share of the box's sides, logits by a share of themselves."""
+    generator = np.random.default_rng([seed, 1])
+    sides = np.tile(detections.boxes[:, 2:] - detections.boxes[:, :2], 2)
+    logits = np.log(detections.scores / (1 - detections.scores))
+    logits = logits * (1 + score_noise * generator.normal(size=logits.shape))
+    return replace(
+        detections,
+        boxes=detections.boxes + relative * sides * generator.normal(size=sides.shape),
+        scores=1 / (1 + np.exp(-logits)),
+        masks=np.clip(detections.masks + relative * generator.normal(size=(28, 28)), 0, 1),
+    )
+
+
+HEALTHY = {"fp32": (1e-5, 1e-5), "fp16": (2e-3, 5e-3), "bf16": (1e-2, 2e-2), "int8": (2e-2, 5e-2)}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("count", [1, 2, 5, 30, 100])
+def test_rounding_is_a_match(count, precision):
+    for seed in range(20):
+        reference = random_detections(seed, count)
+        candidate = rounded(reference, seed, *HEALTHY[precision])
+        permutation = np.random.default_rng(seed).permutation(count)
+        agreement = verify.compare([reference], [take(candidate, permutation)], precision)
+        assert agreement.verdict == "match", agreement
+        assert agreement.matched >= 0.97 * count
+        assert agreement.box_drift > 0
+        assert agreement.score_drift > 0
+
+
+def test_bfloat16_coordinates_are_a_match():
+    """An engine that hands out boxes in bf16, whose steps are 4 pixels wide from 512 on."""
+    for seed in SEEDS:
+        reference = random_detections(seed)
+        large = take(reference, (reference.boxes[:, 2:] - reference.boxes[:, :2]).min(1) > 40)
+        boxes = torch.as_tensor(large.boxes).bfloat16()
+        candidate = replace(large, boxes=boxes.double().numpy())
+        agreement = verify.compare([large], [candidate], "bf16")
+        assert agreement.verdict == "match", agreement
+        assert agreement.box_drift <= 2
+
+
+def test_equal_sets_match_exactly():
+    reference = random_detections(0)
+    agreement = verify.compare([reference], [reference], "fp32")
+    assert agreement == verify.Agreement(
+        "match", "", 100, 100, 0, 0, 0, 0.0, 0.0, 0.0, (0.0, 0.0, 0.0, 0.0)
+    )
+    assert agreement.text == "100/100 match"
+
+
+def test_counts_drifts_and_reason_of_a_mismatch():
+    reference = random_detections(3, 50)
+    boxes, scores = reference.boxes.copy(), reference.scores.copy()
+    boxes[0, 0] += 0.01
+    scores[1] -= 0.2
+    candidate = take(replace(reference, boxes=boxes, scores=scores), slice(0, 45))
+    agreement = verify.compare([reference], [candidate], "fp32", score_threshold=0.01)
+    assert agreement.verdict == "mismatch"
+    assert (agreement.expected, agreement.matched) == (50, 44)
+    assert (agreement.lost, agreement.spurious, agreement.exempt) == (6, 1, 0)
+    assert agreement.box_drift == pytest.approx(0.01)
+    assert agreement.score_drift == pytest.approx(0.2)
+    assert agreement.mask_drift == 0
+    assert agreement.text == "MISMATCH 44/50"
+    assert agreement.reason == (
+        "of 50 detections 6 are lost, and 1 are spurious (found, but 1 with another score)"
+    )
+
+
+def test_shift_is_told_with_its_direction():
+    reference = random_detections(1)
+    reference = take(reference, (reference.boxes[:, 2:] - reference.boxes[:, :2]).min(1) > 80)
+    agreement = verify.compare([reference], [shifted(reference)], "bf16")
+    assert agreement.matched == agreement.expected > 10
+    assert agreement.reason == "boxes are off by (+8.0, +0.0, +8.0, +0.0) pixels in the median"
+    assert agreement.bias == pytest.approx((8, 0, 8, 0))
+
+
+def test_low_scores_halved_are_a_mismatch():
+    """Every score differs by less than the tolerance for a pair, but all in one direction."""
+    reference = random_detections(2)
+    reference = replace(reference, scores=np.linspace(0.18, 0.12, 100))
+    agreement = verify.compare([reference], [scores_halved(reference)], "bf16")
+    assert agreement.matched == 100
+    assert agreement.verdict == "mismatch"
+    assert agreement.reason == "scores are off by -0.075 in the median"
+
+
+def test_nothing_found_where_nothing_is():
+    nothing = random_detections(0, 0)
+    agreement = verify.compare([nothing], [nothing], "fp32")
+    assert (agreement.verdict, agreement.text) == ("match", "0/0 match")
+    assert agreement.box_drift is None
+    assert agreement.bias is None
+
+
+def test_something_found_where_nothing_is():
+    agreement = verify.compare([random_detections(0, 0)], [random_detections(0, 5)], "int8")
+    assert (agreement.verdict, agreement.text) == ("mismatch", "MISMATCH 0/0 +5")
+
+
+# Near the cut
+
+
+def with_scores(detections, scores):
+    return replace(detections, scores=np.array(scores, dtype=float))
+
+
+@pytest.mark.parametrize("absent_side", ["reference", "candidate"])
+def test_detection_at_the_threshold_may_be_absent(absent_side):
+    both = with_scores(random_detections(0, 5), [0.9, 0.8, 0.7, 0.6, 0.0504])
+    fewer = take(both, slice(0, 4))
+    sides = [fewer, both] if absent_side == "reference" else [both, fewer]
+    agreement = verify.compare([sides[0]], [sides[1]], "fp32")
+    assert agreement.verdict == "match"
+    assert (agreement.lost, agreement.spurious, agreement.exempt) == (0, 0, 1)
+    assert agreement.reason == "left out of account, being so close to the score cut: 1"
+
+
+@pytest.mark.parametrize("absent_side", ["reference", "candidate"])
+def test_detection_above_the_threshold_may_not(absent_side):
+    both = with_scores(random_detections(0, 5), [0.9, 0.8, 0.7, 0.6, 0.06])
+    fewer = take(both, slice(0, 4))
+    sides = [fewer, both] if absent_side == "reference" else [both, fewer]
+    agreement = verify.compare([sides[0]], [sides[1]], "fp32")
+    assert agreement.verdict == "mismatch"
+    assert agreement.exempt == 0
+
+
+def test_last_of_the_top_100_may_be_another_one():
+    several = with_scores(random_detections(0, 101), np.linspace(0.9, 0.4, 101))
+    scores = several.scores.copy()
+    scores[100] = scores[99] - 0.0004
+    several = replace(several, scores=scores)
+    reference, candidate = take(several, np.arange(100)), take(several, np.r_[0:99, 100])
+    agreement = verify.compare([reference], [candidate], "fp32")
+    assert agreement.verdict == "match"
+    assert (agreement.matched, agreement.exempt) == (99, 2)
+    # With room for more, the one that is missing has no excuse, nor has the one too many.
+    agreement = verify.compare([reference], [candidate], "fp32", limit=200)
+    assert (agreement.lost, agreement.spurious) == (1, 1)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("count", [1, 2, 5, 100])
+def test_blind_engine_is_not_excused_by_low_scores(count, precision):
+    reference = with_scores(random_detections(0, count), np.full(count, 0.0501))
+    agreement = verify.compare([reference], [blind(reference)], precision)
+    assert agreement.verdict == "mismatch"
+    assert agreement.lost == count
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_flood_of_low_scores_is_not_excused(precision):
+    reference = with_scores(random_detections(0, 5), [0.9, 0.8, 0.7, 0.6, 0.5])
+    noise = with_scores(random_detections(1, 60), np.full(60, 0.0501))
+    joined = replace(
+        reference,
+        boxes=np.concatenate([reference.boxes, noise.boxes]),
+        scores=np.concatenate([reference.scores, noise.scores]),
+        classes=np.concatenate([reference.classes, noise.classes]),
+        masks=np.concatenate([reference.masks, noise.masks]),
+    )
+    agreement = verify.compare([reference], [joined], precision)
+    assert agreement.verdict == "mismatch"
+    assert agreement.text == f"MISMATCH 5/5 +{agreement.spurious}"
+    assert agreement.spurious >= 55
+
+
+# Pairing
+
+
+def test_equal_scores_in_another_order():
+    reference = with_scores(random_detections(4, 10), np.full(10, 0.5))
+    agreement = verify.compare([reference], [take(reference, np.arange(10)[::-1])], "fp32")
+    assert agreement.text == "10/10 match"
+
+
+def test_of_two_boxes_on_one_object_the_one_with_the_score_is_taken():
+    reference = with_scores(random_detections(0, 1), [0.9])
+    twice = take(reference, [0, 0])
+    boxes = twice.boxes + np.array([[0, 0, 0, 0], [0.01, 0, 0, 0]])
+    agreement = verify.compare(
+        [reference], [replace(twice, boxes=boxes, scores=np.array([0.3, 0.9]))], "fp32"
+    )
+    assert (agreement.matched, agreement.spurious) == (1, 1)
+
+
+def test_box_of_no_width_matches_itself():
+    reference = random_detections(0, 3, masks=False)
+    boxes = reference.boxes.copy()
+    boxes[1] = [640, 100, 640, 180]
+    reference = replace(reference, boxes=boxes)
+    moved_a_little = replace(reference, boxes=boxes + 1e-3)
+    assert verify.compare([reference], [moved_a_little], "fp32").text == "3/3 match"
+
+
+def test_pasted_masks_are_compared_in_the_image():
+    reference = random_detections(0, 4)
+    masks = np.zeros((4, HEIGHT, WIDTH), dtype=bool)
+    for mask, (x1, y1, x2, y2) in zip(masks, reference.boxes.astype(int)):
+        mask[y1:y2, x1:x2] = True
+    reference = replace(reference, masks=masks)
+    assert verify.compare([reference], [reference], "fp32").text == "4/4 match"
+    elsewhere = replace(reference, masks=np.roll(masks, 200, axis=2))
+    agreement = verify.compare([reference], [elsewhere], "bf16")
+    assert agreement.verdict == "mismatch"
+    assert "with another mask" in agreement.reason
+    assert agreement.mask_drift > 0.25
+
+
+# Several images, several sizes
+
+
+def test_images_are_added_up():
+    first, second = random_detections(0, 100), random_detections(1, 30)
+    agreement = verify.compare([first, second], [first, second], "fp32")
+    assert agreement.text == "130/130 match"
+
+
+def test_one_blind_image_among_many_detections_is_a_mismatch():
+    first, second = random_detections(0, 100), random_detections(1, 1)
+    agreement = verify.compare([first, second], [first, blind(second)], "int8")
+    assert agreement.text == "MISMATCH 100/101"
+    assert agreement.reason == "image 2: of 1 detections 1 are lost, and 0 are spurious"
+
+
+def test_images_in_another_order_are_a_mismatch():
+    images = [random_detections(0), random_detections(1)]
+    assert verify.compare(images, images[::-1], "int8").verdict == "mismatch"
+
+
+def test_worst_size_is_named():
+    reference = random_detections(0)
+    match = verify.compare([reference], [reference], "bf16")
+    few = verify.compare([reference], [only_the_best(reference)], "bf16")
+    none = verify.compare([reference], [blind(reference)], "bf16")
+    assert verify.worst({"min": match, "opt": match, "max": match}) == match
+    agreement = verify.worst({"min": none, "opt": match, "max": few})
+    assert agreement.text == "MISMATCH 0/100"
+    assert agreement.reason.startswith("at min: of 100 detections 100 are lost")
+    error = verify.Agreement("error", "the output is malformed")
+    agreement = verify.worst({"opt": none, "max": error})
+    assert (agreement.text, agreement.reason) == ("ERROR", "at max: the output is malformed")
+
+
+# Flat tuples
+
+
+def test_split_takes_the_images_apart():
+    images = [random_detections(0, 7), random_detections(1, 0)]
+    found = verify.split(flat(*images), FIELDS)
+    assert len(found) == 2
+    assert found[0].image_size == (HEIGHT, WIDTH)
+    np.testing.assert_allclose(found[0].boxes, images[0].boxes, rtol=1e-6)
+    np.testing.assert_allclose(found[0].scores, images[0].scores, rtol=1e-6)
+    np.testing.assert_array_equal(found[0].classes, images[0].classes)
+    assert found[0].masks.shape == (7, 1, 28, 28)
+    assert found[1].boxes.shape == (0, 4)
+
+
+def test_split_takes_arrays_and_other_types():
+    image = random_detections(0, 7, masks=False)
+    outputs = (
+        torch.as_tensor(image.boxes).bfloat16(),
+        image.classes.astype(np.float32),
+        torch.as_tensor(image.scores.copy()).half(),
+        np.array([HEIGHT, WIDTH]),
+    )
+    fields = ("pred_boxes", "pred_classes", "scores", "image_size")
+    (found,) = verify.split(outputs, fields)
+    np.testing.assert_array_equal(found.classes, image.classes)
+    np.testing.assert_allclose(found.scores, image.scores, atol=1e-3)
+    assert found.masks is None
+
+
+def changed(position, value):
+    outputs = list(flat(random_detections(0, 7)))
+    outputs[position] = value(outputs[position])
+    return tuple(outputs)
+
+
+def with_one(value):
+    def change(tensor):
+        tensor = tensor.clone()
+        tensor.view(-1)[3] = value
+        return tensor
+
+    return change
+
+
+MALFORMED = {
+    "nan box": (changed(0, with_one(float("nan"))), "pred_boxes holds NaN or infinity"),
+    "infinite box": (changed(0, with_one(float("inf"))), "pred_boxes holds NaN or infinity"),
+    "nan score": (changed(3, with_one(float("nan"))), "scores holds NaN or infinity"),
+    "nan mask": (changed(2, with_one(float("nan"))), "pred_masks holds NaN or infinity"),
+    "boxes flat": (changed(0, torch.flatten), "pred_boxes is 28 where 7 x 4 was expected"),
+    "boxes of five": (
+        changed(0, lambda boxes: torch.cat([boxes, boxes[:, :1]], 1)),
+        "pred_boxes is 7 x 5 where 7 x 4 was expected",
+    ),
+    "a score short": (
+        changed(3, lambda scores: scores[:-1]),
+        "pred_boxes is 7 x 4 where 6 x 4 was expected",
+    ),
+    "a class short": (
+        changed(1, lambda classes: classes[:-1]),
+        "pred_classes is 6 where 7 was expected",
+    ),
+    "a mask short": (
+        changed(2, lambda masks: masks[:-1]),
+        "pred_masks is 6 x 1 x 28 x 28 where 7 masks was expected",
+    ),
+    "no scores": (changed(3, torch.sum), "scores is a single number where one dimension was"),
+    "one-hot classes": (
+        changed(1, lambda classes: torch.nn.functional.one_hot(classes, 80)),
+        "pred_classes is 7 x 80 where 7 was expected",
+    ),
+    "half a class": (changed(1, lambda classes: classes + 0.5), "pred_classes holds fractions"),
+    "size of one": (changed(4, lambda size: size[:1]), "image_size is 1 where 2 was expected"),
+    "none": (changed(0, lambda boxes: None), "a NoneType where a tensor should be"),
+    "ragged": (changed(0, lambda boxes: [[1, 2], [3]]), "a list where a tensor should be"),
+    "a tensor too few": (changed(0, torch.clone)[:4], "4 tensors, where an image has 5"),
+    "nothing": ((), "0 tensors, where an image has 5"),
+    "a dict": ({"scores": torch.ones(3)}, "a dict instead of a tuple of tensors"),
+    "a tensor": (torch.ones(5), "a Tensor instead of a tuple of tensors"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_output_is_an_error(name):
+    outputs, why = MALFORMED[name]
+    reference = flat(random_detections(0, 7))
+    agreement = verify.verify(reference, outputs, FIELDS, "fp32")
+    assert (agreement.verdict, agreement.text) == ("error", "ERROR")
+    assert agreement.reason.startswith(f"the output is malformed: {why}")
+    agreement = verify.verify(outputs, reference, FIELDS, "fp32")
+    assert agreement.reason.startswith(f"the reference is malformed: {why}")
+
+
+def test_malformed_second_image_is_an_error():
+    images = flat(random_detections(0, 7), random_detections(1, 7))
+    broken = images[:8] + (torch.full((7,), float("nan")),) + images[9:]
+    assert verify.verify(images, broken, FIELDS, "bf16").verdict == "error"
+
+
+def test_an_image_short_is_an_error():
+    images = flat(random_detections(0, 7), random_detections(1, 7))
+    agreement = verify.verify(images, images[:5], FIELDS, "bf16")
+    assert agreement.verdict == "error"
+    assert agreement.reason == "the detections of 1 images instead of 2"
+
+
+def test_masks_of_another_size_are_an_error():
+    images = flat(random_detections(0, 7))
+    small = images[:2] + (images[2][:, :, ::2, ::2],) + images[3:]
+    agreement = verify.verify(images, small, FIELDS, "bf16")
+    assert agreement.verdict == "error"
+    assert agreement.reason == "masks are 1 x 14 x 14 instead of 1 x 28 x 28"
+
+
+def test_another_image_size_is_a_mismatch():
+    """An engine that carries the size it was traced at."""
+    reference = random_detections(0, 7)
+    stuck = replace(reference, image_size=(800, 1333))
+    agreement = verify.verify(flat(reference), flat(stuck), FIELDS, "bf16")
+    assert agreement.text == "MISMATCH 0/7"
+    assert agreement.reason == "the detections are for an image of 800x1333 instead of 480x640"
+
+
+def test_tensor_tuple_that_agrees():
+    reference = flat(random_detections(0, 100), random_detections(1, 100))
+    agreement = verify.verify(reference, reference, FIELDS, "fp32")
+    assert agreement.text == "200/200 match"

@@ -1,0 +1,329 @@
+"""One process per run: prepare it, make one timed call when asked, hand over its detections.
+
+The parent keeps a `Worker` for each process and talks to it in turns. Whatever happens to the
+process (a crash in an engine, a hang, the system killing it for its memory) becomes a
+`benchmark.RunFailed` in the parent, and costs that run only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+from benchmark import RunFailed, WarmUp, warm_up
+from errors import InputError, Unsupported
+
+PREPARE_LIMIT_S = 1800.0
+# A call of the slowest test model takes some ten seconds on two cores; at `max` ten times that.
+CALL_LIMIT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker prepares.
+
+    Attributes:
+        model: name of the test model.
+        backend, precision, device: as on the command line.
+        source: `bundled` or `detectron2`.
+        prepared: file with the weights and tuning inputs, written by `prepare_model`.
+        threads: CPU threads that it may use.
+    """
+
+    model: str
+    backend: str
+    precision: str
+    device: str
+    source: str
+    prepared: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """What the worker that prepares a model needs: see `models`."""
+
+    model: str
+    source: str
+    weights: str
+    image: Optional[str]
+    image_size: Optional[Tuple[int, int]]
+    detections: int
+    seed: int
+    threads: int
+    prepared: str
+
+
+# In the worker's process ----------------------------------------------------------------------
+
+
+def prepare_model(request: ModelRequest) -> Dict[str, Any]:
+    """Makes weights and inputs, keeps them for the workers, and computes the reference.
+
+    Returns:
+        `reference`: for `min`, `opt`, `max` the flat tuple of eager fp32 as arrays;
+        `sizes`: their image sizes; `note`: where the weights come from.
+    """
+    import torch
+
+    import models
+    from catalog import MODELS
+
+    model = MODELS[request.model]
+    image = models.read_image(request.image and Path(request.image), request.image_size)
+    inputs = models.tuning_inputs(image, model.images_per_call, request.seed)
+    weights = models.find_weights(model, request.weights, inputs, request.detections, request.seed)
+    torch.save({"state": weights.state, "name": weights.name, "inputs": inputs}, request.prepared)
+    export = models.build(model, weights.state, weights.name, inputs, request.source)
+    with torch.no_grad():
+        reference = {name: _arrays(export.eager(*images)) for name, images in inputs.items()}
+    return {
+        "reference": reference,
+        "sizes": models.describe_sizes(inputs),
+        "fields": export.fields,
+        "note": weights.note,
+    }
+
+
+class Run:
+    """A prepared run: an optimized export that can be called, timed and asked for detections."""
+
+    def __init__(self, job: Job) -> None:
+        import torch
+
+        import models
+        from backends import base
+        from catalog import MODELS
+
+        start = time.perf_counter()
+        kept = torch.load(job.prepared, **({"weights_only": True} if _has_weights_only() else {}))
+        device = torch.device(job.device)
+        inputs = {
+            name: tuple(image.to(device) for image in images)
+            for name, images in kept["inputs"].items()
+        }
+        self.device = job.device
+        self.export = models.build(
+            MODELS[job.model], kept["state"], kept["name"], inputs, job.source
+        )
+        self.export.eager.to(device)
+        built = time.perf_counter()
+        backend = base.load(job.backend)
+        self.optimized = backend.optimize(self.export, job.precision, job.device)
+        self.synchronize()
+        self.seconds = {
+            "build": built - start,
+            **self.optimized.seconds,
+            "total": time.perf_counter() - start,
+        }
+        self.versions = backend.versions()
+
+    def describe(self) -> Dict[str, Any]:
+        """What is known of it, in the words of the result file."""
+        return {
+            "effective_precision": self.optimized.precision,
+            "provider": self.optimized.provider,
+            "threads": self.optimized.threads,
+            "coverage": self.optimized.coverage,
+            "prepare": self.seconds,
+            "versions": self.versions,
+            "artifacts": self.optimized.artifacts,
+        }
+
+    def synchronize(self) -> None:
+        """Waits for the device, so that the clock does not stop before the work does."""
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+
+    def timed_call(self) -> float:
+        """Seconds of one call, images in, detections out."""
+        images = self.export.inputs
+        self.synchronize()
+        start = time.perf_counter()
+        self.optimized.call(*images)
+        self.synchronize()
+        return time.perf_counter() - start
+
+    def detect(self, size: str) -> List[Any]:
+        """The flat tuple for `min`, `opt` or `max`, as arrays."""
+        return _arrays(self.optimized.call(*self.export.tuning_inputs[size]))
+
+    def peak_memory(self) -> Dict[str, float]:
+        """Largest memory so far in MiB: resident, and allocated on the device."""
+        import resource
+
+        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory = {"peak_memory_mb": kib / 1024}
+        if self.device == "cuda":
+            import torch
+
+            memory["peak_device_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+        return memory
+
+
+def _arrays(outputs: Any) -> List[Any]:
+    """Tensors as NumPy arrays; NumPy has no bfloat16, and float32 holds all of its values."""
+    import torch
+
+    if not isinstance(outputs, (tuple, list)):
+        return [outputs]
+    tensors = [x.float() if x.dtype == torch.bfloat16 else x for x in outputs]
+    return [x.detach().cpu().numpy() for x in tensors]
+
+
+def _has_weights_only() -> bool:
+    import inspect
+
+    import torch
+
+    return "weights_only" in inspect.signature(torch.load).parameters
+
+
+def _main(connection: Any, log: str, threads: int) -> None:
+    """Answers the parent's requests until it says stop or is gone."""
+    _isolate(log)
+    run: Optional[Run] = None
+    try:
+        while True:
+            name, argument = connection.recv()
+            if name == "stop":
+                return
+            try:
+                if name == "prepare_model":
+                    _use_threads(threads)
+                    answer: Any = prepare_model(argument)
+                elif name == "prepare":
+                    _use_threads(threads)
+                    run = Run(argument)
+                    answer = run.describe()
+                elif name == "warm_up":
+                    answer = warm_up(run.timed_call, argument)
+                else:
+                    answer = getattr(run, name)(*argument)
+                connection.send(("ok", answer))
+            except (InputError, Unsupported) as error:
+                connection.send((type(error).__name__, str(error)))
+            except Exception as error:
+                traceback.print_exc()
+                connection.send(("failed", _sentence(error)))
+    except (EOFError, BrokenPipeError):
+        return  # The parent is gone.
+
+
+def _isolate(log: str) -> None:
+    """Keeps the process out of the parent's terminal and from outliving it."""
+    # Engines write to the file descriptors, past sys.stdout.
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    if sys.platform == "linux":
+        import ctypes
+
+        set_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+
+
+def _use_threads(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _sentence(error: BaseException) -> str:
+    """The first line of an error, with its kind where the line alone would not say enough."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    kind = type(error).__name__
+    return f"{kind}: {lines[0]}" if lines else kind
+
+
+# In the parent's process -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C is for the parent: a process that is started with SIGINT blocked never sees it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class Worker:
+    """A process for one run.
+
+    Args:
+        log: file that takes what the process prints.
+        threads: CPU threads that it may use.
+    """
+
+    def __init__(self, log: Path, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self.log = log
+        self.process = context.Process(target=_main, args=(theirs, str(log), threads), daemon=True)
+        with _interrupts_held():
+            self.process.start()
+        theirs.close()
+
+    def ask(self, name: str, argument: Any = (), limit_s: float = CALL_LIMIT_S) -> Any:
+        """Sends a request and waits for its answer.
+
+        Raises:
+            benchmark.RunFailed: the process failed, died, or took longer than `limit_s`.
+            errors.InputError, errors.Unsupported: as raised there.
+        """
+        try:
+            self._connection.send((name, argument))
+            if not self._connection.poll(limit_s):
+                self.kill()
+                raise RunFailed(f"no answer within {limit_s:g} s")
+            kind, answer = self._connection.recv()
+        except (EOFError, OSError):
+            raise RunFailed(self._cause_of_death()) from None
+        if kind == "ok":
+            return answer
+        raise {"InputError": InputError, "Unsupported": Unsupported}.get(kind, RunFailed)(answer)
+
+    def _cause_of_death(self) -> str:
+        self.process.join(5)
+        code = self.process.exitcode
+        if code is None or code >= 0:
+            return f"the process ended with exit code {code}"
+        name = signal.Signals(-code).name
+        hint = ", perhaps by the system for want of memory" if name == "SIGKILL" else ""
+        return f"the process was killed by {name}{hint}"
+
+    def stop(self) -> None:
+        """Ends the process, politely where it listens."""
+        with contextlib.suppress(OSError):
+            self._connection.send(("stop", None))
+        self.process.join(2)
+        self.kill()
+
+    def kill(self) -> None:
+        """Ends the process at once."""
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join(5)
+        self._connection.close()
+
+
+def prepare(worker: Worker, job: Job) -> Dict[str, Any]:
+    """Prepares a run; returns `Run.describe()`."""
+    return worker.ask("prepare", job, PREPARE_LIMIT_S)
+
+
+def warm(worker: Worker, rule: WarmUp) -> List[float]:
+    """Warms a run up; returns the seconds of the calls."""
+    return worker.ask("warm_up", rule, PREPARE_LIMIT_S)
