@@ -31,15 +31,15 @@ def listing(device: str) -> str:
     for backend in base.load_all():
         reason = _unavailable(backend, device)
         precisions = ", ".join(backend.precisions.get(device, ()))
-        lines.append(f"  {backend.name:24}{reason or precisions}")
+        lines.append(f"  {backend.name:24}{f'unavailable: {reason}' if reason else precisions}")
     return "\n".join(lines)
 
 
 def _unavailable(backend: base.Backend, device: str) -> Optional[str]:
-    if device not in backend.devices:
-        return f"unavailable: it does not run on {device}"
     reason = backend.unavailable(device)
-    return reason and f"unavailable: {reason}"
+    if reason is None and device not in backend.devices:
+        reason = f"{backend.label} does not run on {device}"
+    return reason
 
 
 def resolve_device(asked: Optional[str]) -> str:
@@ -61,13 +61,13 @@ def _backends(asked: Optional[List[str]], device: str, notes: List[str]) -> Tupl
             if reason is None and backend.default:
                 chosen.append(backend)
             elif reason is not None and device in backend.devices:
-                notes.append(f"{backend.label} left out: {reason[len('unavailable: ') :]}")
+                notes.append(f"{backend.label} left out: {reason}")
         return tuple(chosen)
     chosen = {name: base.load(name) for name in asked}
     for name, backend in chosen.items():
         reason = _unavailable(backend, device)
         if reason is not None:
-            raise InputError(f"backend '{name}' is {reason}")
+            raise InputError(f"backend '{name}' is unavailable: {reason}")
     ranked = {backend.rank: backend for backend in (*chosen.values(), base.load("torch"))}
     return tuple(ranked[rank] for rank in sorted(ranked))
 

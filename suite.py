@@ -279,6 +279,7 @@ def _check(run: Run, model: Prepared, progress: Progress) -> None:
         return
     try:
         run.record.update(run.worker.ask("peak_memory"))
+        run.record["effective_precision"] = run.worker.ask("precision")
         if run.record["baseline"] and run.record["requested_precision"] == "fp32":
             return  # It is the reference.
         progress.say(f"{model.name} {run.record['requested_precision']}: checking {run.key}")

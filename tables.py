@@ -33,18 +33,20 @@ def _row(group: Group, run: Dict[str, Any]) -> Row:
         statistics=statistics and Statistics(**statistics),
         speedup=speedup and Speedup(**speedup),
         baseline=run["baseline"],
-        detections=_detections(run["detections"]) if run["detections"] else "-",
+        detections=_detections(run),
         status=run["reason"] or "",
     )
 
 
-def _detections(agreements: Dict[str, Dict[str, Any]]) -> str:
+def _detections(run: Dict[str, Any]) -> str:
     """The worst of the sizes, in the table's words."""
-    kept = {
+    if run["detections"] is None:
+        return "-" if run["status"] == "ok" else run["status"]
+    agreements = {
         size: Agreement(**{name: value for name, value in agreement.items() if name != "text"})
-        for size, agreement in agreements.items()
+        for size, agreement in run["detections"].items()
     }
-    return worst(kept).text
+    return worst(agreements).text
 
 
 def _precision(run: Dict[str, Any]) -> str:

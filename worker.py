@@ -158,6 +158,11 @@ class Run:
         """The flat tuple for `min`, `opt` or `max`, as arrays."""
         return _arrays(self.optimized.call(*self.export.tuning_inputs[size]))
 
+    def precision(self) -> str:
+        """The precision that it really computes in."""
+        read = self.optimized.read_precision
+        return self.optimized.precision if read is None else read()
+
     def peak_memory(self) -> Dict[str, float]:
         """Largest memory so far in MiB: resident, and allocated on the device."""
         import resource

@@ -31,6 +31,8 @@ class Optimized:
             export's flat tuple of tensors on the device the images came from.
         precision: the precision that it really computes in, read back from the engine where the
             engine tells (the *effective* precision).
+        read_precision: reads it back from a call, for engines that do not tell and where watching
+            them would disturb the timing: it is called after that.
         provider: what executes it, as the engine names it.
         threads: CPU threads that the engine uses; None where there is no such number.
         coverage: what is known of how much of the graph the engine took, for example
@@ -47,6 +49,7 @@ class Optimized:
     coverage: Dict[str, Any] = field(default_factory=dict)
     seconds: Dict[str, float] = field(default_factory=dict)
     artifacts: Dict[str, str] = field(default_factory=dict)
+    read_precision: Optional[Callable[[], str]] = None
 
 
 class Backend:

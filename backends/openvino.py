@@ -138,7 +138,10 @@ def _caller(request: Any, export: Export) -> Callable[..., Tuple[Any, ...]]:
 
 
 def first_cause(error: BaseException) -> str:
-    """The line of an OpenVINO error that says what is wrong, without file names and stacks."""
+    """The line of an OpenVINO error that says what is wrong, without places and checks."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    for line in lines:
+        if line.startswith("[PyTorch Frontend]"):
+            return line[len("[PyTorch Frontend]") :].strip()
     causes = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
     return (causes or lines or [type(error).__name__])[0]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Dict, Optional
+import json
+import re
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
 
 from backends.base import Backend, Optimized
 
@@ -35,15 +40,17 @@ class Torch(Backend):
     def optimize(self, export: Export, precision: str, device: str) -> Optimized:
         import torch
 
+        call = autocast(export.eager, precision, device)
         return Optimized(
-            call=autocast(export.eager, precision, device),
+            call=call,
             precision=precision,
             provider=device,
             threads=torch.get_num_threads() if device == "cpu" else None,
+            read_precision=lambda: effective_precision(call, export, precision),
         )
 
 
-def autocast(module, precision: str, device: str):
+def autocast(module: Callable, precision: str, device: str) -> Callable[..., Tuple[Any, ...]]:
     """The module called without gradients and, at a lower precision, under autocast.
 
     Args:
@@ -53,7 +60,7 @@ def autocast(module, precision: str, device: str):
 
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
 
-    def call(*images):
+    def call(*images: Any) -> Tuple[Any, ...]:
         with torch.no_grad():
             if dtype is None:
                 return module(*images)
@@ -61,3 +68,40 @@ def autocast(module, precision: str, device: str):
                 return module(*images)
 
     return call
+
+
+# What PyTorch's profiler calls operators that have kernels of lower precision, fused ones included.
+HEAVY = re.compile(r"(_convolution|convolution|addmm|linear\w*|b?mm)$")
+
+
+def effective_precision(call: Callable, export: Export, precision: str) -> str:
+    """The precision that most convolutions and matrix products of a call are computed in.
+
+    Read from a profile of one call, where each operator has the types of its inputs. The profiler
+    slows the process down for some seconds more.
+
+    Args:
+        call: takes the images of the export.
+        precision: as requested; fp32 is what PyTorch computes in unless something asks for less.
+    """
+    if precision == "fp32":
+        return precision
+    types = Counter(_input_types(call, export.tuning_inputs["min"]))
+    lower = {"fp16": "c10::Half", "bf16": "c10::BFloat16"}[precision]
+    return precision if types[lower] > sum(types.values()) / 2 else "fp32"
+
+
+def _input_types(call: Callable, images: Tuple[Any, ...]) -> List[str]:
+    """C++ types of the data that the heavy operators of a call compute on."""
+    import torch
+
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
+    ) as profile:
+        call(*images)
+    with tempfile.TemporaryDirectory(prefix="run_blade_") as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    heavy = [event["args"]["Input type"] for event in events if HEAVY.search(event.get("name", ""))]
+    return [types[0] for types in heavy if types and types[0]]

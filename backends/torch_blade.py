@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Tuple
 
-from backends.base import Backend, Optimized
-from errors import InputError, Unsupported
+from backends.base import Backend, Optimized, check_sizes
+from errors import Unsupported
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 # A node of a printed TorchScript graph that computes: `%7 : Tensor = aten::relu(%6)`. The prim
 # namespace holds constants, lists, control flow and the calls of the engines.
 OPERATOR = re.compile(r"= (?!prim::)\w+::\w+[\[(]")
-
-Size = Tuple[int, ...]
 
 
 class TorchBlade(Backend):
@@ -246,29 +244,10 @@ def _caller(
     """
     import torch
 
-    smallest = [tuple(image.shape) for image in export.tuning_inputs["min"]]
-    largest = [tuple(image.shape) for image in export.tuning_inputs["max"]]
-
     @torch.no_grad()
     def call(*images: Any) -> Tuple[Any, ...]:
-        _check_sizes([tuple(image.shape) for image in images], smallest, largest, export.name)
+        check_sizes(images, export, "TorchBlade's engines")
         with torch.autocast(device, dtype=torch.float16, enabled=precision == "fp16"):
             return optimized(*images)
 
     return call
-
-
-def _check_sizes(sizes: List[Size], smallest: List[Size], largest: List[Size], name: str) -> None:
-    if len(sizes) != len(smallest):
-        raise InputError(f"{name} takes {len(smallest)} image(s) a call, not {len(sizes)}")
-    for number, (size, low, high) in enumerate(zip(sizes, smallest, largest), 1):
-        fits = len(size) == len(low) and all(a <= b <= c for a, b, c in zip(low, size, high))
-        if not fits:
-            raise InputError(
-                f"image {number} is {_text(size)}, and TorchBlade's engines for {name} are built "
-                f"for {_text(low)} to {_text(high)}; scale it, or tune with another --image-size"
-            )
-
-
-def _text(size: Size) -> str:
-    return " x ".join(map(str, size))

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any, Dict, Optional
 
 from backends.base import Backend, Optimized
-from backends.torch import Torch, autocast
+from backends.torch import Torch, autocast, effective_precision
 
 if TYPE_CHECKING:
     from models import Export
@@ -33,17 +33,22 @@ class TorchScript(Backend):
         start = time.perf_counter()
         module = self._export(export, precision, device)
         exported = time.perf_counter()
-        module = torch.jit.optimize_for_inference(torch.jit.freeze(module.eval()))
-        compiled = time.perf_counter()
+        module = torch.jit.freeze(module.eval())
         traced_casts = precision != "fp32" and export.kind == "traced"
+        if precision == "fp32" or traced_casts:
+            # Its own operators would compute in fp32 whatever autocast says.
+            module = torch.jit.optimize_for_inference(module)
+        compiled = time.perf_counter()
+        # Where the casts are part of the graph, autocast would only cast once more.
+        call = autocast(module, "fp32" if traced_casts else precision, device)
         return Optimized(
-            # Where the casts are part of the graph, autocast would only cast once more.
-            call=autocast(module, "fp32" if traced_casts else precision, device),
+            call=call,
             precision=precision,
             provider=device,
             threads=torch.get_num_threads() if device == "cpu" else None,
             coverage={"operators": count_operators(module.graph)},
             seconds={"export": exported - start, "compile": compiled - exported},
+            read_precision=lambda: effective_precision(call, export, precision),
         )
 
     def _export(self, export: Export, precision: str, device: str) -> Any:
