@@ -1,0 +1,91 @@
+#!/usr/bin/env python3
+"""Does the suite's clock agree with PyTorch's own?
+
+Times the same callable with the suite's timed call and with
+`torch.utils.benchmark.Timer.blocked_autorange`, in turns, and prints both medians and their ratio
+with its interval. From the root of the repository:
+
+    python3 tools/check_clock.py --model testRetinaNet --backend torch
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch.utils.benchmark import Timer
+
+import benchmark
+import results
+from catalog import MODELS
+from worker import Job, ModelRequest, Run, prepare_model
+
+
+def main() -> None:
+    """Prints the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=list(MODELS), default="testRetinaNet")
+    parser.add_argument("--backend", default="torch")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--rounds", type=int, default=25)
+    options = parser.parse_args()
+    threads = results.usable_cores()
+    torch.set_num_threads(threads)
+    run = prepare(options, threads)
+    benchmark.warm_up(run.timed_call, benchmark.WarmUp.on("cpu"))
+    timer = Timer(
+        "call(*images)",
+        globals={"call": run.optimized.call, "images": run.export.inputs},
+        num_threads=threads,
+    )
+    calls = {
+        "ours": run.timed_call,
+        # Two calls a block at least: one is what ours makes.
+        "theirs": lambda: timer.blocked_autorange(min_run_time=2 * typical).median,
+    }
+    typical = statistics.median(run.timed_call() for _ in range(3))
+    rounds = benchmark.run_rounds(calls, "theirs", benchmark.StopRule.fixed(options.rounds), seed=0)
+    for name, samples in rounds.samples.items():
+        print(f"{name:8}{1000 * statistics.median(samples):10.2f} ms, {len(samples)} rounds")
+    ratio = benchmark.speedup(rounds.samples["theirs"], rounds.samples["ours"], seed=0)
+    print(f"theirs / ours {ratio.ratio:.3f}, {ratio.low:.3f} to {ratio.high:.3f}")
+
+
+def prepare(options: argparse.Namespace, threads: int) -> Run:
+    """The run of a test model with synthetic weights, in this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = str(Path(folder) / "prepared.pt")
+        prepare_model(
+            ModelRequest(
+                model=options.model,
+                source="bundled",
+                weights="synthetic",
+                image=None,
+                image_size=None,
+                detections=100,
+                seed=0,
+                threads=threads,
+                prepared=prepared,
+            )
+        )
+        return Run(
+            Job(
+                options.model,
+                options.backend,
+                options.precision,
+                "cpu",
+                "bundled",
+                prepared,
+                threads,
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()
