@@ -19,7 +19,7 @@ from errors import InputError
 
 WEIGHTS = ("auto", "zoo", "synthetic")
 # Seconds of timed rounds for each group of runs; seven models at two precisions are 14 groups.
-TIME_BUDGET_S = 60.0
+TIME_BUDGET_S = 40.0
 
 
 class _Parser(argparse.ArgumentParser):

@@ -17,6 +17,9 @@ from progress import Progress
 from worker import CALL_LIMIT_S, PREPARE_LIMIT_S, Job, ModelRequest, Worker
 
 SIZES = ("opt", "min", "max")
+# Runs that take part without a row of their own: Torch once more, and Torch at fp32.
+AGAIN = "torch again"
+FP32 = "torch fp32"
 
 
 @dataclass(frozen=True)
@@ -151,31 +154,31 @@ def measure_group(
         the A/A record of the result file, if that was asked for and could be measured.
     """
     group = _new_group(model.name, precision, model.sizes)
-    runs = [_new_run(backend, precision) for backend in plan.backends_for(precision)]
-    again = [_new_run(runs[0].backend, precision, " again")] if same_again else []
+    runs = [_new_run(backend.name, backend, precision) for backend in plan.backends_for(precision)]
+    extras = _extra_runs(runs[0].backend, precision, same_again)
     rounds = benchmark.Rounds()
     try:
         with tempfile.TemporaryDirectory(prefix="run_blade_") as folder:
-            for run in runs + again:
+            for run in runs + extras:
                 _prepare_run(run, model, plan, Path(folder), progress)
-            _time(runs + again, rounds, plan, progress, f"{model.name} {precision}")
+            _time(runs + extras, rounds, plan, progress, f"{model.name} {precision}")
             for run in runs:
                 _check(run, model, progress)
             _report(runs, plan, progress)
     finally:
-        for run in runs + again:
+        for run in runs + extras:
             run.end()
         if rounds.rounds or any(run.record["status"] != "ok" for run in runs):
             _conclude(group, runs, rounds, plan)
             groups.append(group)
-    samples = [rounds.samples.get(run.key, []) for run in (runs[:1] + again)]
-    return _same_against_same(group, samples, plan) if len(samples) == 2 and all(samples) else None
+    samples = [rounds.samples.get(key, []) for key in (runs[0].key, AGAIN)]
+    return _same_against_same(group, samples, plan) if all(samples) else None
 
 
 def failed_group(name: str, precision: str, plan: Plan, reason: str) -> Dict[str, Any]:
     """The group of a test model that could not even be prepared."""
     group = _new_group(name, precision, {})
-    runs = [_new_run(backend, precision) for backend in plan.backends_for(precision)]
+    runs = [_new_run(backend.name, backend, precision) for backend in plan.backends_for(precision)]
     for run in runs:
         run.give_up("failed", reason)
     _conclude(group, runs, benchmark.Rounds(stopped="all failed"), plan)
@@ -195,7 +198,7 @@ def _new_group(name: str, precision: str, sizes: Dict[str, Any]) -> Dict[str, An
     }
 
 
-def _new_run(backend: Backend, precision: str, suffix: str = "") -> Run:
+def _new_run(key: str, backend: Backend, precision: str) -> Run:
     record = {
         "backend": backend.name,
         "label": backend.label,
@@ -212,18 +215,33 @@ def _new_run(backend: Backend, precision: str, suffix: str = "") -> Run:
         "peak_memory_mb": None,
         "statistics": None,
         "speedup": None,
+        "speedup_over_fp32": None,
         "detections": None,
         "coverage": {},
         "versions": {},
         "artifacts": [],
     }
-    return Run(backend.name + suffix, backend, record)
+    return Run(key, backend, record)
+
+
+def _extra_runs(baseline: Backend, precision: str, same_again: bool) -> List[Run]:
+    """Runs that are timed with a group but have no row.
+
+    Torch at fp32 takes part in the groups of lower precision: it is what a user has today, and a
+    ratio to it is to be had only from calls made side by side.
+    """
+    extras = []
+    if same_again:
+        extras.append(_new_run(AGAIN, baseline, precision))
+    if precision != "fp32":
+        extras.append(_new_run(FP32, baseline, "fp32"))
+    return extras
 
 
 def _prepare_run(run: Run, model: Prepared, plan: Plan, folder: Path, progress: Progress) -> None:
     """Starts a run's process, prepares and warms it; a failure costs this run only."""
     precision = run.record["requested_precision"]
-    progress.say(f"{model.name} {precision}: preparing {run.backend.label}")
+    progress.say(f"{model.name}: preparing {run.backend.label} {precision}")
     run.log = folder / f"{run.key}.log"
     run.worker = Worker(run.log, plan.threads)
     job = Job(
@@ -314,6 +332,7 @@ def _conclude(group: Dict[str, Any], runs: List[Run], rounds: benchmark.Rounds, 
     """Fills in what follows from the samples."""
     group.update(rounds=rounds.rounds, stopped=rounds.stopped, runs=[run.record for run in runs])
     baseline = rounds.samples.get(runs[0].key, [])
+    group["fp32_samples_s"] = fp32 = rounds.samples.get(FP32, [])
     for run in runs:
         samples = rounds.samples.get(run.key, [])
         run.record["samples_s"] = samples
@@ -322,6 +341,9 @@ def _conclude(group: Dict[str, Any], runs: List[Run], rounds: benchmark.Rounds, 
             run.record["statistics"] = asdict(statistics)
         if samples and baseline and not run.record["baseline"]:
             run.record["speedup"] = asdict(benchmark.speedup(baseline, samples, plan.seed))
+        if samples and fp32:
+            over_fp32 = benchmark.speedup(fp32, samples, plan.seed)
+            run.record["speedup_over_fp32"] = asdict(over_fp32)
 
 
 def _same_against_same(

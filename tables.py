@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Any, Dict, List, Optional, Sequence
 
 import published
-from benchmark import Rounds, Row, Speedup, Statistics, StopRule, describe_stop, table
+from benchmark import (
+    Rounds,
+    Row,
+    Speedup,
+    Statistics,
+    StopRule,
+    describe_speedup,
+    describe_stop,
+    table,
+)
 from verify import Agreement, worst
 
 Group = Dict[str, Any]
@@ -20,7 +29,9 @@ def model_table(groups: Sequence[Group], rule: StopRule, notes: Sequence[str] = 
         notes: more sentences to put below.
     """
     rows = [_row(group, run) for group in groups for run in group["runs"]]
-    return table(rows, [*_check_note(groups[0]), *_rounds_notes(groups, rule), *notes])
+    return table(
+        rows, [*_check_note(groups[0]), *_rounds_notes(groups, rule), *_fp32_notes(groups), *notes]
+    )
 
 
 def _row(group: Group, run: Dict[str, Any]) -> Row:
@@ -73,6 +84,20 @@ def _rounds_notes(groups: Sequence[Group], rule: StopRule) -> List[str]:
         for group in groups
         if group["rounds"]
     ]
+
+
+def _fp32_notes(groups: Sequence[Group]) -> List[str]:
+    """Runs of lower precision against Torch fp32, which took part in their rounds."""
+    notes = []
+    for group in groups:
+        known = [
+            f"{run['label']} {describe_speedup(Speedup(**run['speedup_over_fp32']))}"
+            for run in group["runs"]
+            if run.get("speedup_over_fp32")
+        ]
+        if known:
+            notes.append(f"{group['precision']} over Torch fp32, same rounds: {', '.join(known)}")
+    return notes
 
 
 def aa_note(aa: Optional[Dict[str, Any]]) -> List[str]:
