@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -121,7 +122,10 @@ def build(
 def detectron2_unavailable() -> Optional[str]:
     """Why `--source detectron2` cannot be had here, in a sentence; None where it can."""
     try:
-        import detectron2.model_zoo  # noqa: F401
+        with warnings.catch_warnings():
+            # It uses what recent PyTorch calls deprecated.
+            warnings.simplefilter("ignore")
+            import detectron2.model_zoo  # noqa: F401
     except ImportError as error:
         return f"detectron2 is not usable here ({error}); install it or use --source bundled"
     return None
@@ -268,6 +272,28 @@ def find_weights(
     state = synthesize(model.config, images, detections, seed)
     note = f"weights: synthetic, made to find {detections} objects{reason}"
     return Weights(state, "synthetic weights", note)
+
+
+def check_weights(models: Sequence[TestModel], weights: str) -> None:
+    """Makes sure that `find_weights` will find what was asked for, for all of these models.
+
+    Model-zoo checkpoints are downloaded here, where their progress can be seen.
+
+    Raises:
+        errors.InputError: a checkpoint cannot be had or read, or is of another architecture.
+    """
+    configs = dict.fromkeys(model.config for model in models)
+    if weights in ("auto", "zoo"):
+        try:
+            for config in configs:
+                zoo_checkpoint(config)
+        except CheckpointUnavailable:
+            if weights == "zoo":
+                raise
+    elif weights != "synthetic":
+        state = read(Path(weights))
+        for config in configs:
+            load_into(detectors.build(config, False), state, weights)
 
 
 def describe_sizes(tuning_inputs: Dict[str, Tuple[Tensor, ...]]) -> Dict[str, List[List[int]]]:

@@ -99,10 +99,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _at_least(least: int, most: Optional[int] = None) -> Callable[[str], int]:
+    upper = "" if most is None else f" and at most {most}"
+
     def number(text: str) -> int:
-        value = int(text)
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from None
         if value < least or (most is not None and value > most):
-            upper = "" if most is None else f" and at most {most}"
             raise argparse.ArgumentTypeError(f"{value} is not at least {least}{upper}")
         return value
 
@@ -110,9 +114,12 @@ def _at_least(least: int, most: Optional[int] = None) -> Callable[[str], int]:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of seconds above 0")
     return value
 
 

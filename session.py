@@ -102,10 +102,13 @@ def _plan(options: argparse.Namespace, notes: List[str]) -> suite.Plan:
         raise InputError(f"--threads {options.threads}: only {cores} cores can be used here")
     models.read_image(options.image and Path(options.image), options.image_size)
     backends = _backends(options.backend, device, notes)
+    precisions = _precisions(options.precision, device, backends, notes)
+    names = tuple(MODELS) if options.all else tuple(dict.fromkeys(options.model))
+    models.check_weights([MODELS[name] for name in names], options.weights)
     return suite.Plan(
-        models=tuple(MODELS) if options.all else tuple(dict.fromkeys(options.model)),
+        models=names,
         backends=backends,
-        precisions=_precisions(options.precision, device, backends, notes),
+        precisions=precisions,
         device=device,
         source=models.resolve_source(options.source),
         image=options.image,
@@ -185,7 +188,7 @@ class Session:
         self._save()
         if self.options.compare_published:
             print("\n" + tables.published_table(self.document["groups"]))
-        return self._exit_code()
+        return exit_code(self.document["groups"], self.options.fail_on)
 
     def _run_model(self, name: str, folder: Path) -> None:
         """Measures one test model; an interruption still prints and keeps what there is."""
@@ -219,9 +222,15 @@ class Session:
         if self.plan.output is not None and self.document["groups"]:
             results.save(self.document, self.plan.output / "results.json")
 
-    def _exit_code(self) -> int:
-        runs = [run for group in self.document["groups"] for run in group["runs"]]
-        slower = [run for run in runs if run["speedup"] and run["speedup"]["verdict"] == "slower"]
-        if any(run["status"] in ("failed", "mismatch") for run in runs):
-            return 1
-        return 1 if slower and "slower" in self.options.fail_on else 0
+
+def exit_code(groups: Sequence[Dict[str, Any]], fail_on: Sequence[str]) -> int:
+    """1 where a run failed or mismatched or, with `slower` in `fail_on`, was slower; else 0.
+
+    Args:
+        groups: of the result file.
+    """
+    runs = [run for group in groups for run in group["runs"]]
+    slower = [run for run in runs if run["speedup"] and run["speedup"]["verdict"] == "slower"]
+    if any(run["status"] in ("failed", "mismatch") for run in runs):
+        return 1
+    return 1 if slower and "slower" in fail_on else 0

@@ -100,7 +100,9 @@ class Detectron2Export(Export):
 
     def _script(self) -> torch.jit.ScriptModule:
         fields = {"pred_boxes": Boxes, "scores": Tensor, "pred_classes": Tensor}
-        return torch.jit.script(_Scripted(scripting_with_instances(self._detector, fields)).eval())
+        wrapper = _Scripted(scripting_with_instances(self._detector, fields))
+        wrapper.training = False  # eval() would try to set it in the scripted detector as well.
+        return torch.jit.script(wrapper)
 
 
 def _preprocess(detector: nn.Module, inputs: List[Dict[str, Tensor]]) -> ImageList:
