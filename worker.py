@@ -245,10 +245,15 @@ def _use_threads(threads: int) -> None:
 
 
 def _sentence(error: BaseException) -> str:
-    """The first line of an error, with its kind where the line alone would not say enough."""
+    """The line of an error that says most, with the error's kind."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     kind = type(error).__name__
-    return f"{kind}: {lines[0]}" if lines else kind
+    if not lines:
+        return kind
+    # TorchScript's interpreter puts a traceback of its own before what went wrong.
+    if "Traceback of TorchScript" in str(error):
+        return lines[-1]
+    return f"{kind}: {lines[0]}"
 
 
 # In the parent's process -----------------------------------------------------------------------

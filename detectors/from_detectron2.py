@@ -1,6 +1,8 @@
 """The same test models from an installed Detectron2, through its own export helpers."""
 
-from typing import Callable, Dict, List, Tuple
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import torch
 from detectron2 import model_zoo
@@ -10,6 +12,7 @@ from detectron2.structures import Boxes, ImageList
 from torch import Tensor, nn
 
 from catalog import TestModel
+from detectors import boxes as box_ops
 from detectors.checkpoint import load_into
 from detectors.images import batch_images, image_size
 from models import Export
@@ -89,20 +92,34 @@ class Detectron2Export(Export):
         super().__init__(model, eager.eval(), tuning_inputs)
 
     def trace(self) -> torch.jit.ScriptModule:
-        """Traces with a padding that OpenVINO computes rightly: see `detectors.images`."""
-        detector = self._detector
-        preprocess = detector.preprocess_image
-        detector.preprocess_image = lambda inputs: _preprocess(detector, inputs)
-        try:
+        """Traces with two of Detectron2's functions replaced by the bundled ones.
+
+        OpenVINO computes the padding wrongly as Detectron2 writes it: see `detectors.images`. And
+        torchvision's non-maximum suppression is scripted when it is traced, without the casts of
+        autocast, so that it would meet boxes and scores of different precisions.
+        """
+        detector, nms = self._detector, import_module("detectron2.layers.nms")
+        with _replaced(nms, "box_ops", box_ops), _replaced(
+            detector, "preprocess_image", lambda inputs: _preprocess(detector, inputs)
+        ):
             return super().trace()
-        finally:
-            detector.preprocess_image = preprocess
 
     def _script(self) -> torch.jit.ScriptModule:
         fields = {"pred_boxes": Boxes, "scores": Tensor, "pred_classes": Tensor}
         wrapper = _Scripted(scripting_with_instances(self._detector, fields))
         wrapper.training = False  # eval() would try to set it in the scripted detector as well.
         return torch.jit.script(wrapper)
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """While it lasts, an attribute has another value."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def _preprocess(detector: nn.Module, inputs: List[Dict[str, Tensor]]) -> ImageList:

@@ -1,0 +1,65 @@
+"""What the real Detectron2 computes. Imports it, so import this only where it is installed."""
+
+from __future__ import annotations
+
+from typing import Dict, List, Tuple
+
+import torch
+from detectron2 import model_zoo
+from detectron2.export import scripting_with_instances
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes
+from seeded_weights import seeded_weights
+from torch import Tensor, nn
+
+from catalog import TestModel
+
+
+def build(config: str) -> nn.Module:
+    """Detectron2's detector of a model-zoo configuration, on the CPU, with seeded weights."""
+    settings = model_zoo.get_config(config + ".yaml")
+    settings.MODEL.DEVICE = "cpu"
+    settings.MODEL.WEIGHTS = ""
+    detector = build_model(settings).eval()
+    detector.load_state_dict(seeded_weights(detector.state_dict()))
+    return detector
+
+
+def cell_anchors(detector: nn.Module) -> List[Tensor]:
+    """The anchors around the origin of each feature map, A x 4."""
+    owner = detector if hasattr(detector, "anchor_generator") else detector.proposal_generator
+    return list(owner.anchor_generator.cell_anchors)
+
+
+def script(detector: nn.Module) -> torch.jit.ScriptModule:
+    """RetinaNet by Detectron2's own export for scripting."""
+    fields = {"pred_boxes": Boxes, "scores": Tensor, "pred_classes": Tensor}
+    return scripting_with_instances(detector, fields)
+
+
+@torch.no_grad()
+def outputs(
+    model: TestModel, detector: nn.Module, images: Tuple[Tensor, ...]
+) -> List[Dict[str, Tensor]]:
+    """The detections of a call, one set of fields for each image.
+
+    Args:
+        detector: from `build`; for a scripted test model from `script`.
+    """
+    inputs = [{"image": image} for image in images]
+    if model.kind == "scripted":
+        found = detector(inputs)
+    elif "retinanet" in model.config:
+        found = [x["instances"] for x in detector(inputs)]
+    elif model.postprocess:
+        found = [x["instances"] for x in detector.inference(inputs, do_postprocess=True)]
+    else:
+        found = detector.inference(inputs, do_postprocess=False)
+    return [_fields(model, instances) for instances in found]
+
+
+def _fields(model: TestModel, instances) -> Dict[str, Tensor]:
+    fields = {name: getattr(instances, name) for name in model.fields}
+    fields["pred_boxes"] = fields["pred_boxes"].tensor
+    fields["image_size"] = torch.tensor(fields["image_size"])
+    return fields

@@ -1,0 +1,517 @@
+"""The command line: what it prints where, its exit codes, bad input, and Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import List, NamedTuple
+
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+import results
+import run_blade
+import session
+from backends import base
+from catalog import MODELS
+
+SCRIPT = Path(run_blade.__file__)
+# What makes a run quick; weights are synthetic, so that no test asks the network.
+QUICK = ["--weights", "synthetic", "--image-size", "96x128", "--threads", "1", "--warmup", "1"]
+NEEDS_NO_TORCH_BLADE = pytest.mark.skipif(
+    base.load("torch_blade").unavailable("cuda") is None, reason="TorchBlade is available here"
+)
+NEEDS_NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+
+
+class Outcome(NamedTuple):
+    """Of one invocation."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def main(capsys, monkeypatch):
+    """Runs the command line in this process: what the worker processes do not touch."""
+    monkeypatch.setattr(sys, "argv", ["run_blade.py"])
+
+    def run(*arguments: object) -> Outcome:
+        try:
+            code = run_blade.main([str(x) for x in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        return Outcome(code, *capsys.readouterr())
+
+    return run
+
+
+def script(*arguments: object) -> Outcome:
+    """Runs the script in a process of its own, as a user would."""
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def assert_refused(outcome: Outcome, *words: str) -> None:
+    """One clear sentence on standard error that has these words in it, and nothing else."""
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert outcome.err.startswith("run_blade.py: error: ")
+    assert outcome.err.count("\n") == 1
+    assert "Traceback" not in outcome.err
+    for word in words:
+        assert word in outcome.err
+
+
+# Help and list ---------------------------------------------------------------------------------
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = [{str(SCRIPT)!r}, '--help']\n"
+        "try:\n"
+        f"    runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+        "except SystemExit as stop:\n"
+        "    assert not stop.code\n"
+        "print(sorted(name for name in sys.modules if '.' not in name))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=SCRIPT.parent, check=True
+    )
+    assert "TorchBlade Detectron2 Benchmark" in done.stdout
+    imported = set(eval(done.stdout.splitlines()[-1]))
+    assert "argparse" in imported
+    heavy = {"torch", "numpy", "scipy", "torchvision", "openvino", "PIL", "detectron2", "psutil"}
+    assert not imported & heavy
+
+
+def test_help_names_the_seven_test_models_in_order(main):
+    outcome = main("--help")
+    assert outcome.code == 0
+    assert outcome.err == ""
+    assert "TorchBlade Detectron2 Benchmark" in outcome.out
+    assert (
+        "{testCascadeRCNN,testMaskRCNNC4,testMaskRCNNFPN,testMaskRCNNFPN_b2,"
+        "testMaskRCNNFPN_pproc,testRetinaNet,testRetinaNet_scripted}"
+    ) in "".join(outcome.out.split())
+
+
+def test_list_names_models_and_backends(main):
+    outcome = main("--list")
+    assert outcome.code == 0
+    lines = outcome.out.splitlines()
+    assert [line.split()[0] for line in lines[1:8]] == list(MODELS)
+    assert [line.split()[0] for line in lines[9:]] == [x.name for x in base.load_all()]
+    b2 = next(line for line in lines if "testMaskRCNNFPN_b2" in line)
+    assert "mask_rcnn_R_50_FPN_3x, traced, 2 images per call" in b2
+
+
+@NEEDS_NO_CUDA
+def test_list_says_why_a_backend_is_unavailable(main):
+    lines = main("--list").out.splitlines()
+    torch_blade = next(line for line in lines if "torch_blade" in line)
+    assert "unavailable: TorchBlade's TensorRT pipeline runs on a CUDA device" in torch_blade
+    assert next(line for line in lines if line.split()[0] == "torch").endswith("fp32, bf16")
+
+
+# Bad input -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["--model NAME", "--all"]),
+        (["--model", "testRetinaNet", "--all"], ["--model NAME", "--all"]),
+        (["--model", "RetinaNet"], ["'RetinaNet'", "testRetinaNet_scripted"]),
+        (["--model"], ["--model"]),
+        (["--all", "--precision", "fp8"], ["'fp8'", "bf16"]),
+        (["--all", "--device", "tpu"], ["'tpu'", "cuda"]),
+        (["--all", "--source", "mmdet"], ["'mmdet'", "bundled"]),
+        (["--all", "--iterations", "0"], ["--iterations", "0 is not at least 1"]),
+        (["--all", "--iterations", "many"], ["--iterations", "'many' is not a whole number"]),
+        (["--all", "--warmup", "-1"], ["--warmup", "-1 is not at least 0"]),
+        (["--all", "--threads", "0"], ["--threads", "0 is not at least 1"]),
+        (["--all", "--detections", "101"], ["--detections", "101 is not", "at most 100"]),
+        (["--all", "--time-budget", "0"], ["--time-budget", "'0' is no number of seconds"]),
+        (["--all", "--time-budget", "soon"], ["'soon' is no number of seconds"]),
+        (["--all", "--time-budget", "nan"], ["'nan' is no number of seconds"]),
+        (["--all", "--image-size", "big"], ["--image-size", "'big' is not HxW, like 480x640"]),
+        (["--all", "--image-size", "480"], ["'480' is not HxW"]),
+        (["--all", "--image-size", "480x640x3"], ["'480x640x3' is not HxW"]),
+        (["--all", "--image-size", "480x31"], ["480x31", "at least 32 pixels"]),
+        (["--all", "--backend", "tvm"], ["unknown backend 'tvm'", "openvino, torch, torch_blade"]),
+        (["--all", "--precision", "int8"], ["int8", "cpu"]),
+        (["--all", "--fail-on", "faster"], ["'faster'", "slower"]),
+        (["--all", "--colour"], ["--colour"]),
+    ],
+)
+@NEEDS_NO_CUDA
+def test_wrong_usage(main, arguments, words):
+    assert_refused(main(*arguments), *words)
+
+
+def test_more_threads_than_cores(main):
+    cores = results.usable_cores()
+    outcome = main("--all", "--threads", cores + 1)
+    assert_refused(outcome, f"--threads {cores + 1}", f"only {cores} cores")
+
+
+@NEEDS_NO_CUDA
+@pytest.mark.parametrize("more", [[], ["--list"], ["--backend", "torch_blade"]])
+def test_cuda_where_there_is_none(main, more):
+    models = [] if more == ["--list"] else ["--all"]
+    assert_refused(main(*models, "--device", "cuda", *more), "no CUDA device")
+
+
+@NEEDS_NO_TORCH_BLADE
+def test_a_backend_that_is_not_installed(main):
+    outcome = main("--all", "--backend", "torchscript", "torch_blade")
+    assert_refused(outcome, "backend 'torch_blade' is unavailable", "CUDA device")
+
+
+def test_a_backend_whose_library_is_missing(tmp_path):
+    """OpenVINO, found missing by a real import in a process that cannot see it."""
+    (tmp_path / "openvino.py").write_text("raise ImportError('no such library')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(SCRIPT), "--all", "--backend", "openvino"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    outcome = Outcome(done.returncode, done.stdout, done.stderr)
+    assert_refused(outcome, "backend 'openvino' is unavailable", "pip install openvino")
+
+
+@pytest.fixture
+def images(tmp_path, photograph):
+    """Bad images by what is wrong with them."""
+    paths = {name: tmp_path / f"{name}.jpg" for name in ("text", "truncated", "small", "empty")}
+    paths["text"].write_text("this is not an image\n")
+    paths["empty"].write_bytes(b"")
+    paths["truncated"].write_bytes(photograph.read_bytes()[:-500])
+    Image.new("RGB", (200, 31)).save(paths["small"])
+    paths["missing"] = tmp_path / "missing.jpg"
+    paths["folder"] = tmp_path
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("missing", "does not exist"),
+        ("text", "is not an image"),
+        ("empty", "is not an image"),
+        ("truncated", "cannot be read"),
+        ("small", "200 x 31 pixels; both sides must have at least 32"),
+        ("folder", "cannot be read"),
+    ],
+)
+def test_a_bad_image(main, images, tmp_path, name, words):
+    output = tmp_path / "output"
+    outcome = main("--all", "--image", images[name], "--output", output)
+    assert_refused(outcome, str(images[name]), words)
+    assert not output.exists()
+
+
+class Import:
+    """Pickled, it asks whoever reads it to run a command."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """Bad checkpoints by what is wrong with them."""
+    paths = {name: tmp_path / f"{name}.pth" for name in ("truncated", "other", "evil", "text")}
+    torch.save(torch.nn.Linear(300, 300).state_dict(), paths["other"])
+    paths["truncated"].write_bytes(paths["other"].read_bytes()[:-5000])
+    paths["text"].write_text("these are not weights\n")
+    torch.save({"model": Import(tmp_path / "marker")}, paths["evil"])
+    paths["evil_pickle"] = tmp_path / "evil.pkl"
+    paths["evil_pickle"].write_bytes(pickle.dumps({"model": Import(tmp_path / "marker")}))
+    paths["missing"] = tmp_path / "missing.pth"
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("missing", "does not exist"),
+        ("truncated", "is truncated or is not a checkpoint"),
+        ("text", "is truncated or is not a checkpoint"),
+        ("other", "belongs to another architecture"),
+        ("evil", "tries to import"),
+        ("evil_pickle", "tries to import"),
+    ],
+)
+def test_a_bad_checkpoint(main, checkpoints, tmp_path, name, words):
+    output = tmp_path / "output"
+    outcome = main("--model", "testRetinaNet", "--weights", checkpoints[name], "--output", output)
+    assert_refused(outcome, checkpoints[name].name, words)
+    assert not (tmp_path / "marker").exists()
+    assert not output.exists()
+
+
+def test_the_pickle_would_have_run(checkpoints, tmp_path):
+    """The test above can fail."""
+    pickle.loads(checkpoints["evil_pickle"].read_bytes())
+    assert (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("below", ["", "folder", "folder/deeper"])
+def test_an_output_directory_that_cannot_be_written(main, tmp_path, below):
+    file = tmp_path / "file"
+    file.write_text("precious")
+    outcome = main("--all", "--weights", "synthetic", "--output", file / below)
+    assert_refused(outcome, "output directory", str(file / below))
+    assert file.read_text() == "precious"
+
+
+def test_bad_input_overwrites_nothing(main, images, tmp_path):
+    kept = tmp_path / "results.json"
+    kept.write_text("precious")
+    for bad in (["--image", images["text"]], ["--backend", "tvm"], ["--weights", "missing.pth"]):
+        assert_refused(main("--model", "testRetinaNet", "--output", tmp_path, *bad))
+        assert kept.read_text() == "precious"
+
+
+def test_bad_input_as_the_user_sees_it(images):
+    """The process itself: its exit code, and what imports may have printed."""
+    outcome = script("--model", "testRetinaNet", "--image", images["truncated"])
+    assert_refused(outcome, "truncated.jpg cannot be read")
+
+
+def test_debug_shows_the_traceback(main, images):
+    outcome = main("--all", "--debug", "--image", images["text"])
+    assert outcome.code == 2
+    assert "Traceback" in outcome.err
+    assert outcome.err.splitlines()[-1].startswith("run_blade.py: error: ")
+
+
+# A real run ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """What `--model testRetinaNet` measures on a CPU at fp32, with few rounds."""
+    output = tmp_path_factory.mktemp("finished") / "results"
+    outcome = script(
+        *["--model", "testRetinaNet", "--device", "cpu", "--precision", "fp32", *QUICK],
+        *["--iterations", "6", "--source", "bundled", "--compare-published", "--output", output],
+    )
+    return outcome, output
+
+
+def test_a_run_prints_a_table_and_nothing_else(finished):
+    outcome, _ = finished
+    assert outcome.code == 0, outcome.err
+    table, published = outcome.out.split("\n\n\n")
+    lines = table.splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:5]]
+    assert rows[0][:4] == ["Model(traced)", "Backend", "precision", "Median(FPS)"]
+    assert rows[0][-2:] == ["Speedup", "Detections"]
+    assert [row[:3] for row in rows[2:]] == [
+        ["RetinaNet", "Torch", "fp32"],
+        ["RetinaNet", "TorchScript", "fp32"],
+        ["RetinaNet", "OpenVINO", "fp32"],
+    ]
+    assert rows[2][-2:] == ["1.00x", "-"]
+    for row in rows[3:]:
+        assert "x ±" in row[-2]
+        assert row[-1].endswith(" match")
+    notes = lines[5:]
+    assert notes[0] == ""
+    assert all(note.startswith("- ") for note in notes[1:])
+    assert any("6 rounds, as asked for" in note for note in notes)
+    assert any("A/A, Torch against itself in two processes" in note for note in notes)
+    assert any("weights: synthetic, made to find 100 objects" in note for note in notes)
+    assert "TorchBlade, published" in published
+
+
+def test_progress_goes_to_standard_error(finished):
+    outcome, _ = finished
+    said = [line for line in outcome.err.splitlines() if line.startswith("[")]
+    assert any("preparing OpenVINO" in line for line in said)
+    assert any("timing" in line for line in said)
+    # Plain lines where it is no terminal: no bar, no control characters.
+    assert "\r" not in outcome.err
+    assert "Warning" not in outcome.err
+
+
+def test_published_speedups_are_printed_beside_ours(finished):
+    rows = [line for line in finished[0].out.splitlines() if line.startswith("| RetinaNet | tr")]
+    assert [row.split("|")[4].strip() for row in rows] == ["TorchScript", "OpenVINO"]
+    assert all(row.strip(" |").endswith("x") for row in rows)
+
+
+def test_the_result_file_is_complete(finished):
+    _, output = finished
+    assert [path.name for path in output.iterdir()] == ["results.json"]
+    document = results.load(output / "results.json")
+    assert document["complete"] is True
+    assert document["settings"]["model"] == ["testRetinaNet"]
+    assert document["settings"]["threads"] == 1
+    assert document["settings"]["output"] == "results"
+    assert {"torch", "torchvision", "numpy", "openvino"} <= set(document["environment"]["versions"])
+    (group,) = document["groups"]
+    assert group["model"] == "testRetinaNet"
+    assert group["image_sizes"]["opt"] == [[96, 128]]
+    assert (group["rounds"], group["stopped"]) == (6, "fixed")
+    assert [run["backend"] for run in group["runs"]] == ["torch", "torchscript", "openvino"]
+    for run in group["runs"]:
+        assert run["status"] == "ok"
+        assert run["requested_precision"] == run["effective_precision"] == "fp32"
+        assert len(run["samples_s"]) == run["statistics"]["samples"] == 6
+        assert len(run["warmup_s"]) == 1
+        assert run["threads"] == 1
+        assert run["peak_memory_mb"] > 100
+        assert run["prepare"]["total"] > 0
+        assert run["versions"]
+        if not run["baseline"]:
+            assert run["speedup"]["low"] <= run["speedup"]["ratio"] <= run["speedup"]["high"]
+            assert {x["verdict"] for x in run["detections"].values()} == {"match"}
+            assert set(run["detections"]) == {"min", "opt", "max"}
+    assert [len(samples) for samples in document["aa"]["samples_s"]] == [6, 6]
+
+
+def test_the_result_file_has_no_paths(finished):
+    _, output = finished
+    text = (output / "results.json").read_text()
+    for private in (str(output.parent), str(SCRIPT.parent), str(Path.home()) + "/"):
+        assert private not in text
+
+
+# Exit codes ------------------------------------------------------------------------------------
+
+
+def group_with(**changes) -> dict:
+    """The records of a Torch run and of a second one, as far as the exit code looks at them."""
+    torch_run = {"status": "ok", "speedup": None}
+    other = {"status": "ok", "speedup": {"verdict": "faster"}, **changes}
+    return {"runs": [torch_run, other]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "fail_on", "code"),
+    [
+        ({}, (), 0),
+        ({}, ("slower",), 0),
+        ({"speedup": {"verdict": "slower"}}, (), 0),
+        ({"speedup": {"verdict": "slower"}}, ("slower",), 1),
+        ({"speedup": {"verdict": "inconclusive"}}, ("slower",), 0),
+        ({"speedup": {"verdict": "same"}}, ("slower",), 0),
+        ({"status": "mismatch"}, (), 1),
+        ({"status": "failed", "speedup": None}, (), 1),
+        ({"status": "unsupported", "speedup": None}, ("slower",), 0),
+    ],
+)
+def test_exit_code(changes, fail_on, code):
+    assert session.exit_code([group_with(), group_with(**changes)], fail_on) == code
+
+
+# Ctrl-C ----------------------------------------------------------------------------------------
+
+
+class Interruptible:
+    """A real invocation, in a process group of its own as a terminal would have it."""
+
+    def __init__(self, *arguments: object) -> None:
+        command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.said: List[str] = []
+
+    def wait_for(self, words: str) -> None:
+        """Reads standard error up to a line with these words."""
+        for line in self.process.stderr:
+            self.said.append(line)
+            if words in line:
+                return
+        raise AssertionError(f"it never said '{words}': {self.said}")
+
+    def interrupt(self) -> Outcome:
+        """Presses Ctrl-C; checks that every process of it is gone soon."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        start = time.monotonic()
+        os.killpg(self.process.pid, signal.SIGINT)
+        out, err = self.process.communicate(timeout=60)
+        _, alive = psutil.wait_procs(children, timeout=10)
+        assert not alive
+        assert time.monotonic() - start < 20  # A second or two, on a machine that is not busy.
+        return Outcome(self.process.returncode, out, err)
+
+
+def assert_interrupted(outcome: Outcome) -> None:
+    assert outcome.code == 130
+    assert outcome.err.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in outcome.err
+
+
+@pytest.mark.parametrize("moment", ["weights, inputs", "preparing TorchScript"])
+def test_interrupted_while_preparing(tmp_path, moment):
+    output = tmp_path / "output"
+    running = Interruptible(
+        *["--model", "testRetinaNet", "--backend", "torchscript", *QUICK, "--output", output]
+    )
+    running.wait_for(moment)
+    time.sleep(1)
+    outcome = running.interrupt()
+    assert_interrupted(outcome)
+    assert outcome.out == ""
+    assert list(output.iterdir()) == []
+
+
+def test_interrupted_while_timing(tmp_path):
+    running = Interruptible(
+        *["--model", "testRetinaNet", "testRetinaNet_scripted", "--backend", "torch", *QUICK],
+        *["--precision", "fp32", "--iterations", "100000", "--output", tmp_path],
+    )
+    running.wait_for("timing")
+    time.sleep(3)
+    outcome = running.interrupt()
+    assert_interrupted(outcome)
+    document = results.load(tmp_path / "results.json")
+    assert document["complete"] is False
+    (group,) = document["groups"]
+    assert group["stopped"] == "interrupted"
+    (run,) = group["runs"]
+    # The round in which it was interrupted may lack a call.
+    assert group["rounds"] > 0
+    assert 0 <= len(run["samples_s"]) - group["rounds"] <= 1
+    assert "until it was interrupted" in outcome.out
+
+
+def test_an_interruption_keeps_the_finished_groups(tmp_path):
+    running = Interruptible(
+        *["--model", "testRetinaNet", "--backend", "torchscript", "--precision", "fp32", "bf16"],
+        *[*QUICK, "--iterations", "5", "--output", tmp_path],
+    )
+    running.wait_for("preparing Torch bf16")
+    first = results.load(tmp_path / "results.json")
+    assert first["complete"] is False
+    outcome = running.interrupt()
+    assert_interrupted(outcome)
+    document = results.load(tmp_path / "results.json")
+    assert document["complete"] is False
+    assert document["groups"] == first["groups"]
+    (group,) = document["groups"]
+    assert (group["precision"], group["rounds"], group["stopped"]) == ("fp32", 5, "fixed")
+    assert [run["status"] for run in group["runs"]] == ["ok", "ok"]
+    assert "| RetinaNet     | TorchScript | fp32" in outcome.out

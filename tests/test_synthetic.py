@@ -1,0 +1,145 @@
+"""Synthetic weights: does the detector find what it was told to, and does rounding spare it?"""
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import detectors
+import models
+import verify
+from catalog import MODELS
+from detectors.synthetic import synthesize
+
+RETINANET = MODELS["testRetinaNet"]
+MASK_RCNN = MODELS["testMaskRCNNFPN"]
+CASCADE = MODELS["testCascadeRCNN"]
+C4 = MODELS["testMaskRCNNC4"]
+SIZES = ("min", "opt", "max")
+
+
+@functools.lru_cache(maxsize=None)
+def tuning_inputs(height, width):
+    return models.tuning_inputs(models.read_image(None, (height, width)), 1, seed=0)
+
+
+def weights(model, detections, size=(160, 224), seed=0):
+    inputs = tuning_inputs(*size)
+    return synthesize(model.config, [inputs[name][0] for name in SIZES], detections, seed)
+
+
+@functools.lru_cache(maxsize=1)
+def export(model, detections, size=(160, 224)):
+    return models.build(model, weights(model, detections, size), "synthetic", tuning_inputs(*size))
+
+
+def find(model, detections, which, size=(160, 224)):
+    ready = export(model, detections, size)
+    with torch.no_grad():
+        return verify.split(ready.eager(*ready.tuning_inputs[which]), model.fields)[0]
+
+
+@pytest.mark.parametrize("detections", [0, 5, 30, 100])
+@pytest.mark.parametrize("model", [RETINANET, MASK_RCNN], ids=lambda model: model.name)
+def test_finds_as_many_as_it_was_told_to(model, detections):
+    for which in SIZES:
+        found = find(model, detections, which)
+        if which == "opt" or detections <= 30:
+            assert len(found.scores) == detections
+        else:
+            assert len(found.scores) >= 0.9 * detections
+
+
+@pytest.mark.parametrize("model", [RETINANET, MASK_RCNN], ids=lambda model: model.name)
+def test_scores_are_spread_apart_even_in_bfloat16(model):
+    scores = np.sort(find(model, 100, "opt").scores)
+    assert scores[0] > 0.25
+    assert scores[-1] < 0.96
+    assert scores[-1] - scores[0] > 0.6
+    rounded = torch.from_numpy(scores).bfloat16().unique()
+    assert len(rounded) >= 0.95 * len(scores)
+
+
+@pytest.mark.parametrize("model", [RETINANET, MASK_RCNN], ids=lambda model: model.name)
+def test_objects_differ_in_size_and_place(model):
+    found = find(model, 100, "opt")
+    sides = found.boxes[:, 2:] - found.boxes[:, :2]
+    areas = np.sqrt(sides.prod(axis=1))
+    assert areas.max() > 3 * areas.min()
+    centers = found.boxes[:, :2] + sides / 2
+    assert (np.ptp(centers, axis=0) > 0.5 * np.array([224, 160])).all()
+    assert len(np.unique(found.classes)) > 50
+
+
+@pytest.mark.parametrize("model", [RETINANET, MASK_RCNN], ids=lambda model: model.name)
+@pytest.mark.parametrize("which", SIZES)
+def test_a_healthy_engine_at_bfloat16_agrees(model, which):
+    ready = export(model, 100)
+    images = ready.tuning_inputs[which]
+    with torch.no_grad():
+        reference = ready.eager(*images)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = ready.eager(*images)
+    agreement = verify.verify(reference, rounded, model.fields, "bf16")
+    assert agreement.verdict == "match", agreement.reason
+    assert agreement.matched >= 0.97 * agreement.expected
+    # It is not the same computation: the check above could fail.
+    assert agreement.score_drift > 0
+
+
+@pytest.mark.parametrize("model", [MASK_RCNN], ids=lambda model: model.name)
+def test_masks_are_neither_empty_nor_full(model):
+    filled = (find(model, 30, "opt").masks > 0.5).mean(axis=(1, 2, 3))
+    assert ((filled > 0.2) & (filled < 0.98)).all()
+
+
+@pytest.mark.parametrize("model", [CASCADE, C4], ids=lambda model: model.name)
+def test_other_architectures_find_objects(model):
+    found = find(model, 10, "opt", size=(96, 128))
+    assert len(found.scores) == 10
+    assert len(np.unique(found.scores)) == 10
+    assert 0.25 < found.scores.min() < found.scores.max() < 0.96
+
+
+@pytest.mark.parametrize("model", [RETINANET, MASK_RCNN], ids=lambda model: model.name)
+def test_weights_are_those_of_the_seed(model):
+    first = weights(model, 5, (96, 128), seed=3)
+    again = weights(model, 5, (96, 128), seed=3)
+    other = weights(model, 5, (96, 128), seed=4)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(
+        first["backbone.bottom_up.stem.conv1.weight"], other["backbone.bottom_up.stem.conv1.weight"]
+    )
+
+
+@pytest.mark.parametrize("config", detectors.ARCHITECTURES)
+def test_weights_have_the_names_of_the_architecture(config):
+    image = torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(0)) * 255
+    state = synthesize(config, [image, image, image], 3, seed=0)
+    detectors.build(config, False).load_state_dict(state, strict=True)
+    assert all(torch.isfinite(value).all() for value in state.values())
+
+
+@pytest.mark.parametrize("model", [RETINANET, MASK_RCNN], ids=lambda model: model.name)
+@pytest.mark.parametrize("level", [0.0, 120.0, 255.0])
+def test_an_image_of_one_colour_has_nothing_to_find_but_does_no_harm(model, level):
+    images = [torch.full((3, side, side), level) for side in (64, 96, 192)]
+    state = synthesize(model.config, images, 20, seed=0)
+    assert all(torch.isfinite(value).all() for value in state.values())
+    detector = detectors.build(model.config, True)
+    detector.load_state_dict(state)
+    with torch.no_grad():
+        found = detector([images[1]])[0]
+    assert len(found.scores) <= 20
+    assert math.isfinite(float(found.scores.sum()))
+
+
+def test_the_smallest_image_works():
+    inputs = models.tuning_inputs(models.read_image(None, (32, 32)), 1, seed=0)
+    state = synthesize(MASK_RCNN.config, [inputs[name][0] for name in SIZES], 100, seed=0)
+    detector = detectors.build(MASK_RCNN.config, False)
+    detector.load_state_dict(state)
+    with torch.no_grad():
+        assert 0 < len(detector([inputs["opt"][0]])[0].scores) <= 100
