@@ -44,9 +44,9 @@ class OpenVINO(Backend):
         start = time.perf_counter()
         module = export.script_module()
         exported = time.perf_counter()
-        model = _convert(module, export)
+        model = convert(module, export)
         converted = time.perf_counter()
-        compiled = _compile(model, precision, torch.get_num_threads())
+        compiled = compile_model(model, precision, torch.get_num_threads())
         compiled_at = time.perf_counter()
         _check_precision(compiled, precision)
         call = _caller(compiled.create_infer_request(), export)
@@ -69,7 +69,7 @@ def _sizes(export: Export, which: str) -> List[Tuple[int, int]]:
     return [(image.shape[-2], image.shape[-1]) for image in export.tuning_inputs[which]]
 
 
-def _convert(module: Any, export: Export) -> Any:
+def convert(module: Any, export: Export) -> Any:
     """The exported module as an OpenVINO model for images between `min` and `max`.
 
     Raises:
@@ -89,7 +89,8 @@ def _convert(module: Any, export: Export) -> Any:
     return model
 
 
-def _compile(model: Any, precision: str, threads: int) -> Any:
+def compile_model(model: Any, precision: str, threads: int) -> Any:
+    """Compiles a converted model for the latency of one call at a time on a CPU."""
     import openvino
 
     return openvino.Core().compile_model(

@@ -136,7 +136,7 @@ def test_golden_outputs_are_worth_comparing_with(name):
             assert 10 <= len(scores) < 100
             assert scores.max() < 0.99
             assert np.median(-np.diff(scores)) > 20 * golden.TIE
-            assert len(np.unique(fields["pred_classes"])) > 3
+            assert len(np.unique(fields["pred_classes"])) > 1
     assert outputs["trace"][0]["image_size"].dtype == np.int64
 
 

@@ -18,7 +18,7 @@ import torch
 import worker
 from benchmark import RunFailed, WarmUp
 from catalog import MODELS
-from errors import InputError, Unsupported
+from errors import InputError
 from worker import Job, ModelRequest, Worker
 
 ROOT = Path(worker.__file__).parent
@@ -162,11 +162,6 @@ def test_a_users_error_comes_through(start, prepared):
         worker.prepare(process, job(prepared, model="testMaskRCNNFPN"))
     with pytest.raises(InputError, match="unknown backend 'tvm'"):
         worker.prepare(process, job(prepared, backend="tvm"))
-
-
-def test_what_a_backend_cannot_take_comes_through(start, prepared):
-    with pytest.raises(Unsupported, match="OpenVINO cannot convert the module: "):
-        worker.prepare(start(), job(prepared, "testRetinaNet_scripted", "openvino"))
 
 
 @pytest.mark.parametrize(
