@@ -455,7 +455,7 @@ def _propose(
         noisy_logits = [_with_noise(x, generator) for x in logits]
         noisy_deltas = [_with_noise(x, generator) for x in deltas]
         others = rpn.proposals_of_image(anchors, noisy_logits, noisy_deltas, size)
-        steady &= box_iou(proposals, others).max(dim=1).values > SAME_PROPOSAL_IOU
+        steady &= (box_iou(proposals, others) > SAME_PROPOSAL_IOU).any(dim=1)
     return proposals, steady
 
 
