@@ -1,0 +1,444 @@
+"""The registry, and the real engines on real exports: healthy ones match, broken ones do not."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import sys
+from types import ModuleType
+from typing import Any, Callable, Dict, List, Sequence, Tuple
+
+import pytest
+import torch
+from conftest import small_export
+from torch import Tensor, nn
+
+import detectors.boxes
+import models
+import results
+from backends import base
+from backends.base import Backend, Optimized, check_sizes
+from backends.torch import autocast, effective_precision
+from catalog import MODELS
+from detectors.images import batch_images, image_size
+from errors import InputError, Unsupported
+from models import Export
+from verify import Agreement, verify
+
+OPENVINO_UNAVAILABLE = base.load("openvino").unavailable("cpu")
+needs_openvino = pytest.mark.skipif(
+    OPENVINO_UNAVAILABLE is not None, reason=str(OPENVINO_UNAVAILABLE)
+)
+needs_bf16 = pytest.mark.skipif(
+    not results.has_native_bf16(results.cpu_flags()), reason="this CPU has no native bf16"
+)
+ENGINES = [
+    pytest.param(backend, precision, marks=[*backend_marks, *precision_marks])
+    for backend, backend_marks in (
+        ("torch", []),
+        ("torchscript", []),
+        ("openvino", [needs_openvino]),
+    )
+    for precision, precision_marks in (("fp32", []), ("bf16", [needs_bf16]))
+]
+# The sizes of the issue tracker's reports: multiples of 32, and one that is not.
+PADDED = {(288, 384): (288, 384), (480, 640): (480, 640), (427, 611): (448, 640)}
+
+
+# The registry ----------------------------------------------------------------------------------
+
+
+def test_every_file_is_a_backend():
+    assert base.names() == sorted(base.names())
+    assert set(base.names()) >= {"openvino", "torch", "torch_blade", "torchscript"}
+    backends = base.load_all()
+    assert next(backend.label for backend in backends) == "Torch"
+    assert len({backend.rank for backend in backends}) == len(backends)
+    for backend in backends:
+        assert backend.name in base.names()
+        assert set(backend.devices) == set(backend.precisions) <= set(base.DEVICES)
+        assert all(set(x) <= set(base.PRECISIONS) for x in backend.precisions.values())
+
+
+def test_an_unknown_backend():
+    with pytest.raises(InputError) as error:
+        base.load("tvm")
+    assert str(error.value) == f"unknown backend 'tvm'; there are {', '.join(base.names())}"
+    with pytest.raises(InputError):
+        base.load("base")
+
+
+def test_a_file_with_two_backends_is_a_mistake(monkeypatch):
+    module = ModuleType("backends.twins")
+    for name in ("One", "Two"):
+        setattr(module, name, type(name, (Backend,), {"__module__": module.__name__}))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(base, "names", lambda: ["twins"])
+    with pytest.raises(TypeError, match="exactly one Backend, not 2"):
+        base.load("twins")
+
+
+def test_versions_are_those_of_the_libraries():
+    for name in ("torch", "torchscript"):
+        assert base.load(name).versions()["torch"] == torch.__version__
+    if OPENVINO_UNAVAILABLE is None:
+        import openvino
+
+        assert base.load("openvino").versions() == {"openvino": openvino.__version__}
+
+
+def test_a_missing_library_is_a_reason(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)  # import raises ImportError
+    assert "pip install openvino" in base.load("openvino").unavailable("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_cuda_is_a_reason():
+    for name in ("torch", "torchscript"):
+        assert base.load(name).unavailable("cpu") is None
+        assert "no CUDA device" in base.load(name).unavailable("cuda")
+
+
+# Healthy engines -------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=None)
+def reference(name: str) -> Dict[str, Tuple[Tensor, ...]]:
+    """What eager fp32 finds, by size."""
+    export = small_export(name)
+    with torch.no_grad():
+        return {size: export.eager(*images) for size, images in export.tuning_inputs.items()}
+
+
+@functools.lru_cache(maxsize=None)
+def engine(name: str, backend: str, precision: str) -> Optimized:
+    return base.load(backend).optimize(small_export(name), precision, "cpu")
+
+
+def compare(name: str, call: Callable, precision: str) -> Dict[str, Agreement]:
+    """What verify says of a call, by size."""
+    export = small_export(name)
+    return {
+        size: verify(expected, call(*export.tuning_inputs[size]), export.fields, precision)
+        for size, expected in reference(name).items()
+    }
+
+
+def assert_all_found(agreements: Dict[str, Agreement]) -> None:
+    for size, agreement in agreements.items():
+        assert agreement.verdict == "match", (size, agreement)
+        assert agreement.expected > 20
+
+
+@pytest.mark.parametrize(("backend", "precision"), ENGINES)
+def test_a_healthy_engine_matches(backend, precision):
+    call = engine("testRetinaNet", backend, precision).call
+    agreements = compare("testRetinaNet", call, precision)
+    assert_all_found(agreements)
+    if precision == "fp32":
+        for agreement in agreements.values():
+            assert (agreement.lost, agreement.spurious, agreement.exempt) == (0, 0, 0)
+            assert agreement.box_drift < 0.05
+            assert agreement.score_drift < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision"),
+    [
+        ("torchscript", "fp32"),
+        pytest.param("torchscript", "bf16", marks=needs_bf16),
+        pytest.param("openvino", "fp32", marks=needs_openvino),
+    ],
+)
+def test_a_healthy_engine_matches_with_masks(backend, precision):
+    call = engine("testMaskRCNNFPN", backend, precision).call
+    agreements = compare("testMaskRCNNFPN", call, precision)
+    assert_all_found(agreements)
+    assert all(agreement.mask_drift is not None for agreement in agreements.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
+def test_a_healthy_scripted_engine_matches(precision):
+    optimized = engine("testRetinaNet_scripted", "torchscript", precision)
+    assert_all_found(compare("testRetinaNet_scripted", optimized.call, precision))
+    assert optimized.read_precision() == precision
+
+
+@pytest.mark.parametrize(("backend", "precision"), ENGINES)
+def test_a_call_changes_neither_its_images_nor_earlier_outputs(backend, precision):
+    export = small_export("testRetinaNet")
+    call = engine("testRetinaNet", backend, precision).call
+    before = export.inputs[0].clone()
+    first = call(*export.inputs)
+    kept = [tensor.clone() for tensor in first]
+    call(*(255 - image for image in export.inputs))
+    assert torch.equal(export.inputs[0], before)
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(first, kept))
+
+
+@pytest.mark.parametrize(("backend", "precision"), ENGINES)
+def test_outputs_are_what_eager_gives(backend, precision):
+    export = small_export("testRetinaNet")
+    outputs = engine("testRetinaNet", backend, precision).call(*export.inputs)
+    assert len(outputs) == len(export.fields)
+    for field, expected, found in zip(export.fields, reference("testRetinaNet")["opt"], outputs):
+        assert found.device == expected.device
+        assert found.dim() == expected.dim(), field
+        assert not found.requires_grad
+        assert found.is_floating_point() == expected.is_floating_point(), field
+
+
+# What they say of themselves -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("backend", "precision"), ENGINES)
+def test_precision_and_threads_are_read_back(backend, precision):
+    optimized = engine("testRetinaNet", backend, precision)
+    assert optimized.precision == precision
+    if optimized.read_precision is not None:
+        assert optimized.read_precision() == precision
+    assert optimized.threads == torch.get_num_threads() == 1
+
+
+def test_a_call_that_ignores_autocast_is_fp32():
+    """A row must not be labelled bf16 for having been asked to be."""
+    export = small_export("testRetinaNet")
+    assert effective_precision(autocast(export.eager, "fp32", "cpu"), export, "bf16") == "fp32"
+
+
+@needs_openvino
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
+def test_the_layers_of_openvino_run_in_that_precision(precision):
+    coverage = engine("testRetinaNet", "openvino", precision).coverage
+    layers = {name.lower(): count for name, count in coverage["heavy_layers"].items()}
+    assert layers.get({"fp32": "f32", "bf16": "bf16"}[precision], 0) > 0.9 * sum(layers.values())
+    # 53 convolutions of the backbone at least.
+    assert sum(layers.values()) > 53
+    assert coverage["operators_in_engine"] == coverage["operators"] > sum(layers.values())
+
+
+def test_torchscript_counts_operators_and_seconds():
+    optimized = engine("testRetinaNet", "torchscript", "fp32")
+    assert optimized.coverage["operators"] > 200
+    assert set(optimized.seconds) == {"export", "compile"}
+
+
+@needs_openvino
+def test_openvino_threads_follow_torch():
+    torch.set_num_threads(2)
+    try:
+        optimized = base.load("openvino").optimize(tiny_export(), "fp32", "cpu")
+    finally:
+        torch.set_num_threads(1)
+    assert optimized.threads == 2
+
+
+# What they refuse ------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+@needs_openvino
+def test_openvino_says_why_it_cannot_take_a_scripted_module():
+    with pytest.raises(Unsupported) as error:
+        base.load("openvino").optimize(small_export("testRetinaNet_scripted"), "fp32", "cpu")
+    reason = str(error.value)
+    assert reason.startswith("OpenVINO cannot convert the module: ")
+    assert "\n" not in reason
+    assert len(reason) < 300
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("size", ["min", "max"])
+def test_images_out_of_range_are_refused(side, size):
+    export = small_export("testRetinaNet")
+    shape = list(export.tuning_inputs[size][0].shape)
+    check_sizes([torch.zeros(shape)], export, "the engine")
+    shape[1 + side] += -1 if size == "min" else 1
+    with pytest.raises(InputError) as error:
+        check_sizes([torch.zeros(shape)], export, "the engine")
+    bounds = [" x ".join(map(str, export.tuning_inputs[x][0].shape)) for x in ("min", "max")]
+    assert str(error.value).startswith(
+        f"image 1 is {' x '.join(map(str, shape))}, and the engine was built for testRetinaNet "
+        f"with {bounds[0]} to {bounds[1]}"
+    )
+
+
+def test_another_number_of_images_is_refused():
+    export = small_export("testRetinaNet")
+    with pytest.raises(InputError, match=r"takes 1 image\(s\) a call, not 2"):
+        check_sizes(export.inputs * 2, export, "the engine")
+
+
+@needs_openvino
+def test_openvino_refuses_images_out_of_range():
+    call = engine("testRetinaNet", "openvino", "fp32").call
+    with pytest.raises(InputError, match="OpenVINO's model was built for testRetinaNet with 3 x "):
+        call(torch.zeros(3, 32, 32))
+
+
+# Padding ---------------------------------------------------------------------------------------
+
+
+class Padding(nn.Module):
+    """What every detector does first, alone, for one image or two."""
+
+    def forward(self, *images: Tensor) -> Tuple[Tensor, Tensor]:
+        mean, std = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
+        return batch_images(list(images), mean, std, 32), image_size(images[0])
+
+
+def images_of(*sizes: Sequence[int]) -> Tuple[Tensor, ...]:
+    return tuple(torch.rand(3, *size) for size in sizes)
+
+
+def tiny_export(images: int = 1) -> Export:
+    tuning = {
+        name: images_of(*[size] * images)
+        for name, size in (("min", (288, 384)), ("opt", (300, 400)), ("max", (480, 640)))
+    }
+    model = MODELS["testMaskRCNNFPN_b2" if images == 2 else "testRetinaNet"]
+    return Export(model, Padding().eval(), tuning)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("backend", ["torchscript", pytest.param("openvino", marks=needs_openvino)])
+def test_engines_pad_as_eager_does(backend, images):
+    export = tiny_export(images)
+    call = base.load(backend).optimize(export, "fp32", "cpu").call
+    for size, padded in PADDED.items():
+        inputs = images_of(*[size] * images)
+        with torch.no_grad():
+            expected = export.eager(*inputs)
+        assert expected[0].shape == (images, 3, *padded)
+        found = call(*inputs)
+        assert found[0].shape == expected[0].shape
+        assert torch.allclose(found[0], expected[0], atol=1e-6)
+        assert found[1].tolist() == list(size)
+
+
+@pytest.mark.parametrize("backend", ["torchscript", pytest.param("openvino", marks=needs_openvino)])
+def test_two_images_of_different_sizes_are_padded_to_the_larger_of_each_side(backend):
+    export = tiny_export(2)
+    call = base.load(backend).optimize(export, "fp32", "cpu").call
+    inputs = images_of((290, 611), (427, 390))
+    with torch.no_grad():
+        expected = export.eager(*inputs)[0]
+    assert expected.shape == (2, 3, 448, 640)
+    assert torch.allclose(call(*inputs)[0], expected, atol=1e-6)
+
+
+def eager_padded_size(export: Export, detector: nn.Module, image: Tensor) -> Tuple[int, ...]:
+    seen: List[Tuple[int, ...]] = []
+    hook = detector.backbone.register_forward_pre_hook(
+        lambda module, inputs: seen.append(tuple(inputs[0].shape[-2:]))
+    )
+    with torch.no_grad():
+        export.eager(image)
+    hook.remove()
+    return seen[0]
+
+
+def openvino_padded_sizes(export: Export, images: Sequence[Tensor]) -> List[Tuple[int, ...]]:
+    """The size of what the first convolution of the whole compiled model really gets."""
+    from backends.openvino import compile_model, convert
+
+    model = convert(export.script_module(), export)
+    first = next(x for x in model.get_ordered_ops() if x.get_type_name() == "Convolution")
+    model.add_outputs(first.input_value(0))
+    compiled = compile_model(model, "fp32", 1)
+    last = len(compiled.outputs) - 1
+    return [tuple(compiled([image.numpy()])[last].shape[-2:]) for image in images]
+
+
+@needs_openvino
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "source", ["bundled", pytest.param("detectron2", marks=pytest.mark.detectron2)]
+)
+def test_the_whole_model_is_padded_as_eager_is(source):
+    """OpenVINO 2026.4 pads Detectron2's own arithmetic by one stride too many."""
+    if source == "detectron2":
+        pytest.importorskip("detectron2.model_zoo")
+    small = small_export("testRetinaNet", source)
+    detector = small._detector if source == "detectron2" else small.eager.detector
+    tuning = {"min": images_of((288, 384)), "opt": images_of((288, 384))}
+    export = Export(MODELS["testRetinaNet"], small.eager, {**tuning, "max": images_of((480, 640))})
+    if source == "detectron2":
+        export._script_module = small.script_module()
+    images = [images_of(size)[0] for size in PADDED]
+    assert [eager_padded_size(export, detector, image) for image in images] == list(PADDED.values())
+    assert openvino_padded_sizes(export, images) == list(PADDED.values())
+
+
+# Engines broken on purpose ---------------------------------------------------------------------
+
+Call = Callable[..., Tuple[Tensor, ...]]
+
+
+def blind(call: Call) -> Call:
+    """An engine whose scores are so low that hardly anything passes the threshold."""
+
+    def broken(*images: Tensor) -> Tuple[Tensor, ...]:
+        boxes, classes, scores, size = call(*images)
+        seen = scores > 0.94
+        return boxes[seen], classes[seen], scores[seen], size
+
+    return broken
+
+
+def channels_swapped(call: Call) -> Call:
+    return lambda *images: call(*(image.flip(0).contiguous() for image in images))
+
+
+def shifted(call: Call) -> Call:
+    return lambda *images: call(*(torch.roll(image, (8, 8), (1, 2)) for image in images))
+
+
+def one_class_off(call: Call) -> Call:
+    def broken(*images: Tensor) -> Tuple[Tensor, ...]:
+        boxes, classes, scores, size = call(*images)
+        return boxes, (classes + 1) % 80, scores, size
+
+    return broken
+
+
+@pytest.mark.parametrize("fault", [blind, channels_swapped, shifted, one_class_off])
+@pytest.mark.parametrize(("backend", "precision"), ENGINES)
+def test_a_broken_engine_is_caught(backend, precision, fault):
+    healthy = engine("testRetinaNet", backend, precision).call
+    for size, agreement in compare("testRetinaNet", fault(healthy), precision).items():
+        assert agreement.verdict == "mismatch", (size, agreement)
+        assert agreement.reason
+
+
+def crowded_export() -> Export:
+    """A RetinaNet in which anchors of other scales find the same objects again, less surely.
+
+    With synthetic weights as they are, there is nothing to suppress.
+    """
+    small = small_export("testRetinaNet")
+    state = {name: value.clone() for name, value in small.eager.detector.state_dict().items()}
+    weights = state["head.cls_score.weight"].view(3, 3, 80, 256, 3, 3)  # by scale, shape, class
+    biases = state["head.cls_score.bias"].view(3, 3, 80)
+    used = weights.flatten(3).abs().sum(dim=-1) > 0
+    for scale, other in itertools.permutations(range(3), 2):
+        again = used[scale] & ~used[other]
+        weights[other][again] = weights[scale][again]
+        biases[other][again] = biases[scale][again] - 0.5
+    return models.build(MODELS["testRetinaNet"], state, "crowded", small.tuning_inputs)
+
+
+@pytest.mark.parametrize("backend", ["torch", "torchscript"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
+def test_an_engine_without_non_maximum_suppression_is_caught(monkeypatch, backend, precision):
+    def keep_all(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
+        return scores.argsort(descending=True)
+
+    export = crowded_export()
+    with torch.no_grad():
+        expected = {size: export.eager(*x) for size, x in export.tuning_inputs.items()}
+    monkeypatch.setattr(detectors.boxes, "batched_nms", keep_all)
+    call: Any = base.load(backend).optimize(export, precision, "cpu").call
+    for size, images in export.tuning_inputs.items():
+        agreement = verify(expected[size], call(*images), export.fields, precision)
+        assert agreement.verdict == "mismatch", (size, agreement)
