@@ -193,11 +193,16 @@ def _collected_warnings() -> Iterator[List[str]]:
 
     handler = Collector(logging.WARNING)
     logger = logging.getLogger("torch_blade")
+    level = logger.level
+    if logger.getEffectiveLevel() > logging.WARNING:
+        # Some other library has told the root logger to say less.
+        logger.setLevel(logging.WARNING)
     logger.addHandler(handler)
     try:
         yield messages
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _check_has_engines(tensorrt: ModuleType, optimized: Any, warnings: List[str]) -> None:
