@@ -11,7 +11,7 @@ import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Callable, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -36,19 +36,29 @@ BACKGROUND_LOGIT = -5.0
 # stay small: bfloat16 leaves noise of 4% of RetinaNet's last features. Unscaled, and without the
 # means of 1 below, it was half of them.
 RESIDUAL_SCALE = 0.2
+# The same for the stage that C4 runs on each region. It has but three blocks for errors to grow in,
+# and more of them tell regions apart.
+REGION_RESIDUAL_SCALE = 0.5
 # Added to the covariance of the features, as a share of their mean variance. Without it, the
 # classifier would stand on directions that are all rounding error.
 RIDGE = 0.01
+# How much the errors of bfloat16 count beside the features of other regions: the more, the steadier
+# the scores, and the fewer the regions that can be told apart.
+ERROR_WEIGHT = 10.0
 # A region is worth choosing only if no other one has more than this share of its response.
 LARGEST_RIVAL = 0.7
 # The proposal network is asked again with this much noise, as a share of what its outputs vary by,
-# more than bfloat16 adds, and this often: objects are put only where it says the same every time.
-PROPOSAL_NOISE = 0.1
-PROPOSAL_TRIALS = 8
+# far more than the 4% that bfloat16 adds, and this often: objects are put where it says the same
+# every time and, where that is not enough, where it said something else this often at most.
+PROPOSAL_NOISE = 0.3
+PROPOSAL_TRIALS = 16
+MOST_UNSTEADY = 6
 SAME_PROPOSAL_IOU = 0.95
-# The shorter side of a proposal for an object, in pixels, at least. A sliver at the border of the
-# image has features that change fast.
+# The shorter side of a proposal for an object, at least: in pixels, as a sliver at the border of
+# the image has features that change fast, and in cells of the finest feature map, over which the
+# errors of a region average.
 SHORTEST_SIDE = 20
+SHORTEST_SIDE_CELLS = 2
 # Octaves that the side of an object's box is from where the pyramid's levels meet, at least: 5%.
 LEVEL_MARGIN = 0.07
 # Proposals that the mask head is scaled on.
@@ -102,7 +112,9 @@ def _initialize(detector: nn.Module, generator: torch.Generator) -> None:
                 module.bias.zero_()
         if isinstance(module, FrozenBatchNorm2d):
             residual = name.endswith("conv3.norm")
-            module.weight.fill_(RESIDUAL_SCALE if residual else 1.0)
+            in_region = name.startswith("roi_heads.")
+            scale = REGION_RESIDUAL_SCALE if in_region else RESIDUAL_SCALE
+            module.weight.fill_(scale if residual else 1.0)
             module.bias.fill_(0.0 if residual else 1.0)
 
 
@@ -197,12 +209,14 @@ class _Regions:
         boxes: R x 4, about where an object found there would be.
         levels: R, of the pyramid.
         eligible: R, whether an object may be put there.
+        unsteady: R, how likely noise moves them; objects go to the least first.
     """
 
     features: Tensor
     boxes: Tensor
     levels: Tensor
     eligible: Tensor
+    unsteady: Tensor
 
 
 class _Discriminant:
@@ -213,12 +227,15 @@ class _Discriminant:
 
     Args:
         features: N x D.
+        errors: N x D, what rounding adds to them. They count as features of others do, so that
+            logits move little with them.
     """
 
-    def __init__(self, features: Tensor) -> None:
+    def __init__(self, features: Tensor, errors: Tensor) -> None:
         self.mean = features.mean(dim=0)
         self.centered = features - self.mean
         covariance = self.centered.T @ self.centered / len(features)
+        covariance += ERROR_WEIGHT * errors.T @ errors / max(1, len(errors))
         ridge = RIDGE * covariance.diagonal().mean() + 1e-6
         covariance.diagonal().add_(ridge)
         self.factor = torch.linalg.cholesky(covariance)
@@ -308,15 +325,17 @@ def _choose_regions(
     generator: torch.Generator,
 ) -> Tensor:
     """Rows (offset by `first`) of regions that nothing else resembles, from each level in turn."""
-    ranked: List[Tuple[int, float, int]] = []
+    ranked: List[Tuple[int, int, float, int]] = []
     for level in regions.levels.unique():
         rows = (regions.eligible & (regions.levels == level)).nonzero()[:, 0]
         # A sample: the best of all would lie side by side.
-        rows = rows[torch.randperm(len(rows), generator=generator)[: count + 8]] + first
-        rivals, order = discriminant.rivals(rows).sort()
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        rows = rows[regions.unsteady[rows].argsort(stable=True)[: count + 8]]
+        rivals, order = discriminant.rivals(rows + first).sort()
         order = order[rivals < LARGEST_RIVAL]
-        ranked += [(place, float(rivals[place]), int(rows[i])) for place, i in enumerate(order)]
-    return torch.tensor([row for _, _, row in sorted(ranked)[:count]], dtype=torch.int64)
+        for place, (row, rival) in enumerate(zip(rows[order].tolist(), rivals.tolist())):
+            ranked.append((int(regions.unsteady[row]), place, rival, row + first))
+    return torch.tensor([row for *_, row in sorted(ranked)[:count]], dtype=torch.int64)
 
 
 def _assign_classes(boxes: Tensor, generator: torch.Generator) -> List[int]:
@@ -343,7 +362,8 @@ def _fit_retinanet(
     with _scaling(detector):
         detector([images[0]])
     regions = [_retinanet_regions(detector, image) for image in images]
-    discriminant = _Discriminant(torch.cat([x.features for x in regions]))
+    features = torch.cat([x.features for x in regions])
+    discriminant = _Discriminant(features, features[:0])
     layer = detector.head.cls_score
     layer.weight.zero_()
     layer.bias.fill_(2 * BACKGROUND_LOGIT)
@@ -379,7 +399,8 @@ def _retinanet_regions(detector: RetinaNet, image: Tensor) -> _Regions:
     boxes = torch.cat(boxes)
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2
     inside = (centers > 0) & (centers < image_size(image).flip(0))
-    return _Regions(torch.cat(hidden), boxes, torch.cat(levels), inside.all(dim=1))
+    steady = torch.zeros(len(boxes), dtype=torch.int64)
+    return _Regions(torch.cat(hidden), boxes, torch.cat(levels), inside.all(dim=1), steady)
 
 
 @dataclass(frozen=True)
@@ -389,14 +410,16 @@ class _View:
     Attributes:
         size: height and width, int64.
         features: of the backbone.
+        rounded: the same computed in bfloat16.
         proposals: R x 4.
-        steady: R, whether rounding errors leave the proposal what it is.
+        unsteady: R, how often noise did not leave the proposal what it is.
     """
 
     size: Tensor
     features: List[Tensor]
+    rounded: List[Tensor]
     proposals: Tensor
-    steady: Tensor
+    unsteady: Tensor
 
 
 # Pooled and embedded regions, R x D, from the features and the boxes, and what predicts from them.
@@ -416,9 +439,15 @@ def _fit_rcnn(
         objects: List[_Objects] = []
         for embed, predictor in _box_stages(heads):
             hidden = [embed(view.features, regions) for view, regions in zip(views, boxes)]
-            discriminant = _Discriminant(torch.cat(hidden))
+            errors = [
+                _rounded(embed, view.rounded, regions) - x
+                for view, regions, x in zip(views, boxes, hidden)
+            ]
+            discriminant = _Discriminant(torch.cat(hidden), torch.cat(errors))
             if not objects:
-                regions = [_proposal_regions(*pair) for pair in zip(views, hidden)]
+                stride = detector.proposal_generator.anchor_generator.strides[0]
+                shortest = max(SHORTEST_SIDE, SHORTEST_SIDE_CELLS * stride)
+                regions = [_proposal_regions(*pair, shortest) for pair in zip(views, hidden)]
                 objects = _choose_objects(regions, discriminant, detections, generator)
             _fit_classes(predictor, discriminant, objects)
             if isinstance(heads, CascadeROIHeads):
@@ -437,26 +466,33 @@ def _view(detector: GeneralizedRCNN, image: Tensor, generator: torch.Generator) 
     )
     features = detector.backbone(batch)
     size = image_size(image)
-    proposals, steady = _propose(detector.proposal_generator, features, size, generator)
-    return _View(size, features, proposals, steady)
+    rounded = _rounded(detector.backbone, batch)
+    proposals, unsteady = _propose(detector.proposal_generator, features, size, generator)
+    return _View(size, features, rounded, proposals, unsteady)
+
+
+def _rounded(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns when it is computed in bfloat16, as autocast does."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return function(*arguments)
 
 
 def _propose(
     rpn: RPN, features: List[Tensor], size: Tensor, generator: torch.Generator
 ) -> Tuple[Tensor, Tensor]:
-    """Proposals, R x 4, and which of them are still there when the network's outputs are noisy."""
+    """Proposals, R x 4, and how often each was gone when the network's outputs were noisy, R."""
     anchors = rpn.anchor_generator(features)
     logits, deltas = rpn.rpn_head(features)
     logits = [x[0].permute(1, 2, 0).flatten() for x in logits]
     deltas = [_per_anchor(x)[0] for x in deltas]
     proposals = rpn.proposals_of_image(anchors, logits, deltas, size)
-    steady = torch.ones(len(proposals), dtype=torch.bool)
+    unsteady = torch.zeros(len(proposals), dtype=torch.int64)
     for _ in range(PROPOSAL_TRIALS):
         noisy_logits = [_with_noise(x, generator) for x in logits]
         noisy_deltas = [_with_noise(x, generator) for x in deltas]
         others = rpn.proposals_of_image(anchors, noisy_logits, noisy_deltas, size)
-        steady &= (box_iou(proposals, others) > SAME_PROPOSAL_IOU).any(dim=1)
-    return proposals, steady
+        unsteady += (box_iou(proposals, others) < SAME_PROPOSAL_IOU).all(dim=1)
+    return proposals, unsteady
 
 
 def _with_noise(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -492,7 +528,7 @@ def _pool_masks(heads: nn.Module, view: _View) -> Tensor:
     return heads.mask_pooler(view.features[:4], [boxes])
 
 
-def _proposal_regions(view: _View, hidden: Tensor) -> _Regions:
+def _proposal_regions(view: _View, hidden: Tensor, shortest: int) -> _Regions:
     """Proposals, their levels by size: octaves of the side.
 
     Those of sides near a power of two times 7 are pooled from one level of the pyramid or from the
@@ -500,9 +536,9 @@ def _proposal_regions(view: _View, hidden: Tensor) -> _Regions:
     """
     sides = view.proposals[:, 2:] - view.proposals[:, :2]
     octaves = (sides.prod(dim=1).sqrt() / 7).log2()
-    eligible = view.steady & (sides.min(dim=1).values > SHORTEST_SIDE)
+    eligible = (view.unsteady <= MOST_UNSTEADY) & (sides.min(dim=1).values > shortest)
     eligible &= (octaves - octaves.round()).abs() > LEVEL_MARGIN
-    return _Regions(hidden, view.proposals, octaves.floor().long(), eligible)
+    return _Regions(hidden, view.proposals, octaves.floor().long(), eligible, view.unsteady)
 
 
 def _fit_classes(

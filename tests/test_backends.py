@@ -217,6 +217,22 @@ def test_the_layers_of_openvino_run_in_that_precision(precision):
     assert coverage["operators_in_engine"] == coverage["operators"] > sum(layers.values())
 
 
+@needs_openvino
+@needs_bf16
+def test_openvino_does_not_round_the_regions_it_pools():
+    module = small_export("testMaskRCNNFPN")
+    ov = sys.modules[type(base.load("openvino")).__module__]
+    compiled = ov.compile_model(ov.convert(module.script_module(), module), "bf16", threads=2)
+    sources = [
+        op.input_value(1).get_node()
+        for op in compiled.get_runtime_model().get_ops()
+        if op.get_rt_info() and op.get_rt_info()["layerType"].astype(str) == "ROIAlign"
+    ]
+    assert len(sources) == 8
+    for node in sources:
+        assert node.get_rt_info()["runtimePrecision"].astype(str) == "f32", node
+
+
 def test_torchscript_counts_operators_and_seconds():
     optimized = engine("testRetinaNet", "torchscript", "fp32")
     assert optimized.coverage["operators"] > 200
