@@ -446,7 +446,7 @@ def table(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
         if row.status:
             status = " ".join(row.status.split())
             below.append(f"[{len(below) + 1}] {row.backend} {row.precision}: {status}")
-    lines = _markdown([header] + cells)
+    lines = markdown([header] + cells, [right for _, right in _COLUMNS])
     if any(row.statistics is not None and row.statistics.p99_ms is None for row in rows):
         below.append(
             "(max): the longest call, in place of a 99th percentile, which takes "
@@ -513,9 +513,14 @@ def _digits(value: float, significant: int = 4) -> str:
     return f"{value:.{max(0, decimals)}f}"
 
 
-def _markdown(grid: Sequence[Sequence[str]]) -> List[str]:
-    widths = [max(len(line[column]) for line in grid) for column in range(len(_COLUMNS))]
-    rights = [right for _, right in _COLUMNS]
+def markdown(grid: Sequence[Sequence[str]], rights: Sequence[bool]) -> List[str]:
+    """Lines of a Markdown table, padded so that the text itself reads well.
+
+    Args:
+        grid: cells, the header first.
+        rights: for each column, whether it is right-aligned.
+    """
+    widths = [max(len(line[column]) for line in grid) for column in range(len(rights))]
     rule = ["-" * (width - 1) + (":" if right else "-") for width, right in zip(widths, rights)]
     padded = [
         [

@@ -7,3 +7,15 @@ class InputError(Exception):
 
 class Unsupported(Exception):
     """A backend cannot take an export; the message becomes the status of the row."""
+
+
+def sentence(error: BaseException) -> str:
+    """The line of an error that says most, with the error's kind."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    kind = type(error).__name__
+    if not lines:
+        return kind
+    # TorchScript's interpreter puts a traceback of its own before what went wrong.
+    if "Traceback of TorchScript" in str(error):
+        return lines[-1]
+    return f"{kind}: {lines[0]}"

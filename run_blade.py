@@ -90,6 +90,11 @@ def parser() -> argparse.ArgumentParser:
     add("--output", metavar="DIR", help="keep results.json and what the optimizers leave behind")
     add("--fail-on", choices=("slower",), nargs="+", default=(), help="exit with 1 then, too")
     add(
+        "--coverage",
+        action="store_true",
+        help="print how much of each model the engines took",
+    )
+    add(
         "--compare-published",
         action="store_true",
         help="print the speedups that TorchBlade published beside ours",

@@ -175,6 +175,7 @@ class Session:
         self.progress = Progress()
         self.notes: List[str] = []
         self.plan = _plan(options, self.notes)
+        self.plan_notes = list(self.notes)
         self.document = _document(self.plan, options, self.notes)
 
     def run(self) -> int:
@@ -186,6 +187,8 @@ class Session:
                 self._run_model(name, Path(folder))
         self.document["complete"] = True
         self._save()
+        if self.options.coverage:
+            print("\n" + tables.coverage_table(self.document["groups"]))
         if self.options.compare_published:
             print("\n" + tables.published_table(self.document["groups"]))
         return exit_code(self.document["groups"], self.options.fail_on)
@@ -193,9 +196,11 @@ class Session:
     def _run_model(self, name: str, folder: Path) -> None:
         """Measures one test model; an interruption still prints and keeps what there is."""
         groups, before = self.document["groups"], len(self.document["groups"])
+        own_notes: List[str] = []
         try:
             model = suite.prepare_model(name, self.plan, folder, self.progress)
-            self.notes += [note for note in (model.note,) if note not in self.notes]
+            own_notes = [model.note]
+            self.notes += [note for note in own_notes if note not in self.notes]
             for precision in self.plan.precisions:
                 self._run_group(model, precision)
             model.file.unlink()
@@ -206,7 +211,7 @@ class Session:
         finally:
             self._save()
             if len(groups) > before:
-                notes = tables.aa_note(self.document["aa"]) + self.notes
+                notes = tables.aa_note(self.document["aa"]) + self.plan_notes + own_notes
                 print(tables.model_table(groups[before:], self.plan.rule, notes) + "\n", flush=True)
 
     def _run_group(self, model: suite.Prepared, precision: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -19,6 +19,9 @@ from worker import CALL_LIMIT_S, PREPARE_LIMIT_S, Job, ModelRequest, Worker
 SIZES = ("opt", "min", "max")
 # Runs that take part without a row of their own: Torch once more, and Torch at fp32.
 AGAIN = "torch again"
+# Where Torch is timed against itself, speedups are to be known this well: what the machine can
+# resolve is the noise of both, and shall be told in less than the 5% that most people ask for.
+AGAIN_HALF_WIDTH = 0.02
 FP32 = "torch fp32"
 
 
@@ -53,8 +56,16 @@ class Plan:
     debug: bool
 
     def backends_for(self, precision: str) -> List[Backend]:
-        """The backends that know that precision on the plan's device."""
-        return [x for x in self.backends if precision in x.precisions[self.device]]
+        """The baseline, and the backends that know that precision on the plan's device."""
+        return [x for x in self.backends if x.rank == 0 or precision in x.precisions[self.device]]
+
+    def runs_for(self, precision: str) -> List[Run]:
+        """The rows of a group. A baseline that does not know the precision runs at fp32."""
+        runs = []
+        for backend in self.backends_for(precision):
+            known = precision in backend.precisions[self.device]
+            runs.append(_new_run(backend.name, backend, precision if known else "fp32"))
+        return runs
 
 
 @dataclass
@@ -153,15 +164,16 @@ def measure_group(
     Returns:
         the A/A record of the result file, if that was asked for and could be measured.
     """
-    group = _new_group(model.name, precision, model.sizes)
-    runs = [_new_run(backend.name, backend, precision) for backend in plan.backends_for(precision)]
-    extras = _extra_runs(runs[0].backend, precision, same_again)
+    rule = _rule(plan, same_again)
+    group = _new_group(model.name, precision, model.sizes, rule)
+    runs = plan.runs_for(precision)
+    extras = _extra_runs(runs[0], same_again)
     rounds = benchmark.Rounds()
     try:
         with tempfile.TemporaryDirectory(prefix="run_blade_") as folder:
             for run in runs + extras:
                 _prepare_run(run, model, plan, Path(folder), progress)
-            _time(runs + extras, rounds, plan, progress, f"{model.name} {precision}")
+            _time(runs + extras, rounds, rule, plan.seed, progress, f"{model.name} {precision}")
             for run in runs:
                 _check(run, model, progress)
             _report(runs, plan, progress)
@@ -177,15 +189,21 @@ def measure_group(
 
 def failed_group(name: str, precision: str, plan: Plan, reason: str) -> Dict[str, Any]:
     """The group of a test model that could not even be prepared."""
-    group = _new_group(name, precision, {})
-    runs = [_new_run(backend.name, backend, precision) for backend in plan.backends_for(precision)]
+    group = _new_group(name, precision, {}, plan.rule)
+    runs = plan.runs_for(precision)
     for run in runs:
         run.give_up("failed", reason)
     _conclude(group, runs, benchmark.Rounds(stopped="all failed"), plan)
     return group
 
 
-def _new_group(name: str, precision: str, sizes: Dict[str, Any]) -> Dict[str, Any]:
+def _rule(plan: Plan, same_again: bool) -> StopRule:
+    if not same_again:
+        return plan.rule
+    return replace(plan.rule, half_width=min(plan.rule.half_width, AGAIN_HALF_WIDTH))
+
+
+def _new_group(name: str, precision: str, sizes: Dict[str, Any], rule: StopRule) -> Dict[str, Any]:
     return {
         "model": name,
         "export": MODELS[name].kind,
@@ -194,6 +212,7 @@ def _new_group(name: str, precision: str, sizes: Dict[str, Any]) -> Dict[str, An
         "image_sizes": sizes,
         "rounds": 0,
         "stopped": "interrupted",
+        "half_width": rule.half_width,
         "runs": [],
     }
 
@@ -224,17 +243,18 @@ def _new_run(key: str, backend: Backend, precision: str) -> Run:
     return Run(key, backend, record)
 
 
-def _extra_runs(baseline: Backend, precision: str, same_again: bool) -> List[Run]:
+def _extra_runs(baseline: Run, same_again: bool) -> List[Run]:
     """Runs that are timed with a group but have no row.
 
     Torch at fp32 takes part in the groups of lower precision: it is what a user has today, and a
     ratio to it is to be had only from calls made side by side.
     """
     extras = []
+    precision = baseline.record["requested_precision"]
     if same_again:
-        extras.append(_new_run(AGAIN, baseline, precision))
+        extras.append(_new_run(AGAIN, baseline.backend, precision))
     if precision != "fp32":
-        extras.append(_new_run(FP32, baseline, "fp32"))
+        extras.append(_new_run(FP32, baseline.backend, "fp32"))
     return extras
 
 
@@ -273,15 +293,18 @@ def _keep(artifacts: Dict[str, str], output: Optional[Path]) -> List[str]:
 
 
 def _time(
-    runs: List[Run], rounds: benchmark.Rounds, plan: Plan, progress: Progress, title: str
+    runs: List[Run],
+    rounds: benchmark.Rounds,
+    rule: StopRule,
+    seed: int,
+    progress: Progress,
+    title: str,
 ) -> None:
     calls = {run.key: _timed_call(run) for run in runs if run.worker is not None}
     if not calls:
         return
-    with progress.rounds(title, plan.rule) as advance:
-        benchmark.run_rounds(
-            calls, runs[0].key, plan.rule, plan.seed, progress=advance, into=rounds
-        )
+    with progress.rounds(title, rule) as advance:
+        benchmark.run_rounds(calls, runs[0].key, rule, seed, progress=advance, into=rounds)
     for run in runs:
         if run.key in rounds.failures:
             run.give_up("failed", rounds.failures[run.key])
@@ -297,6 +320,7 @@ def _check(run: Run, model: Prepared, progress: Progress) -> None:
         return
     try:
         run.record.update(run.worker.ask("peak_memory"))
+        run.record["coverage"] = run.worker.ask("coverage")
         run.record["effective_precision"] = run.worker.ask("precision")
         if run.record["baseline"] and run.record["requested_precision"] == "fp32":
             return  # It is the reference.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Dict, List, Optional, Sequence
 
 import published
@@ -13,6 +14,7 @@ from benchmark import (
     StopRule,
     describe_speedup,
     describe_stop,
+    markdown,
     table,
 )
 from verify import Agreement, worst
@@ -29,9 +31,8 @@ def model_table(groups: Sequence[Group], rule: StopRule, notes: Sequence[str] = 
         notes: more sentences to put below.
     """
     rows = [_row(group, run) for group in groups for run in group["runs"]]
-    return table(
-        rows, [*_check_note(groups[0]), *_rounds_notes(groups, rule), *_fp32_notes(groups), *notes]
-    )
+    facts = [*_check_note(groups[0]), *_rounds_notes(groups, rule), *_fp32_notes(groups)]
+    return table(rows, [*facts, *_recompilation_notes(groups), *notes])
 
 
 def _row(group: Group, run: Dict[str, Any]) -> Row:
@@ -80,12 +81,13 @@ def _check_note(group: Group) -> List[str]:
 
 
 def _rounds_notes(groups: Sequence[Group], rule: StopRule) -> List[str]:
-    return [
-        f"{group['precision']}: "
-        + describe_stop(Rounds(rounds=group["rounds"], stopped=group["stopped"]), rule)
-        for group in groups
-        if group["rounds"]
-    ]
+    notes = []
+    for group in groups:
+        if group["rounds"]:
+            rounds = Rounds(rounds=group["rounds"], stopped=group["stopped"])
+            own = replace(rule, half_width=group.get("half_width", rule.half_width))
+            notes.append(f"{group['precision']}: {describe_stop(rounds, own)}")
+    return notes
 
 
 def _fp32_notes(groups: Sequence[Group]) -> List[str]:
@@ -100,6 +102,55 @@ def _fp32_notes(groups: Sequence[Group]) -> List[str]:
         if known:
             notes.append(f"{group['precision']} over Torch fp32, same rounds: {', '.join(known)}")
     return notes
+
+
+# Columns of the table of coverage: heading, key in a run's coverage.
+COVERAGE = (
+    ("operators", "operators"),
+    ("in engines", "operators_in_engine"),
+    ("segments", "segments"),
+    ("graph breaks", "graph_breaks"),
+)
+
+
+def coverage_table(groups: Sequence[Group]) -> str:
+    """How much of the model each run's engines took; what a backend does not tell is `-`."""
+    headings = ["Model", "Backend", "precision", "provider", *(name for name, _ in COVERAGE)]
+    grid = [[*headings, "more"]]
+    for group in groups:
+        for run in group["runs"]:
+            coverage = run["coverage"]
+            if run["baseline"] or not coverage:
+                continue
+            counts = [str(coverage.get(key, "-")) for _, key in COVERAGE]
+            more = [
+                _count_text(key, value)
+                for key, value in coverage.items()
+                if key not in [known for _, known in COVERAGE]
+            ]
+            model = group["model"][len("test") :]
+            cells = [model, run["label"], _precision(run), run["provider"] or "-", *counts]
+            grid.append([*cells, "; ".join(more)])
+    rights = [False] * 4 + [True] * len(COVERAGE) + [False]
+    return "\n".join(markdown(grid, rights)) if len(grid) > 1 else "no coverage is known"
+
+
+def _count_text(key: str, value: Any) -> str:
+    name = key.replace("_", " ")
+    if isinstance(value, dict):
+        return f"{name}: " + ", ".join(f"{count} {kind}" for kind, count in value.items())
+    return f"{name}: {value}"
+
+
+def _recompilation_notes(groups: Sequence[Group]) -> List[str]:
+    """Runs that compiled once more while they were timed: their longest calls are no inference."""
+    return [
+        f"{run['label']} {_precision(run)}: compiled {count} more times within the timed rounds"
+        for group in groups
+        for run in group["runs"]
+        for count in [run["coverage"].get("recompilations_while_timed")]
+        if count
+    ]
 
 
 def aa_note(aa: Optional[Dict[str, Any]]) -> List[str]:

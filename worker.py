@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from benchmark import RunFailed, WarmUp, warm_up
-from errors import InputError, Unsupported
+from errors import InputError, Unsupported, sentence
 
 PREPARE_LIMIT_S = 1800.0
 # A call of the slowest test model takes some ten seconds on two cores; at `max` ten times that.
@@ -128,7 +128,9 @@ class Run:
 
     def describe(self) -> Dict[str, Any]:
         """What is known of it, in the words of the result file."""
+        label = self.optimized.label
         return {
+            **({} if label is None else {"label": label}),
             "effective_precision": self.optimized.precision,
             "provider": self.optimized.provider,
             "threads": self.optimized.threads,
@@ -162,6 +164,11 @@ class Run:
         """The precision that it really computes in."""
         read = self.optimized.read_precision
         return self.optimized.precision if read is None else read()
+
+    def coverage(self) -> Dict[str, Any]:
+        """How much of the graph the engine took, with what showed in running."""
+        read = self.optimized.read_coverage
+        return {**self.optimized.coverage, **({} if read is None else read())}
 
     def peak_memory(self) -> Dict[str, float]:
         """Largest memory so far in MiB: resident, and allocated on the device."""
@@ -220,7 +227,7 @@ def _main(connection: Any, log: str, threads: int) -> None:
                 connection.send((type(error).__name__, str(error)))
             except Exception as error:
                 traceback.print_exc()
-                connection.send(("failed", _sentence(error)))
+                connection.send(("failed", sentence(error)))
     except (EOFError, BrokenPipeError):
         return  # The parent is gone.
 
@@ -242,18 +249,6 @@ def _use_threads(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-
-
-def _sentence(error: BaseException) -> str:
-    """The line of an error that says most, with the error's kind."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    kind = type(error).__name__
-    if not lines:
-        return kind
-    # TorchScript's interpreter puts a traceback of its own before what went wrong.
-    if "Traceback of TorchScript" in str(error):
-        return lines[-1]
-    return f"{kind}: {lines[0]}"
 
 
 # In the parent's process -----------------------------------------------------------------------

@@ -33,10 +33,13 @@ class Optimized:
             engine tells (the *effective* precision).
         read_precision: reads it back from a call, for engines that do not tell and where watching
             them would disturb the timing: it is called after that.
+        label: what the table calls the row, where that depends on what executes it; None: the
+            backend's own.
         provider: what executes it, as the engine names it.
         threads: CPU threads that the engine uses; None where there is no such number.
         coverage: what is known of how much of the graph the engine took, for example
             `operators`, `operators_in_engine`, `segments`.
+        read_coverage: more of that, for what shows only in running: it is called after the timing.
         seconds: time spent preparing, by phase: `export` (tracing, scripting), `convert`,
             `compile`.
         artifacts: files that `--output` should keep, by file name.
@@ -50,6 +53,8 @@ class Optimized:
     seconds: Dict[str, float] = field(default_factory=dict)
     artifacts: Dict[str, str] = field(default_factory=dict)
     read_precision: Optional[Callable[[], str]] = None
+    read_coverage: Optional[Callable[[], Dict[str, Any]]] = None
+    label: Optional[str] = None
 
 
 class Backend:

@@ -6,12 +6,14 @@ import time
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
 
 from backends.base import Backend, Optimized, check_sizes
-from errors import Unsupported
+from errors import Unsupported, sentence
 
 if TYPE_CHECKING:
     from models import Export
 
-HINTS = {"fp32": "f32", "bf16": "bf16"}
+# int8 is in the graph, as quantized operators; what is not quantized stays fp32.
+HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
+CALIBRATION_IMAGES = 12
 # What the CPU plugin calls the layers that have kernels of lower precision.
 HEAVY_LAYERS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
 NO_LAYERS = ("Const", "Input", "Output", "Reorder", "Parameter", "Result")
@@ -24,7 +26,7 @@ class OpenVINO(Backend):
     label = "OpenVINO"
     rank = 4
     devices = ("cpu",)
-    precisions = {"cpu": ("fp32", "bf16")}
+    precisions = {"cpu": ("fp32", "bf16", "int8")}
 
     def unavailable(self, device: str) -> Optional[str]:
         try:
@@ -45,10 +47,13 @@ class OpenVINO(Backend):
         module = export.script_module()
         exported = time.perf_counter()
         model = convert(module, export)
+        if precision == "int8":
+            model = quantize(model, export)
         converted = time.perf_counter()
         compiled = compile_model(model, precision, torch.get_num_threads())
         compiled_at = time.perf_counter()
-        _check_precision(compiled, precision)
+        coverage = _coverage(compiled)
+        _check_precision(compiled, precision, coverage["heavy_layers"])
         call = _caller(compiled.create_infer_request(), export)
         call(*export.inputs)  # The plugin picks its kernels when it first sees the sizes.
         return Optimized(
@@ -56,13 +61,56 @@ class OpenVINO(Backend):
             precision=precision,
             provider="CPU",
             threads=int(compiled.get_property("INFERENCE_NUM_THREADS")),
-            coverage=_coverage(compiled),
+            coverage=coverage,
             seconds={
                 "export": exported - start,
                 "convert": converted - exported,
                 "compile": compiled_at - converted,
             },
         )
+
+
+def quantize(model: Any, export: Export) -> Any:
+    """Post-training quantization of a converted model by NNCF.
+
+    Raises:
+        errors.Unsupported: NNCF is not installed, or cannot quantize the model.
+    """
+    try:
+        import nncf
+    except ImportError as error:
+        raise Unsupported(f"int8 needs NNCF ({error}): pip install nncf") from error
+    calls = list(zip(*(calibration_images(image) for image in export.inputs)))
+    dataset = nncf.Dataset(calls, lambda images: [image.numpy() for image in images])
+    try:
+        return nncf.quantize(
+            model, dataset, preset=nncf.QuantizationPreset.MIXED, subset_size=len(calls)
+        )
+    except Exception as error:
+        raise Unsupported(f"NNCF cannot quantize the model: {sentence(error)}") from error
+
+
+def calibration_images(image: Any, count: int = CALIBRATION_IMAGES) -> List[Any]:
+    """The image and seeded crops of it, every other one flipped, all of its size.
+
+    Args:
+        image: 3 x H x W.
+    """
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+
+    height, width = image.shape[-2:]
+    generator = np.random.default_rng(0)
+    images = [image]
+    for number in range(1, count):
+        share = generator.uniform(0.5, 1)
+        rows, columns = max(1, int(share * height)), max(1, int(share * width))
+        top, left = generator.integers(height - rows + 1), generator.integers(width - columns + 1)
+        crop = image[None, :, top : top + rows, left : left + columns]
+        crop = F.interpolate(crop, size=(height, width), mode="bilinear", align_corners=False)[0]
+        images.append(torch.flip(crop, dims=[2]) if number % 2 else crop)
+    return images
 
 
 def _sizes(export: Export, which: str) -> List[Tuple[int, int]]:
@@ -116,7 +164,12 @@ def compile_model(model: Any, precision: str, threads: int) -> Any:
     )
 
 
-def _check_precision(compiled: Any, precision: str) -> None:
+def _check_precision(compiled: Any, precision: str, heavy_layers: Dict[str, int]) -> None:
+    if precision == "int8":
+        quantized = sum(heavy_layers.get(kind, 0) for kind in ("i8", "u8"))
+        if 2 * quantized <= sum(heavy_layers.values()):
+            raise Unsupported(f"OpenVINO quantized only {quantized} of the heavy layers")
+        return
     read_back = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
     if read_back not in (HINTS[precision], {"fp32": "float32", "bf16": "bfloat16"}[precision]):
         raise Unsupported(f"OpenVINO compiled for {read_back} on this CPU instead of {precision}")

@@ -71,7 +71,7 @@ def autocast(module: Callable, precision: str, device: str) -> Callable[..., Tup
 
 
 # What PyTorch's profiler calls operators that have kernels of lower precision, fused ones included.
-HEAVY = re.compile(r"(_convolution|convolution|addmm|linear\w*|b?mm)$")
+HEAVY = re.compile(r"(convolution(_pointwise_?)?|addmm|linear\w*|b?mm)$")
 
 
 def effective_precision(call: Callable, export: Export, precision: str) -> str:

@@ -30,10 +30,12 @@ def _paste_one_by_one(masks: Tensor, boxes: Tensor, size: Tensor) -> Tensor:
     """Pastes one mask after the other, each only around its box: the least arithmetic."""
     height, width = int(size[0]), int(size[1])
     pasted = torch.zeros([masks.shape[0], height, width], dtype=torch.bool, device=masks.device)
+    # Whole numbers before the loop: ONNX slices with nothing else.
+    first = boxes[:, :2].floor().to(torch.int64) - 1
+    last = boxes[:, 2:].ceil().to(torch.int64) + 1
     for n in range(masks.shape[0]):
-        box = boxes[n]
-        x0, y0 = max(int(box[0].floor()) - 1, 0), max(int(box[1].floor()) - 1, 0)
-        x1, y1 = min(int(box[2].ceil()) + 1, width), min(int(box[3].ceil()) + 1, height)
+        x0, y0 = max(int(first[n, 0]), 0), max(int(first[n, 1]), 0)
+        x1, y1 = min(int(last[n, 0]), width), min(int(last[n, 1]), height)
         ys = torch.arange(y0, y1, dtype=torch.float32, device=boxes.device)
         xs = torch.arange(x0, x1, dtype=torch.float32, device=boxes.device)
         mask = _sample(masks[n : n + 1], boxes[n : n + 1], ys, xs)

@@ -18,7 +18,7 @@ import torch
 import worker
 from benchmark import RunFailed, WarmUp
 from catalog import MODELS
-from errors import InputError
+from errors import InputError, sentence
 from worker import Job, ModelRequest, Worker
 
 ROOT = Path(worker.__file__).parent
@@ -151,9 +151,9 @@ def test_the_message_of_torchscript_is_that_of_its_operator():
     module = torch.jit.trace(add, (torch.ones(2), torch.ones(2)))
     with pytest.raises(RuntimeError) as failure:
         module(torch.ones(2), torch.ones(3))
-    sentence = worker._sentence(failure.value)
-    assert sentence.startswith("RuntimeError: The size of tensor a (2) must match")
-    assert "\n" not in sentence
+    message = sentence(failure.value)
+    assert message.startswith("RuntimeError: The size of tensor a (2) must match")
+    assert "\n" not in message
 
 
 def test_a_users_error_comes_through(start, prepared):

@@ -1,0 +1,204 @@
+"""ONNX Runtime: the traced module as an ONNX graph, on TensorRT, on CUDA or on a CPU.
+
+Written against ONNX Runtime 1.30 to 1.32. The CPU's execution provider was run; those of CUDA and
+TensorRT wait for a GPU.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+from backends.base import Backend, Optimized, check_sizes
+from errors import Unsupported, sentence
+
+if TYPE_CHECKING:
+    from models import Export
+
+OPSET = 18
+TENSORRT, CUDA, CPU = (f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CPU"))
+LABELS = {TENSORRT: "ONNXRuntime-TensorRT", CUDA: "ONNXRuntime-CUDA", CPU: "ONNXRuntime"}
+
+
+class ONNXRuntime(Backend):
+    """`torch.onnx.export` of the traced module and an inference session of one execution provider.
+
+    On CUDA that is TensorRT with CUDA and the CPU behind it, where TensorRT can be loaded.
+    """
+
+    name = "onnxruntime"
+    label = "ONNXRuntime"
+    rank = 5
+    devices = ("cpu", "cuda")
+    precisions = {"cpu": ("fp32",), "cuda": ("fp32", "fp16")}
+    default = False
+
+    def unavailable(self, device: str) -> Optional[str]:
+        try:
+            import onnx  # noqa: F401
+            import onnxruntime
+        except ImportError as error:
+            return f"ONNX Runtime is not usable here ({error}): pip install onnx onnxruntime"
+        if device == "cpu":
+            return None
+        import torch
+
+        if not torch.cuda.is_available():
+            return "PyTorch sees no CUDA device here"
+        if CUDA not in onnxruntime.get_available_providers():
+            return "this ONNX Runtime is built without CUDA: pip install onnxruntime-gpu"
+        return None
+
+    def versions(self) -> Dict[str, str]:
+        import onnx
+        import onnxruntime
+
+        return {"onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__}
+
+    def optimize(self, export: Export, precision: str, device: str) -> Optimized:
+        import torch
+
+        start = time.perf_counter()
+        module = export.script_module()
+        exported = time.perf_counter()
+        graph = convert(module, export)
+        converted = time.perf_counter()
+        threads = torch.get_num_threads()
+        session = create_session(graph, _providers(export, precision, device), threads)
+        provider = session.get_providers()[0]
+        if device == "cuda" and provider == CPU:
+            raise Unsupported("ONNX Runtime could load neither TensorRT nor CUDA")
+        call = caller(session, export)
+        call(*export.inputs)  # TensorRT builds its engines when it first sees the sizes.
+        return Optimized(
+            call=call,
+            # The graph is fp32: only TensorRT has a switch for less.
+            precision=precision if provider == TENSORRT else "fp32",
+            label=LABELS[provider],
+            provider=provider,
+            threads=threads if provider == CPU else None,
+            coverage=_coverage(session, provider),
+            seconds={
+                "export": exported - start,
+                "convert": converted - exported,
+                "compile": time.perf_counter() - converted,
+            },
+        )
+
+
+def convert(module: Any, export: Export) -> bytes:
+    """The exported module as a serialized ONNX model for images of any size.
+
+    With the exporter for TorchScript: that for `torch.export` cannot take these models, as what
+    they compute depends on how many objects there are.
+
+    Raises:
+        errors.Unsupported: it has something that the exporter does not know.
+    """
+    import torch
+
+    names = _input_names(export)
+    file = io.BytesIO()
+    try:
+        torch.onnx.export(
+            module,
+            export.inputs,
+            file,
+            input_names=names,
+            dynamic_axes={name: {1: f"{name}_height", 2: f"{name}_width"} for name in names},
+            opset_version=OPSET,
+            dynamo=False,
+        )
+    except Exception as error:
+        raise Unsupported(f"PyTorch cannot export the module to ONNX: {sentence(error)}") from error
+    return file.getvalue()
+
+
+def _input_names(export: Export) -> List[str]:
+    return [f"image_{number}" for number in range(len(export.inputs))]
+
+
+def _providers(export: Export, precision: str, device: str) -> List[Any]:
+    """Execution providers with their options, the preferred one first."""
+    if device == "cpu":
+        return [CPU]
+    import onnxruntime
+
+    tensorrt = {"trt_fp16_enable": precision == "fp16"}
+    for which in ("min", "opt", "max"):
+        tensorrt[f"trt_profile_{which}_shapes"] = ",".join(
+            f"{name}:{'x'.join(str(side) for side in image.shape)}"
+            for name, image in zip(_input_names(export), export.tuning_inputs[which])
+        )
+    wanted = [(TENSORRT, tensorrt), CUDA, CPU]
+    available = onnxruntime.get_available_providers()
+    return [x for x in wanted if (x[0] if isinstance(x, tuple) else x) in available]
+
+
+def create_session(graph: bytes, providers: Sequence[Any], threads: int) -> Any:
+    """An inference session of a serialized model.
+
+    Args:
+        providers: names, or pairs of a name and options.
+
+    Raises:
+        errors.Unsupported: ONNX Runtime cannot take the model.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors; warnings of these models fill screens
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    try:
+        return onnxruntime.InferenceSession(graph, options, providers=list(providers))
+    except Exception as error:
+        raise Unsupported(f"ONNX Runtime cannot take the model: {sentence(error)}") from error
+
+
+def _coverage(session: Any, provider: str) -> Dict[str, Any]:
+    """Nodes of the optimized graph by provider, those of subgraphs not counted."""
+    nodes: Counter = Counter()
+    segments: Counter = Counter()
+    for subgraph in session.get_provider_graph_assignment_info():
+        nodes[subgraph.ep_name] += len(subgraph.get_nodes())
+        segments[subgraph.ep_name] += 1
+    return {
+        "operators": sum(nodes.values()),
+        "operators_in_engine": nodes[provider],
+        # A provider that does not compile takes nodes one by one.
+        "segments": segments[provider] if provider == TENSORRT else 1,
+        "operators_by_provider": dict(nodes),
+    }
+
+
+def caller(session: Any, export: Export) -> Callable[..., Tuple[Any, ...]]:
+    """A function of images that runs the session where they are, without copies."""
+    import numpy as np
+    import torch
+
+    names = _input_names(export)
+    outputs = session.get_outputs()
+
+    def call(*images: Any) -> Tuple[Any, ...]:
+        check_sizes(images, export, "ONNX Runtime's session")
+        images = tuple(image.contiguous() for image in images)
+        device, number = images[0].device.type, images[0].device.index or 0
+        binding = session.io_binding()
+        for name, image in zip(names, images):
+            shape, address = tuple(image.shape), image.data_ptr()
+            binding.bind_input(name, device, number, np.float32, shape, address)
+        for output in outputs:
+            binding.bind_output(output.name, device, number)
+        if device == "cuda":
+            torch.cuda.current_stream().synchronize()  # The session has a stream of its own.
+        session.run_with_iobinding(binding)
+        found = [torch.from_dlpack(value._ortvalue) for value in binding.get_outputs()]
+        # DLPack of bool comes as uint8.
+        kinds = [output.type == "tensor(bool)" for output in outputs]
+        return tuple(x.bool() if is_bool else x for x, is_bool in zip(found, kinds))
+
+    return call
