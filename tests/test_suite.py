@@ -169,6 +169,16 @@ def test_what_finds_something_else_is_a_mismatch(model, leaves_no_process):
     assert torchscript["speedup"] is not None
 
 
+def test_a_baseline_without_the_precision_runs_at_fp32():
+    plan = make_plan(backends=(base.load("torch"), base.load("openvino")), precisions=("int8",))
+    records = [run.record for run in plan.runs_for("int8")]
+    assert [(x["backend"], x["requested_precision"]) for x in records] == [
+        ("torch", "fp32"),
+        ("openvino", "int8"),
+    ]
+    assert suite._extra_runs(plan.runs_for("int8")[0], same_again=False) == []
+
+
 def test_lower_precision_is_compared_with_fp32(model, leaves_no_process):
     plan = make_plan(backends=(base.load("torch"),), precisions=("bf16",))
     group, _ = measure(model, plan, Progress())
