@@ -43,7 +43,7 @@ class Inductor(Backend):
         import torch
 
         _configure(device)
-        start = time.perf_counter()
+        before, start = _counts(), time.perf_counter()
         _declare_dynamic(export)
         compiled = autocast(torch.compile(export.eager), precision, device)
 
@@ -54,17 +54,17 @@ class Inductor(Backend):
         # Code is made when a size is first seen, and once more for what turns out to be dynamic.
         for which in ("opt", "min", "max", "opt"):
             call(*export.tuning_inputs[which])
-        counts = _counts()
+        prepared = _counts()
         return Optimized(
             call=call,
             precision=precision,
             provider=device,
             threads=torch.get_num_threads() if device == "cpu" else None,
             seconds={"compile": time.perf_counter() - start},
-            coverage=counts,
+            coverage={key: count - before[key] for key, count in prepared.items()},
             read_precision=lambda: effective_precision(compiled, export, precision),
             read_coverage=lambda: {
-                "recompilations_while_timed": _counts()["segments"] - counts["segments"]
+                "recompilations_while_timed": _counts()["segments"] - prepared["segments"]
             },
         )
 
@@ -74,8 +74,6 @@ def _configure(device: str) -> None:
     import torch._dynamo
     import torch._inductor.config
 
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     torch._dynamo.config.recompile_limit = 64
     # TorchDynamo takes its result for a torch.Size, which is not a tensor.
     torch._dynamo.disallow_in_graph(torch._shape_as_tensor)
