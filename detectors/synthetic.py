@@ -330,7 +330,7 @@ def _choose_regions(
         rows = (regions.eligible & (regions.levels == level)).nonzero()[:, 0]
         # A sample: the best of all would lie side by side.
         rows = rows[torch.randperm(len(rows), generator=generator)]
-        rows = rows[regions.unsteady[rows].argsort(stable=True)[: count + 8]]
+        rows = rows[regions.unsteady[rows].sort(stable=True).indices[: count + 8]]
         rivals, order = discriminant.rivals(rows + first).sort()
         order = order[rivals < LARGEST_RIVAL]
         for place, (row, rival) in enumerate(zip(rows[order].tolist(), rivals.tolist())):
@@ -466,7 +466,8 @@ def _view(detector: GeneralizedRCNN, image: Tensor, generator: torch.Generator) 
     )
     features = detector.backbone(batch)
     size = image_size(image)
-    rounded = _rounded(detector.backbone, batch)
+    # As fp32 numbers: torchvision's pooling has no kernel for others before PyTorch 2.0.
+    rounded = [x.float() for x in _rounded(detector.backbone, batch)]
     proposals, unsteady = _propose(detector.proposal_generator, features, size, generator)
     return _View(size, features, rounded, proposals, unsteady)
 
