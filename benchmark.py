@@ -370,6 +370,63 @@ def verdict(low: float, high: float) -> str:
     return "same" if low >= 1 - MARGIN and high <= 1 + MARGIN else "inconclusive"
 
 
+@dataclass(frozen=True)
+class BreakEven:
+    """After how many images a run has paid back what it took to prepare.
+
+    Attributes:
+        images: None: never, it is no faster than the baseline.
+        low, high: 95% interval; None: never, or with too few rounds not known.
+    """
+
+    images: Optional[float]
+    low: Optional[float]
+    high: Optional[float]
+
+
+def break_even(
+    baseline_s: Sequence[float],
+    samples_s: Sequence[float],
+    extra_s: float,
+    images_per_call: int,
+    seed: int,
+    resamples: int = 4000,
+) -> BreakEven:
+    """The images after which the seconds saved by a faster run exceed those to prepare it.
+
+    Args:
+        baseline_s, samples_s: seconds by round, as for `speedup`.
+        extra_s: seconds that the run took longer to prepare than the baseline.
+        seed: of the resampling; as there, whole rounds are drawn.
+    """
+    shared = min(len(baseline_s), len(samples_s))
+    samples = np.array([baseline_s[:shared], samples_s[:shared]], dtype=float)
+    extra_s = max(0.0, extra_s)
+
+    def images(saved_s: float) -> Optional[float]:
+        return images_per_call * extra_s / saved_s if saved_s > 0 else None
+
+    baseline_median, run_median = np.median(samples, axis=1)
+    found = images(float(baseline_median - run_median))
+    if shared < LEAST_ROUNDS:
+        return BreakEven(found, None, None)
+    medians = _bootstrap_medians(samples, resamples, np.random.default_rng(seed))
+    least, most = (float(x) for x in np.quantile(medians[0] - medians[1], (0.025, 0.975)))
+    return BreakEven(found, images(most), images(least))
+
+
+def describe_break_even(result: BreakEven) -> str:
+    """As the table of costs prints it: `120 (98 to 160)`, `900 (310 to never)`, `never`."""
+
+    def number(images: Optional[float]) -> str:
+        return "never" if images is None else str(math.ceil(images))
+
+    low, high = number(result.low), number(result.high)
+    if result.low is None and result.high is None:
+        return number(result.images)
+    return f"{number(result.images)} ({low} to {high})"
+
+
 def resolution(same_against_same: Speedup) -> Optional[float]:
     """The difference that a machine can resolve, as a share of 1.
 

@@ -368,8 +368,11 @@ def _run_flaw(run: Any, where: str) -> Optional[str]:
     return flaw
 
 
-def prepare_directory(path: Union[str, Path]) -> Path:
-    """Creates the directory for results, with its parents, and makes sure it can be written.
+def prepare_directory(path: Union[str, Path], what: str = "output") -> Path:
+    """Creates a directory, with its parents, and makes sure it can be written.
+
+    Args:
+        what: it is for, in the words of the error.
 
     Raises:
         InputError: it cannot be created or written.
@@ -381,9 +384,9 @@ def prepare_directory(path: Union[str, Path]) -> Path:
         probe.touch()
         probe.unlink()
     except FileExistsError as error:
-        raise InputError(f"output directory {path} is a file") from error
+        raise InputError(f"{what} directory {path} is a file") from error
     except OSError as error:
         raise InputError(
-            f"output directory {path} cannot be written: {error.strerror or error}"
+            f"{what} directory {path} cannot be written: {error.strerror or error}"
         ) from error
     return path

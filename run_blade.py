@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         help="where the detectors come from (default: detectron2 where it is installed)",
     )
     add("--image", metavar="FILE", help="default: a photograph, cropped and resized to 480x640")
-    add("--image-size", type=_image_size, metavar="HxW", help="crop and resize the image to this")
+    add("--image-size", type=image_size, metavar="HxW", help="crop and resize the image to this")
     add(
         "--weights",
         default="auto",
@@ -88,11 +88,17 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=_at_least(1), metavar="N", help="CPU threads (default: usable cores)")
     add("--seed", type=_at_least(0), default=0, metavar="N", help="of weights, sizes and order")
     add("--output", metavar="DIR", help="keep results.json and what the optimizers leave behind")
+    add("--cache", metavar="DIR", help="keep engines there, and take them from there next time")
     add("--fail-on", choices=("slower",), nargs="+", default=(), help="exit with 1 then, too")
     add(
         "--coverage",
         action="store_true",
         help="print how much of each model the engines took",
+    )
+    add(
+        "--costs",
+        action="store_true",
+        help="print what it took to prepare each run, and after how many images that has paid",
     )
     add(
         "--compare-published",
@@ -128,7 +134,7 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _image_size(text: str) -> Tuple[int, int]:
+def image_size(text: str) -> Tuple[int, int]:
     try:
         height, width = (int(side) for side in text.lower().split("x"))
     except ValueError:

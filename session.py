@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -121,6 +120,7 @@ def _plan(options: argparse.Namespace, notes: List[str]) -> suite.Plan:
         seed=options.seed,
         output=results.prepare_directory(options.output) if options.output else None,
         debug=options.debug,
+        cache=results.prepare_directory(options.cache, "cache") if options.cache else None,
     )
 
 
@@ -137,7 +137,7 @@ def _document(plan: suite.Plan, options: argparse.Namespace, notes: List[str]) -
     for backend in plan.backends:
         versions.update(backend.versions())
     settings = dict(vars(options))
-    for name in ("image", "weights", "output"):
+    for name in ("image", "weights", "output", "cache"):
         settings[name] = settings[name] and Path(settings[name]).name
     settings.update(
         model=list(plan.models),
@@ -182,13 +182,15 @@ class Session:
         """Measures everything, printing a table after each test model; returns the exit code."""
         for note in self.notes:
             print(note, file=sys.stderr)
-        with tempfile.TemporaryDirectory(prefix="run_blade_") as folder:
+        with suite.scratch_folder() as folder:
             for name in self.plan.models:
-                self._run_model(name, Path(folder))
+                self._run_model(name, folder)
         self.document["complete"] = True
         self._save()
         if self.options.coverage:
             print("\n" + tables.coverage_table(self.document["groups"]))
+        if self.options.costs:
+            print("\n" + tables.costs_table(self.document["groups"]))
         if self.options.compare_published:
             print("\n" + tables.published_table(self.document["groups"]))
         return exit_code(self.document["groups"], self.options.fail_on)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import benchmark
 import verify
@@ -36,6 +38,7 @@ class Plan:
         image_size: height and width, or None for the image's own.
         warm_up, rule: of the timing.
         output: directory for results and the files that backends want kept, or None.
+        cache: directory in which engines are kept between invocations, or None.
         debug: whether to show what the worker of a failed run printed.
     """
 
@@ -54,17 +57,19 @@ class Plan:
     seed: int
     output: Optional[Path]
     debug: bool
-
-    def backends_for(self, precision: str) -> List[Backend]:
-        """The baseline, and the backends that know that precision on the plan's device."""
-        return [x for x in self.backends if x.rank == 0 or precision in x.precisions[self.device]]
+    cache: Optional[Path] = None
 
     def runs_for(self, precision: str) -> List[Run]:
-        """The rows of a group. A baseline that does not know the precision runs at fp32."""
+        """The rows of a group: the baseline, and the backends that know that precision.
+
+        A baseline that does not know it runs at fp32.
+        """
         runs = []
-        for backend in self.backends_for(precision):
-            known = precision in backend.precisions[self.device]
-            runs.append(_new_run(backend.name, backend, precision if known else "fp32"))
+        for backend in self.backends:
+            if precision in backend.precisions[self.device]:
+                runs.append(_new_run(backend.name, backend, precision))
+            elif backend.rank == 0:
+                runs.append(_new_run(backend.name, backend, "fp32"))
         return runs
 
 
@@ -83,10 +88,10 @@ class Run:
         self.record.update(status=status, reason=reason)
         self.end()
 
-    def end(self) -> None:
-        """Ends its process, if there is one."""
+    def end(self, politely: bool = False) -> None:
+        """Ends its process, if there is one; politely, it can clear away what engines opened."""
         if self.worker is not None:
-            self.worker.kill()
+            self.worker.stop() if politely else self.worker.kill()
             self.worker = None
 
 
@@ -100,6 +105,7 @@ class Prepared:
         reference: `min`, `opt`, `max` -> the flat tuple that eager fp32 found.
         sizes: `min`, `opt`, `max` -> height and width of each image.
         fields: names of the tensors of one image in a flat tuple.
+        flops: of a call at `opt`, or None where PyTorch does not count them.
         note: where the weights come from.
     """
 
@@ -108,7 +114,21 @@ class Prepared:
     reference: Dict[str, List[Any]]
     sizes: Dict[str, List[List[int]]]
     fields: Tuple[str, ...]
+    flops: Optional[int]
     note: str
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A directory for temporary files, removed at the end.
+
+    Also where a compiler that an engine started has not noticed yet that its worker is gone.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="run_blade_"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def prepare_model(name: str, plan: Plan, folder: Path, progress: Progress) -> Prepared:
@@ -165,18 +185,22 @@ def measure_group(
         the A/A record of the result file, if that was asked for and could be measured.
     """
     rule = _rule(plan, same_again)
-    group = _new_group(model.name, precision, model.sizes, rule)
+    group = _new_group(model.name, precision, model.sizes, model.flops, rule)
     runs = plan.runs_for(precision)
     extras = _extra_runs(runs[0], same_again)
     rounds = benchmark.Rounds()
     try:
-        with tempfile.TemporaryDirectory(prefix="run_blade_") as folder:
+        with scratch_folder() as folder:
             for run in runs + extras:
-                _prepare_run(run, model, plan, Path(folder), progress)
+                _prepare_run(run, model, plan, folder, progress)
+            gpu = [_gpu(runs, plan)]
             _time(runs + extras, rounds, rule, plan.seed, progress, f"{model.name} {precision}")
+            group["gpu"] = [state for state in (*gpu, _gpu(runs, plan)) if state]
             for run in runs:
                 _check(run, model, progress)
             _report(runs, plan, progress)
+            for run in runs + extras:
+                run.end(politely=True)
     finally:
         for run in runs + extras:
             run.end()
@@ -189,7 +213,7 @@ def measure_group(
 
 def failed_group(name: str, precision: str, plan: Plan, reason: str) -> Dict[str, Any]:
     """The group of a test model that could not even be prepared."""
-    group = _new_group(name, precision, {}, plan.rule)
+    group = _new_group(name, precision, {}, None, plan.rule)
     runs = plan.runs_for(precision)
     for run in runs:
         run.give_up("failed", reason)
@@ -203,16 +227,20 @@ def _rule(plan: Plan, same_again: bool) -> StopRule:
     return replace(plan.rule, half_width=min(plan.rule.half_width, AGAIN_HALF_WIDTH))
 
 
-def _new_group(name: str, precision: str, sizes: Dict[str, Any], rule: StopRule) -> Dict[str, Any]:
+def _new_group(
+    name: str, precision: str, sizes: Dict[str, Any], flops: Optional[int], rule: StopRule
+) -> Dict[str, Any]:
     return {
         "model": name,
         "export": MODELS[name].kind,
         "precision": precision,
         "images_per_call": MODELS[name].images_per_call,
         "image_sizes": sizes,
+        "flops": flops,
         "rounds": 0,
         "stopped": "interrupted",
         "half_width": rule.half_width,
+        "gpu": [],
         "runs": [],
     }
 
@@ -231,10 +259,13 @@ def _new_run(key: str, backend: Backend, precision: str) -> Run:
         "samples_s": [],
         "warmup_s": [],
         "prepare": {},
+        "cached": False,
+        "artifact_mb": None,
         "peak_memory_mb": None,
         "statistics": None,
         "speedup": None,
         "speedup_over_fp32": None,
+        "break_even": None,
         "detections": None,
         "coverage": {},
         "versions": {},
@@ -272,6 +303,7 @@ def _prepare_run(run: Run, model: Prepared, plan: Plan, folder: Path, progress: 
         source=plan.source,
         prepared=str(model.file),
         threads=plan.threads,
+        cache=plan.cache and str(plan.cache),
     )
     try:
         description = run.worker.ask("prepare", job, PREPARE_LIMIT_S)
@@ -310,6 +342,18 @@ def _time(
             run.give_up("failed", rounds.failures[run.key])
 
 
+def _gpu(runs: List[Run], plan: Plan) -> Dict[str, Any]:
+    """How the GPU is doing, as the first process that lives sees it; empty on a CPU."""
+    live = [run for run in runs if run.worker is not None]
+    if plan.device != "cuda" or not live:
+        return {}
+    try:
+        return live[0].worker.ask("gpu")
+    except RunFailed as error:
+        live[0].give_up("failed", str(error))
+        return {}
+
+
 def _timed_call(run: Run) -> Any:
     return lambda: run.worker.ask("timed_call", (), CALL_LIMIT_S)
 
@@ -321,6 +365,7 @@ def _check(run: Run, model: Prepared, progress: Progress) -> None:
     try:
         run.record.update(run.worker.ask("peak_memory"))
         run.record["coverage"] = run.worker.ask("coverage")
+        run.record["artifact_mb"] = run.worker.ask("artifact_mb")
         run.record["effective_precision"] = run.worker.ask("precision")
         if run.record["baseline"] and run.record["requested_precision"] == "fp32":
             return  # It is the reference.
@@ -365,9 +410,19 @@ def _conclude(group: Dict[str, Any], runs: List[Run], rounds: benchmark.Rounds, 
             run.record["statistics"] = asdict(statistics)
         if samples and baseline and not run.record["baseline"]:
             run.record["speedup"] = asdict(benchmark.speedup(baseline, samples, plan.seed))
+            extra_s = _prepare_seconds(run) - _prepare_seconds(runs[0])
+            paid_back = benchmark.break_even(
+                baseline, samples, extra_s, group["images_per_call"], plan.seed
+            )
+            run.record["break_even"] = asdict(paid_back)
         if samples and fp32:
             over_fp32 = benchmark.speedup(fp32, samples, plan.seed)
             run.record["speedup_over_fp32"] = asdict(over_fp32)
+
+
+def _prepare_seconds(run: Run) -> float:
+    """What it took to prepare, without building the model, which every run has to."""
+    return run.record["prepare"]["total"] - run.record["prepare"]["build"]
 
 
 def _same_against_same(

@@ -7,11 +7,13 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import published
 from benchmark import (
+    BreakEven,
     Rounds,
     Row,
     Speedup,
     Statistics,
     StopRule,
+    describe_break_even,
     describe_speedup,
     describe_stop,
     markdown,
@@ -32,7 +34,7 @@ def model_table(groups: Sequence[Group], rule: StopRule, notes: Sequence[str] = 
     """
     rows = [_row(group, run) for group in groups for run in group["runs"]]
     facts = [*_check_note(groups[0]), *_rounds_notes(groups, rule), *_fp32_notes(groups)]
-    return table(rows, [*facts, *_recompilation_notes(groups), *notes])
+    return table(rows, [*facts, *_recompilation_notes(groups), *_throttle_notes(groups), *notes])
 
 
 def _row(group: Group, run: Dict[str, Any]) -> Row:
@@ -108,6 +110,7 @@ def _fp32_notes(groups: Sequence[Group]) -> List[str]:
 COVERAGE = (
     ("operators", "operators"),
     ("in engines", "operators_in_engine"),
+    ("FLOPs in engines", "share_of_flops"),
     ("segments", "segments"),
     ("graph breaks", "graph_breaks"),
 )
@@ -122,7 +125,7 @@ def coverage_table(groups: Sequence[Group]) -> str:
             coverage = run["coverage"]
             if run["baseline"] or not coverage:
                 continue
-            counts = [str(coverage.get(key, "-")) for _, key in COVERAGE]
+            counts = [_coverage_cell(coverage, key) for _, key in COVERAGE]
             more = [
                 _count_text(key, value)
                 for key, value in coverage.items()
@@ -135,11 +138,54 @@ def coverage_table(groups: Sequence[Group]) -> str:
     return "\n".join(markdown(grid, rights)) if len(grid) > 1 else "no coverage is known"
 
 
+def _coverage_cell(coverage: Dict[str, Any], key: str) -> str:
+    value = coverage.get(key)
+    if value is None:
+        return "-"
+    return f"{100 * value:.0f}%" if key == "share_of_flops" else str(value)
+
+
 def _count_text(key: str, value: Any) -> str:
     name = key.replace("_", " ")
     if isinstance(value, dict):
         return f"{name}: " + ", ".join(f"{count} {kind}" for kind, count in value.items())
     return f"{name}: {value}"
+
+
+# Columns of the table of costs that hold seconds: heading, key in a run's `prepare`.
+PHASES = (("export (s)", "export"), ("convert (s)", "convert"), ("compile (s)", "compile"))
+
+
+def costs_table(groups: Sequence[Group]) -> str:
+    """What each run took besides its calls, and when that has paid for itself.
+
+    Total has the phases and what lies between and after them, such as a first call in which the
+    engine picks its kernels, but not building the model.
+    """
+    headings = ["Model", "Backend", "precision", *(name for name, _ in PHASES), "total (s)"]
+    grid = [[*headings, "artifact (MiB)", "peak memory (MiB)", "break-even (images)"]]
+    for group in groups:
+        for run in group["runs"]:
+            if run["prepare"]:
+                model = group["model"][len("test") :]
+                grid.append([model, run["label"], _precision(run), *_cost_cells(run)])
+    rights = [False] * 3 + [True] * (len(grid[0]) - 4) + [False]
+    return "\n".join(markdown(grid, rights)) if len(grid) > 1 else "no run was prepared"
+
+
+def _cost_cells(run: Dict[str, Any]) -> List[str]:
+    prepare = run["prepare"]
+    seconds = [f"{prepare[key]:.1f}" if key in prepare else "-" for _, key in PHASES]
+    if run["cached"]:
+        seconds[-1] += " cached"
+    memory = [run["artifact_mb"], run.get("peak_device_memory_mb") or run["peak_memory_mb"]]
+    paid_back = run["break_even"]
+    return [
+        *seconds,
+        f"{prepare['total'] - prepare['build']:.1f}",
+        *("-" if size is None else f"{size:.0f}" for size in memory),
+        "-" if paid_back is None else describe_break_even(BreakEven(**paid_back)),
+    ]
 
 
 def _recompilation_notes(groups: Sequence[Group]) -> List[str]:
@@ -151,6 +197,17 @@ def _recompilation_notes(groups: Sequence[Group]) -> List[str]:
         for count in [run["coverage"].get("recompilations_while_timed")]
         if count
     ]
+
+
+def _throttle_notes(groups: Sequence[Group]) -> List[str]:
+    """Groups before or after whose rounds the GPU was held back."""
+    notes = []
+    for group in groups:
+        reasons = [x for state in group.get("gpu", ()) for x in state.get("throttled", ())]
+        if reasons:
+            why = ", ".join(dict.fromkeys(reasons))
+            notes.append(f"{group['precision']}: the GPU was throttled ({why})")
+    return notes
 
 
 def aa_note(aa: Optional[Dict[str, Any]]) -> List[str]:

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class Job:
         source: `bundled` or `detectron2`.
         prepared: file with the weights and tuning inputs, written by `prepare_model`.
         threads: CPU threads that it may use.
+        cache: directory in which engines are kept between invocations, or None.
     """
 
     model: str
@@ -45,6 +47,7 @@ class Job:
     source: str
     prepared: str
     threads: int
+    cache: Optional[str] = None
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,13 @@ def prepare_model(request: ModelRequest) -> Dict[str, Any]:
 
     Returns:
         `reference`: for `min`, `opt`, `max` the flat tuple of eager fp32 as arrays;
-        `sizes`: their image sizes; `note`: where the weights come from.
+        `sizes`: their image sizes; `flops`: of a call at `opt`, or None where PyTorch does not
+        count them; `note`: where the weights come from.
     """
     import torch
 
     import models
+    from backends.torch import count_flops
     from catalog import MODELS
 
     model = MODELS[request.model]
@@ -88,6 +93,7 @@ def prepare_model(request: ModelRequest) -> Dict[str, Any]:
     return {
         "reference": reference,
         "sizes": models.describe_sizes(inputs),
+        "flops": count_flops(export.eager, inputs["opt"]),
         "fields": export.fields,
         "note": weights.note,
     }
@@ -115,9 +121,11 @@ class Run:
             MODELS[job.model], kept["state"], kept["name"], inputs, job.source
         )
         self.export.eager.to(device)
-        built = time.perf_counter()
         backend = base.load(job.backend)
-        self.optimized = backend.optimize(self.export, job.precision, job.device)
+        run = (self.export, job.precision, job.device)
+        cache = base.cache_folder(Path(job.cache), backend, *run) if job.cache else None
+        built = time.perf_counter()
+        self.optimized = backend.optimize(*run, cache)
         self.synchronize()
         self.seconds = {
             "build": built - start,
@@ -136,6 +144,7 @@ class Run:
             "threads": self.optimized.threads,
             "coverage": self.optimized.coverage,
             "prepare": self.seconds,
+            "cached": self.optimized.cached,
             "versions": self.versions,
             "artifacts": self.optimized.artifacts,
         }
@@ -169,6 +178,18 @@ class Run:
         """How much of the graph the engine took, with what showed in running."""
         read = self.optimized.read_coverage
         return {**self.optimized.coverage, **({} if read is None else read())}
+
+    def artifact_mb(self) -> Optional[float]:
+        """Size in MiB of what was compiled; None where there is no such file."""
+        read = self.optimized.read_artifact_bytes
+        size = None if read is None else read()
+        return None if size is None else size / 2**20
+
+    def gpu(self) -> Dict[str, Any]:
+        """What the GPU is and how it is doing now; empty where that cannot be read."""
+        import gpu
+
+        return {**(gpu.describe() or {}), **(gpu.state() or {})}
 
     def peak_memory(self) -> Dict[str, float]:
         """Largest memory so far in MiB: resident, and allocated on the device."""
@@ -234,6 +255,9 @@ def _main(connection: Any, log: str, threads: int) -> None:
 
 def _isolate(log: str) -> None:
     """Keeps the process out of the parent's terminal and from outliving it."""
+    # What engines leave in the directory for temporary files goes with the log, even if the process
+    # is killed; and TorchInductor, which looks there for earlier code, finds none.
+    tempfile.tempdir = os.environ["TMPDIR"] = str(Path(log).parent)
     # Engines write to the file descriptors, past sys.stdout.
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)

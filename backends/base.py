@@ -7,8 +7,10 @@ inside the methods that need it.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import pkgutil
+import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple
@@ -38,11 +40,16 @@ class Optimized:
         provider: what executes it, as the engine names it.
         threads: CPU threads that the engine uses; None where there is no such number.
         coverage: what is known of how much of the graph the engine took, for example
-            `operators`, `operators_in_engine`, `segments`.
+            `operators`, `operators_in_engine`, `segments`, `share_of_flops` (of the model's, in
+            engines, 0 to 1).
         read_coverage: more of that, for what shows only in running: it is called after the timing.
         seconds: time spent preparing, by phase: `export` (tracing, scripting), `convert`,
             `compile`.
         artifacts: files that `--output` should keep, by file name.
+        cached: whether the compiled engine came from the cache, so that `seconds` are no measure
+            of what it takes to build.
+        read_artifact_bytes: the size of what was compiled, as one would deploy it, or None where
+            there is no such file. It may take long, and is called after the timing.
     """
 
     call: Callable[..., Tuple[Any, ...]]
@@ -55,6 +62,8 @@ class Optimized:
     read_precision: Optional[Callable[[], str]] = None
     read_coverage: Optional[Callable[[], Dict[str, Any]]] = None
     label: Optional[str] = None
+    cached: bool = False
+    read_artifact_bytes: Optional[Callable[[], Optional[int]]] = None
 
 
 class Backend:
@@ -88,13 +97,17 @@ class Backend:
         """Versions of the libraries that this backend stands on, by distribution name."""
         raise NotImplementedError
 
-    def optimize(self, export: Export, precision: str, device: str) -> Optimized:
+    def optimize(
+        self, export: Export, precision: str, device: str, cache: Optional[Path] = None
+    ) -> Optimized:
         """Makes an export fast.
 
         Args:
             export: the test model, its exported module, inputs and tuning inputs.
             precision: one of `precisions[device]`.
             device: one of `devices`.
+            cache: a directory of this run's own for what the engine keeps from one invocation to
+                the next, see `cache_folder`; None: everything is built anew.
 
         Raises:
             errors.Unsupported: the backend cannot take this export; the message says why.
@@ -130,6 +143,59 @@ def load(name: str) -> Backend:
 def load_all() -> List[Backend]:
     """All backends, in the order in which the table lists them."""
     return sorted((load(name) for name in names()), key=lambda backend: backend.rank)
+
+
+def cache_folder(root: Path, backend: Backend, export: Export, precision: str, device: str) -> Path:
+    """The directory in a cache for one run, created where there is none.
+
+    Not all engines' own caches notice another version, other weights or other sizes, so what they
+    would have to notice is in the directory's name.
+
+    Args:
+        root: of the cache, `--cache`.
+
+    Raises:
+        errors.InputError: it cannot be created.
+    """
+    digest = hashlib.sha256()
+    facts = [
+        backend.name,
+        sorted(backend.versions().items()),
+        export.kind,
+        precision,
+        device,
+        _machine(device),
+        [
+            (which, [tuple(x.shape) for x in images])
+            for which, images in sorted(export.tuning_inputs.items())
+        ],
+    ]
+    digest.update(repr(facts).encode())
+    for name, value in sorted(export.eager.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy())
+    folder = root / backend.name / f"{export.name}-{precision}-{digest.hexdigest()[:16]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cache {folder} cannot be written: {error.strerror or error}") from error
+    return folder
+
+
+def _machine(device: str) -> List[Any]:
+    """What engines are compiled for, besides the model."""
+    import torch
+
+    from results import cpu_flags
+
+    if device == "cuda":
+        return [torch.cuda.get_device_name(), torch.version.cuda]
+    return [platform.machine(), cpu_flags(), torch.get_num_threads()]
+
+
+def folder_bytes(folder: Path, pattern: str = "*") -> int:
+    """Size of the files in a directory and below whose names match."""
+    return sum(path.stat().st_size for path in folder.rglob(pattern) if path.is_file())
 
 
 def check_sizes(images: Sequence[Any], export: Export, engine: str) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 import time
-from typing import TYPE_CHECKING, Any, Dict, Optional
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Tuple
 
-from backends.base import Backend, Optimized, check_sizes
-from backends.torch import Torch, autocast, effective_precision
+from backends.base import Backend, Optimized, check_sizes, folder_bytes
+from backends.torch import Torch, autocast, count_flops, effective_precision
 
 if TYPE_CHECKING:
     from models import Export
@@ -39,40 +42,99 @@ class Inductor(Backend):
     def versions(self) -> Dict[str, str]:
         return Torch().versions()
 
-    def optimize(self, export: Export, precision: str, device: str) -> Optimized:
+    def optimize(
+        self, export: Export, precision: str, device: str, cache: Optional[Path] = None
+    ) -> Optimized:
         import torch
 
-        _configure(device)
+        kept = cache or Path(tempfile.mkdtemp(prefix="inductor_"))
+        _configure(device, kept)
         before, start = _counts(), time.perf_counter()
         _declare_dynamic(export)
-        compiled = autocast(torch.compile(export.eager), precision, device)
+        compiled, graphs = _compile(export, precision, device)
+        seconds = {"compile": time.perf_counter() - start}
+        prepared = _counts()
 
         def call(*images: Any) -> Any:
             check_sizes(images, export, "TorchInductor's code")
             return compiled(*images)
 
-        # Code is made when a size is first seen, and once more for what turns out to be dynamic.
-        for which in ("opt", "min", "max", "opt"):
-            call(*export.tuning_inputs[which])
-        prepared = _counts()
         return Optimized(
             call=call,
             precision=precision,
-            provider=device,
+            provider=f"{device}, CUDA graphs" if graphs else device,
             threads=torch.get_num_threads() if device == "cpu" else None,
-            seconds={"compile": time.perf_counter() - start},
+            seconds=seconds,
             coverage={key: count - before[key] for key, count in prepared.items()},
+            cached=_all_cached(),
             read_precision=lambda: effective_precision(compiled, export, precision),
             read_coverage=lambda: {
-                "recompilations_while_timed": _counts()["segments"] - prepared["segments"]
+                "recompilations_while_timed": _counts()["segments"] - prepared["segments"],
+                "share_of_flops": _share_of_flops(export, precision, device),
             },
+            read_artifact_bytes=lambda: folder_bytes(kept),
         )
 
 
-def _configure(device: str) -> None:
-    """Settings of the process: weights are constants, and no function is given up as too varied."""
+def _compile(export: Export, precision: str, device: str) -> Tuple[Callable, bool]:
+    """The compiled module, warm at all sizes; on CUDA with CUDA graphs if it is faster with them.
+
+    Returns:
+        a function of images, and whether it replays CUDA graphs.
+    """
+    import torch
+
+    plain = autocast(torch.compile(export.eager), precision, device)
+    _warm(plain, export)
+    if device == "cpu":
+        return plain, False
+    recorded = torch.compile(export.eager, options={"triton.cudagraphs": True})
+    recorded = _own_outputs(autocast(recorded, precision, device))
+    _warm(recorded, export)
+    seconds = [_seconds_of_calls(call, export.inputs) for call in (plain, recorded)]
+    return (recorded, True) if seconds[1] < seconds[0] else (plain, False)
+
+
+def _warm(call: Callable, export: Export) -> None:
+    """Code is made when a size is first seen, and once more for what turns out to be dynamic."""
+    for which in ("opt", "min", "max", "opt"):
+        call(*export.tuning_inputs[which])
+
+
+def _own_outputs(call: Callable) -> Callable[..., Tuple[Any, ...]]:
+    """The call with outputs of its own: a CUDA graph's next replay overwrites the last one's."""
+    import torch
+
+    def own(*images: Any) -> Tuple[Any, ...]:
+        torch.compiler.cudagraph_mark_step_begin()
+        return tuple(tensor.clone() for tensor in call(*images))
+
+    return own
+
+
+def _seconds_of_calls(call: Callable, images: Tuple[Any, ...], calls: int = 10) -> float:
+    """Seconds that some calls on a CUDA device take."""
+    import torch
+
+    call(*images)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        call(*images)
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _configure(device: str, kept: Path) -> None:
+    """Settings of the process: weights are constants, and no function is given up as too varied.
+
+    Args:
+        kept: directory for the generated code; by default the next invocation would find it.
+    """
     import torch._dynamo
     import torch._inductor.config
+
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(kept)
 
     torch._dynamo.config.recompile_limit = 64
     # TorchDynamo takes its result for a torch.Size, which is not a tensor.
@@ -94,6 +156,44 @@ def _declare_dynamic(export: Export) -> None:
             for side in (1, 2):
                 if low.shape[side] < high.shape[side]:
                     torch._dynamo.maybe_mark_dynamic(image, side)
+
+
+def _all_cached() -> bool:
+    """Whether every graph that can be cached came from the cache."""
+    from torch._dynamo.utils import counters
+
+    graphs = counters["inductor"]
+    return graphs["fxgraph_cache_hit"] > 0 and graphs["fxgraph_cache_miss"] == 0
+
+
+def _share_of_flops(export: Export, precision: str, device: str) -> Optional[float]:
+    """The share of a call's FLOPs that lies in captured graphs, 0 to 1.
+
+    The eager module is captured once more, with a compiler that counts and runs the graphs as
+    they are; TorchDynamo's counts are put back after that.
+    """
+    import torch
+    from torch._dynamo.utils import counters
+    from torch.utils.flop_counter import FlopCounterMode
+
+    inside = 0
+
+    def counting(graph: Any, inputs: Any) -> Callable:
+        def run(*arguments: Any) -> Any:
+            nonlocal inside
+            with FlopCounterMode(display=False) as counter:
+                outputs = graph(*arguments)
+            inside += counter.get_total_flops()
+            return outputs
+
+        return run
+
+    images = export.inputs
+    before = {kind: counts.copy() for kind, counts in counters.items()}
+    autocast(torch.compile(export.eager, backend=counting), precision, device)(*images)
+    counters.update(before)
+    total = count_flops(export.eager, images)
+    return inside / total if total else None
 
 
 def _counts() -> Dict[str, int]:

@@ -6,12 +6,16 @@ TensorRT wait for a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import io
+import re
+import tempfile
 import time
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-from backends.base import Backend, Optimized, check_sizes
+from backends.base import Backend, Optimized, check_sizes, folder_bytes
 from errors import Unsupported, sentence
 
 if TYPE_CHECKING:
@@ -19,6 +23,8 @@ if TYPE_CHECKING:
 
 OPSET = 18
 TENSORRT, CUDA, CPU = (f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CPU"))
+# Operators that do floating-point operations to speak of, fused ones included.
+HEAVY = re.compile(r"(Conv|ConvTranspose|Gemm|MatMul)$")
 LABELS = {TENSORRT: "ONNXRuntime-TensorRT", CUDA: "ONNXRuntime-CUDA", CPU: "ONNXRuntime"}
 
 
@@ -57,7 +63,9 @@ class ONNXRuntime(Backend):
 
         return {"onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__}
 
-    def optimize(self, export: Export, precision: str, device: str) -> Optimized:
+    def optimize(
+        self, export: Export, precision: str, device: str, cache: Optional[Path] = None
+    ) -> Optimized:
         import torch
 
         start = time.perf_counter()
@@ -66,7 +74,10 @@ class ONNXRuntime(Backend):
         graph = convert(module, export)
         converted = time.perf_counter()
         threads = torch.get_num_threads()
-        session = create_session(graph, _providers(export, precision, device), threads)
+        # TensorRT's engines are kept in any case: that is how their size is known.
+        kept = cache or Path(tempfile.mkdtemp(prefix="tensorrt_"))
+        before = _engines(kept)
+        session = create_session(graph, _providers(export, precision, device, kept), threads)
         provider = session.get_providers()[0]
         if device == "cuda" and provider == CPU:
             raise Unsupported("ONNX Runtime could load neither TensorRT nor CUDA")
@@ -85,6 +96,10 @@ class ONNXRuntime(Backend):
                 "convert": converted - exported,
                 "compile": time.perf_counter() - converted,
             },
+            cached=provider == TENSORRT and bool(before) and _engines(kept) == before,
+            read_artifact_bytes=lambda: (
+                folder_bytes(kept, "*.engine") if provider == TENSORRT else len(graph)
+            ),
         )
 
 
@@ -120,13 +135,24 @@ def _input_names(export: Export) -> List[str]:
     return [f"image_{number}" for number in range(len(export.inputs))]
 
 
-def _providers(export: Export, precision: str, device: str) -> List[Any]:
-    """Execution providers with their options, the preferred one first."""
+def _providers(export: Export, precision: str, device: str, kept: Path) -> List[Any]:
+    """Execution providers with their options, the preferred one first.
+
+    Args:
+        kept: directory for TensorRT's engines.
+    """
     if device == "cpu":
         return [CPU]
     import onnxruntime
 
-    tensorrt = {"trt_fp16_enable": precision == "fp16"}
+    _load_tensorrt()
+    tensorrt: Dict[str, Any] = {
+        "trt_fp16_enable": precision == "fp16",
+        "trt_engine_cache_enable": True,
+        "trt_engine_cache_path": str(kept),
+        "trt_timing_cache_enable": True,
+        "trt_timing_cache_path": str(kept),
+    }
     for which in ("min", "opt", "max"):
         tensorrt[f"trt_profile_{which}_shapes"] = ",".join(
             f"{name}:{'x'.join(str(side) for side in image.shape)}"
@@ -135,6 +161,21 @@ def _providers(export: Export, precision: str, device: str) -> List[Any]:
     wanted = [(TENSORRT, tensorrt), CUDA, CPU]
     available = onnxruntime.get_available_providers()
     return [x for x in wanted if (x[0] if isinstance(x, tuple) else x) in available]
+
+
+def _load_tensorrt() -> None:
+    """Loads TensorRT's libraries where its Python package has them; the provider finds them then.
+
+    Those of CUDA and cuDNN are loaded with PyTorch.
+    """
+    # Without TensorRT, or without its libraries, the next provider takes its place.
+    with contextlib.suppress(Exception):
+        import tensorrt  # noqa: F401
+
+
+def _engines(folder: Path) -> Dict[str, int]:
+    """TensorRT's engines in a directory, with the times at which they were written."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.engine")}
 
 
 def create_session(graph: bytes, providers: Sequence[Any], threads: int) -> Any:
@@ -160,17 +201,24 @@ def create_session(graph: bytes, providers: Sequence[Any], threads: int) -> Any:
 
 
 def _coverage(session: Any, provider: str) -> Dict[str, Any]:
-    """Nodes of the optimized graph by provider, those of subgraphs not counted."""
+    """Nodes of the optimized graph by provider, those of subgraphs not counted.
+
+    FLOPs are known where one provider has all nodes that have any.
+    """
     nodes: Counter = Counter()
     segments: Counter = Counter()
+    heavy: Counter = Counter()
     for subgraph in session.get_provider_graph_assignment_info():
-        nodes[subgraph.ep_name] += len(subgraph.get_nodes())
+        own = subgraph.get_nodes()
+        nodes[subgraph.ep_name] += len(own)
         segments[subgraph.ep_name] += 1
+        heavy[subgraph.ep_name] += sum(1 for node in own if HEAVY.search(node.op_type))
     return {
         "operators": sum(nodes.values()),
         "operators_in_engine": nodes[provider],
         # A provider that does not compile takes nodes one by one.
         "segments": segments[provider] if provider == TENSORRT else 1,
+        "share_of_flops": 1.0 if 0 < heavy[provider] == sum(heavy.values()) else None,
         "operators_by_provider": dict(nodes),
     }
 

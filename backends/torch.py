@@ -37,7 +37,9 @@ class Torch(Backend):
 
         return {"torch": torch.__version__, "torchvision": torchvision.__version__}
 
-    def optimize(self, export: Export, precision: str, device: str) -> Optimized:
+    def optimize(
+        self, export: Export, precision: str, device: str, cache: Optional[Path] = None
+    ) -> Optimized:
         import torch
 
         call = autocast(export.eager, precision, device)
@@ -68,6 +70,23 @@ def autocast(module: Callable, precision: str, device: str) -> Callable[..., Tup
                 return module(*images)
 
     return call
+
+
+def count_flops(module: Callable, images: Tuple[Any, ...]) -> Optional[int]:
+    """Floating-point operations of a call: two for each multiply-add of a convolution or product.
+
+    As `torch.utils.flop_counter` counts them, nothing else counted; None before PyTorch 2.1, which
+    does not have it.
+    """
+    import torch
+
+    try:
+        from torch.utils.flop_counter import FlopCounterMode
+    except ImportError:
+        return None
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(*images)
+    return int(counter.get_total_flops())
 
 
 # What PyTorch's profiler calls operators that have kernels of lower precision, fused ones included.

@@ -15,6 +15,7 @@ import time
 import traceback
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from backends.base import Backend, Optimized, check_sizes
@@ -70,7 +71,9 @@ class TorchBlade(Backend):
 
         return {"torch_blade": torch_blade.version.__version__, "torch": torch.__version__}
 
-    def optimize(self, export: Export, precision: str, device: str) -> Optimized:
+    def optimize(
+        self, export: Export, precision: str, device: str, cache: Optional[Path] = None
+    ) -> Optimized:
         """See `Backend.optimize`.
 
         The returned callable raises `errors.InputError` for images outside the sizes of the

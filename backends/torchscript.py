@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Optional
 
 from backends.base import Backend, Optimized
@@ -27,13 +29,15 @@ class TorchScript(Backend):
     def versions(self) -> Dict[str, str]:
         return Torch().versions()
 
-    def optimize(self, export: Export, precision: str, device: str) -> Optimized:
+    def optimize(
+        self, export: Export, precision: str, device: str, cache: Optional[Path] = None
+    ) -> Optimized:
         import torch
 
         start = time.perf_counter()
-        module = self._export(export, precision, device)
+        exported_module = self._export(export, precision, device).eval()
         exported = time.perf_counter()
-        module = torch.jit.freeze(module.eval())
+        module = torch.jit.freeze(exported_module)
         traced_casts = precision != "fp32" and export.kind == "traced"
         if precision == "fp32" or traced_casts:
             # Its own operators would compute in fp32 whatever autocast says.
@@ -49,6 +53,8 @@ class TorchScript(Backend):
             coverage={"operators": count_operators(module.graph)},
             seconds={"export": exported - start, "compile": compiled - exported},
             read_precision=lambda: effective_precision(call, export, precision),
+            # As one would save it: what is made for oneDNN after that stays in memory.
+            read_artifact_bytes=lambda: saved_bytes(torch.jit.freeze(exported_module)),
         )
 
     def _export(self, export: Export, precision: str, device: str) -> Any:
@@ -61,6 +67,15 @@ class TorchScript(Backend):
         # Without its cache: the tracer would take cached casts for constants of another graph.
         with torch.autocast(device, dtype=dtype, cache_enabled=False):
             return export.trace()
+
+
+def saved_bytes(module: Any) -> int:
+    """Size of the file that a TorchScript module is saved to."""
+    import torch
+
+    file = io.BytesIO()
+    torch.jit.save(module, file)
+    return len(file.getvalue())
 
 
 def count_operators(graph: Any) -> int:

@@ -531,3 +531,53 @@ def test_speedup_in_words(speedup, text):
 )
 def test_four_digits(value, text):
     assert benchmark._digits(value) == text
+
+
+# Costs -----------------------------------------------------------------------------------------
+
+
+def test_break_even_is_when_the_seconds_saved_exceed_the_seconds_spent():
+    baseline, run = [0.30] * 20, [0.20] * 20
+    exact = benchmark.break_even(baseline, run, extra_s=15.0, images_per_call=2, seed=0)
+    # 0.1 s a call, 150 calls, two images in each.
+    assert exact.images == pytest.approx(300)
+    assert (exact.low, exact.high) == (pytest.approx(300), pytest.approx(300))
+    assert benchmark.describe_break_even(exact) in ("300 (300 to 300)", "301 (301 to 301)")
+
+
+def test_the_interval_of_a_break_even_covers_the_truth():
+    covered = 0
+    for seed in range(100):
+        generator = np.random.default_rng(seed)
+        machine = generator.normal(1, 0.1, 30)
+        baseline = machine * generator.normal(0.30, 0.01, 30)
+        run = machine * generator.normal(0.24, 0.01, 30)
+        found = benchmark.break_even(baseline, run, extra_s=6.0, images_per_call=1, seed=seed)
+        assert found.low <= found.images <= found.high
+        covered += found.low <= 100 <= found.high
+    assert covered >= 88
+
+
+def test_what_is_no_faster_never_breaks_even():
+    slower = benchmark.break_even([1.0] * 20, [1.5] * 20, 5.0, 1, seed=0)
+    assert (slower.images, slower.low, slower.high) == (None, None, None)
+    assert benchmark.describe_break_even(slower) == "never"
+    # Faster or slower, who knows: the interval has no end.
+    generator = np.random.default_rng(0)
+    unknown = benchmark.break_even(
+        generator.normal(1.01, 0.2, 30), generator.normal(1.0, 0.2, 30), 5.0, 1, seed=0
+    )
+    assert unknown.low > 0
+    assert unknown.high is None
+    assert benchmark.describe_break_even(unknown).endswith(" to never)")
+
+
+def test_what_costs_nothing_has_paid_at_once():
+    cheap = benchmark.break_even([1.0] * 20, [0.5] * 20, extra_s=-0.2, images_per_call=1, seed=0)
+    assert (cheap.images, cheap.low, cheap.high) == (0, 0, 0)
+
+
+def test_a_break_even_from_few_rounds_has_no_interval():
+    few = benchmark.break_even([1.0] * 3, [0.5] * 3, extra_s=5.0, images_per_call=1, seed=0)
+    assert (few.images, few.low, few.high) == (10, None, None)
+    assert benchmark.describe_break_even(few) == "10"

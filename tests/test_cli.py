@@ -271,12 +271,13 @@ def test_the_pickle_would_have_run(checkpoints, tmp_path):
     assert (tmp_path / "marker").exists()
 
 
+@pytest.mark.parametrize("what", ["output", "cache"])
 @pytest.mark.parametrize("below", ["", "folder", "folder/deeper"])
-def test_an_output_directory_that_cannot_be_written(main, tmp_path, below):
+def test_a_directory_that_cannot_be_written(main, tmp_path, below, what):
     file = tmp_path / "file"
     file.write_text("precious")
-    outcome = main("--all", "--weights", "synthetic", "--output", file / below)
-    assert_refused(outcome, "output directory", str(file / below))
+    outcome = main("--all", "--weights", "synthetic", f"--{what}", file / below)
+    assert_refused(outcome, f"{what} directory", str(file / below))
     assert file.read_text() == "precious"
 
 
@@ -311,6 +312,7 @@ def finished(tmp_path_factory):
     outcome = script(
         *["--model", "testRetinaNet", "--device", "cpu", "--precision", "fp32", *QUICK],
         *["--iterations", "6", "--source", "bundled", "--compare-published", "--output", output],
+        *["--coverage", "--costs"],
     )
     return outcome, output
 
@@ -318,7 +320,7 @@ def finished(tmp_path_factory):
 def test_a_run_prints_a_table_and_nothing_else(finished):
     outcome, _ = finished
     assert outcome.code == 0, outcome.err
-    table, published = outcome.out.split("\n\n\n")
+    table = outcome.out.split("\n\n\n")[0]
     lines = table.splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:5]]
     assert rows[0][:4] == ["Model(traced)", "Backend", "precision", "Median(FPS)"]
@@ -338,7 +340,7 @@ def test_a_run_prints_a_table_and_nothing_else(finished):
     assert any("6 rounds, as asked for" in note for note in notes)
     assert any("A/A, Torch against itself in two processes" in note for note in notes)
     assert any("weights: synthetic, made to find 100 objects" in note for note in notes)
-    assert "TorchBlade, published" in published
+    assert "TorchBlade, published" in outcome.out
 
 
 def test_progress_goes_to_standard_error(finished):
@@ -385,6 +387,37 @@ def test_the_result_file_is_complete(finished):
             assert {x["verdict"] for x in run["detections"].values()} == {"match"}
             assert set(run["detections"]) == {"min", "opt", "max"}
     assert [len(samples) for samples in document["aa"]["samples_s"]] == [6, 6]
+
+
+def keys_of(value: object) -> set:
+    """All keys of a result file, but for those of free tables: what was counted, read, or found."""
+    if isinstance(value, list):
+        return {key for item in value for key in keys_of(item)}
+    if not isinstance(value, dict):
+        return set()
+    free = ("environment", "settings", "versions", "heavy_layers", "operators_by_provider")
+    inner = (keys_of(item) for key, item in value.items() if key not in free)
+    return set(value).union(*inner)
+
+
+def test_every_key_of_the_result_file_is_documented(finished):
+    _, output = finished
+    text = (SCRIPT.parent / "docs" / "results.md").read_text(encoding="utf-8")
+    keys = keys_of(results.load(output / "results.json"))
+    assert {"flops", "break_even", "artifact_mb", "cached"} <= keys
+    assert sorted(key for key in keys if f"`{key}`" not in text) == []
+
+
+def test_costs_and_coverage_are_printed_below(finished):
+    lines = finished[0].out.splitlines()
+    (coverage,) = (n for n, line in enumerate(lines) if "FLOPs in engines" in line)
+    (costs,) = (n for n, line in enumerate(lines) if "break-even (images)" in line)
+    assert "OpenVINO" in lines[coverage + 3]
+    assert "100%" in lines[coverage + 3]
+    openvino = [cell.strip() for cell in lines[costs + 4].strip("|").split("|")]
+    assert openvino[:3] == ["RetinaNet", "OpenVINO", "fp32"]
+    assert all(float(seconds) > 0 for seconds in openvino[3:7])
+    assert float(openvino[7]) > 100  # MiB of weights
 
 
 def test_the_result_file_has_no_paths(finished):

@@ -44,18 +44,68 @@ def cells(line: str) -> list:
 
 
 def test_coverage_says_what_each_engine_took():
-    inductor = {"operators_in_engine": 700, "segments": 9, "graph_breaks": 8}
+    inductor = {
+        "operators_in_engine": 700,
+        "share_of_flops": 0.987,
+        "segments": 9,
+        "graph_breaks": 8,
+    }
     onnx = {"operators": 900, "operators_in_engine": 850, "operators_by_provider": {"A": 850}}
     runs = [run("Torch", {}), run("Inductor", inductor), run("ONNXRuntime", onnx)]
     lines = tables.coverage_table([group(*runs)]).splitlines()
-    assert cells(lines[0])[4:] == ["operators", "in engines", "segments", "graph breaks", "more"]
-    assert cells(lines[2]) == ["RetinaNet", "Inductor", "fp32", "cpu", "-", "700", "9", "8", ""]
-    assert cells(lines[3])[4:] == ["900", "850", "-", "-", "operators by provider: 850 A"]
+    headings = ["operators", "in engines", "FLOPs in engines", "segments", "graph breaks", "more"]
+    assert cells(lines[0])[4:] == headings
+    names = ["RetinaNet", "Inductor", "fp32", "cpu"]
+    assert cells(lines[2]) == [*names, "-", "700", "99%", "9", "8", ""]
+    assert cells(lines[3])[4:] == ["900", "850", "-", "-", "-", "operators by provider: 850 A"]
     assert len(lines) == 4
 
 
 def test_no_coverage():
     assert tables.coverage_table([group(run("Torch", {}))]) == "no coverage is known"
+
+
+def prepared(backend: str, cached: bool = False, **changes: Any) -> Dict[str, Any]:
+    costs = {
+        "prepare": {"build": 2.0, "export": 3.0, "compile": 40.0, "total": 47.04},
+        "cached": cached,
+        "artifact_mb": 145.6,
+        "peak_memory_mb": 1500.2,
+        "break_even": {"images": 120.2, "low": 98.0, "high": None},
+    }
+    return run(backend, {}, **{**costs, **changes})
+
+
+def test_costs_say_what_a_run_took():
+    runs = [
+        prepared("Torch", prepare={"build": 2.0, "total": 2.0}, artifact_mb=None, break_even=None),
+        prepared("TorchScript"),
+        prepared("Inductor", cached=True, peak_device_memory_mb=700.0),
+        prepared("OpenVINO", prepare={}),
+    ]
+    lines = tables.costs_table([group(*runs)]).splitlines()
+    assert cells(lines[0])[3:] == [
+        *("export (s)", "convert (s)", "compile (s)", "total (s)"),
+        *("artifact (MiB)", "peak memory (MiB)", "break-even (images)"),
+    ]
+    assert cells(lines[2])[1:] == ["Torch", "fp32", "-", "-", "-", "0.0", "-", "1500", "-"]
+    costs = ["3.0", "-", "40.0", "45.0", "146", "1500", "121 (98 to never)"]
+    assert cells(lines[3])[3:] == costs
+    assert cells(lines[4])[3:] == [*costs[:2], "40.0 cached", *costs[3:5], "700", costs[6]]
+    assert len(lines) == 5  # What was never prepared has no costs.
+
+
+def test_no_costs():
+    assert tables.costs_table([group(prepared("Torch", prepare={}))]) == "no run was prepared"
+
+
+def test_a_throttled_gpu_is_said():
+    states = [{"throttled": []}, {"throttled": ["power brake"]}, {"throttled": ["power brake"]}]
+    text = tables.model_table([group(run("Torch", {}), gpu=states)], StopRule())
+    assert "- fp32: the GPU was throttled (power brake)" in text
+    assert "throttled" not in tables.model_table(
+        [group(run("Torch", {}), gpu=states[:1])], StopRule()
+    )
 
 
 def test_a_recompilation_while_timed_is_said():

@@ -97,6 +97,7 @@ def test_what_is_known_of_a_run(start, prepared):
     phases = [prepare[phase] for phase in ("build", "export", "compile")]
     assert all(seconds > 0 for seconds in phases)
     assert prepare["total"] >= sum(phases)
+    assert description["cached"] is False
 
 
 def test_a_model_is_prepared(start, tmp_path):
@@ -132,6 +133,20 @@ def test_it_prints_nothing_here(run, capfd):
     captured = capfd.readouterr()
     assert captured.out == captured.err == ""
     assert "KeyError: 'huge'" in run.log.read_text()
+
+
+def test_its_temporary_files_are_beside_its_log(tmp_path):
+    """There they are removed even if it is killed; TorchInductor looks there for earlier code."""
+    code = (
+        "import os, subprocess, sys, tempfile, worker\n"
+        "worker._isolate(sys.argv[1])\n"
+        "tempfile.mkdtemp(prefix='python_')\n"
+        "subprocess.run(['mktemp', '-d', '--tmpdir', 'child_XXXX'], check=True)\n"
+    )
+    log = tmp_path / "log"
+    subprocess.run([sys.executable, "-c", code, str(log)], check=True, cwd=ROOT)
+    made = sorted(path.name.split("_")[0] for path in tmp_path.iterdir())
+    assert made == ["child", "log", "python"]
 
 
 # What goes wrong there -------------------------------------------------------------------------

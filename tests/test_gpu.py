@@ -1,0 +1,93 @@
+"""What is read from NVML, with a stand-in for the library: there need not be a GPU."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+import gpu
+
+UUID = "aaaa-bbbb"
+
+
+class NVMLError(Exception):
+    pass
+
+
+@pytest.fixture
+def nvml(monkeypatch) -> ModuleType:
+    """A GPU that is hot and held back."""
+    module = ModuleType("pynvml")
+    answers = {
+        "nvmlDeviceGetName": b"Some GPU",
+        "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=8 << 30),
+        "nvmlDeviceGetMaxClockInfo": 1980,
+        "nvmlDeviceGetTemperature": 88,
+        "nvmlDeviceGetCurrentClocksThrottleReasons": 0x1 | 0x4 | 0x40,
+    }
+    for name, answer in answers.items():
+        setattr(module, name, lambda handle, *more, answer=answer: check(handle, answer))
+    module.nvmlDeviceGetClockInfo = lambda handle, kind: check(handle, {1: 1200, 2: 2600}[kind])
+    module.nvmlSystemGetDriverVersion = lambda: "580.1"
+    module.nvmlDeviceGetHandleByUUID = lambda uuid: uuid
+    module.nvmlInit = lambda: setattr(module, "opened", module.opened + 1)
+    module.nvmlShutdown = lambda: setattr(module, "opened", module.opened - 1)
+    module.opened = 0
+    module.NVMLError = NVMLError
+    module.NVML_CLOCK_SM, module.NVML_CLOCK_MEM, module.NVML_TEMPERATURE_GPU = 1, 2, 0
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    properties = SimpleNamespace(uuid=UUID)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return module
+
+
+def check(handle: bytes, answer: object) -> object:
+    assert handle == f"GPU-{UUID}".encode()
+    return answer
+
+
+def test_what_it_is_and_how_it_is(nvml):
+    assert gpu.describe() == {
+        "name": "Some GPU",
+        "driver": "580.1",
+        "memory_mb": 8192,
+        "max_sm_clock_mhz": 1980,
+    }
+    assert gpu.state() == {
+        "sm_clock_mhz": 1200,
+        "memory_clock_mhz": 2600,
+        "temperature_c": 88,
+        "throttled": ["software power cap", "hardware thermal slowdown"],
+    }
+    assert nvml.opened == 0
+
+
+def test_an_idle_gpu_is_not_throttled():
+    assert gpu.throttle_reasons(0x1 | 0x2 | 0x10 | 0x100) == []
+
+
+@pytest.mark.parametrize("function", [gpu.describe, gpu.state])
+def test_without_nvml_there_is_nothing(function, monkeypatch, nvml):
+    def refuse(*args: object) -> None:
+        raise NVMLError("driver not loaded")
+
+    monkeypatch.setattr(nvml, "nvmlDeviceGetHandleByUUID", refuse)
+    assert function() is None
+    assert nvml.opened == 0
+    monkeypatch.setattr(nvml, "nvmlInit", refuse)
+    assert function() is None
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # import raises ImportError
+    assert function() is None
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_a_real_gpu():
+    pytest.importorskip("pynvml")
+    torch.zeros(1, device="cuda")
+    assert gpu.describe()["memory_mb"] > 1000
+    assert 0 < gpu.state()["sm_clock_mhz"] <= gpu.describe()["max_sm_clock_mhz"]
