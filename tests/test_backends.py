@@ -200,6 +200,47 @@ def test_outputs_are_what_eager_gives(backend, precision):
         assert found.is_floating_point() == expected.is_floating_point(), field
 
 
+# On a GPU --------------------------------------------------------------------------------------
+
+needs_cuda = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+ON_DEVICES = [pytest.param("torch", "fp32", "cpu")] + [
+    pytest.param(backend.name, precision, "cuda", marks=needs_cuda)
+    for backend in base.load_all()
+    for precision in backend.precisions.get("cuda", ())
+]
+
+
+def export_on(device: str, name: str) -> Export:
+    """A small export whose module and images are on a device."""
+    export = small_export(name)
+    inputs = {
+        size: tuple(image.to(device) for image in images)
+        for size, images in export.tuning_inputs.items()
+    }
+    state = export.eager.detector.state_dict()
+    moved = models.build(MODELS[name], state, "weights", inputs)
+    moved.eager.to(device)
+    return moved
+
+
+@pytest.mark.parametrize(("backend", "precision", "device"), ON_DEVICES)
+def test_a_healthy_engine_matches_on_its_device(backend, precision, device):
+    reason = base.load(backend).unavailable(device)
+    if reason is not None:
+        pytest.skip(reason)
+    export = export_on(device, "testRetinaNet")
+    optimized = base.load(backend).optimize(export, precision, device)
+    effective = (optimized.read_precision or (lambda: optimized.precision))()
+    for size, expected in reference("testRetinaNet").items():
+        found = optimized.call(*export.tuning_inputs[size])
+        assert all(tensor.device.type == device for tensor in found)
+        own = [tensor.cpu() for tensor in found]
+        assert verify(expected, own, export.fields, effective).verdict == "match", size
+
+
 # What they say of themselves -------------------------------------------------------------------
 
 
