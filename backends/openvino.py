@@ -14,9 +14,12 @@ if TYPE_CHECKING:
 
 # int8 is in the graph, as quantized operators; what is not quantized stays fp32.
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
-CALIBRATION_IMAGES = 12
+# Of every size that the model is tuned for: activations at `max` leave the ranges of `opt`.
+CALIBRATION_IMAGES = 4
 # What the CPU plugin calls the layers that have kernels of lower precision.
 HEAVY_LAYERS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
+# What they are called in a model that is not yet compiled.
+HEAVY_OPERATORS = ("Convolution", "ConvolutionBackpropData", "MatMul")
 NO_LAYERS = ("Const", "Input", "Output", "Reorder", "Parameter", "Result")
 
 
@@ -83,16 +86,54 @@ def quantize(model: Any, export: Export) -> Any:
     """
     try:
         import nncf
+        from nncf.quantization.range_estimator import RangeEstimatorParametersSet
     except ImportError as error:
         raise Unsupported(f"int8 needs NNCF ({error}): pip install nncf") from error
-    calls = list(zip(*(calibration_images(image) for image in export.inputs)))
+    calls = [
+        call
+        for images in export.tuning_inputs.values()
+        for call in zip(*(calibration_images(image) for image in images))
+    ]
+    # Ranges are the extremes over all calls. NNCF's own choice are averages, which cut off what is
+    # rare: activations at `max`, and those of a mask head, where most calls find nothing.
+    ranges = nncf.AdvancedQuantizationParameters(
+        activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
+    )
     dataset = nncf.Dataset(calls, lambda images: [image.numpy() for image in images])
     try:
         return nncf.quantize(
-            model, dataset, preset=nncf.QuantizationPreset.MIXED, subset_size=len(calls)
+            model,
+            dataset,
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=len(calls),
+            ignored_scope=nncf.IgnoredScope(names=_exact_operators(model), validate=False),
+            advanced_parameters=ranges,
         )
     except Exception as error:
         raise Unsupported(f"NNCF cannot quantize the model: {sentence(error)}") from error
+
+
+def _exact_operators(model: Any) -> List[str]:
+    """Names of the operators that no heavy layer gets its features from: all that handles boxes.
+
+    NNCF would quantize their additions and multiplications as well. 256 steps are too few for
+    coordinates, and ranges are unknown where the calibration images have no detections.
+    """
+    features = set()
+    pending = [op for op in model.get_ops() if op.get_type_name() in HEAVY_OPERATORS]
+    while pending:
+        op = pending.pop()
+        if op.get_friendly_name() not in features:
+            features.add(op.get_friendly_name())
+            pending += [value.get_node() for value in _feature_inputs(op)]
+    names = [op.get_friendly_name() for op in model.get_ops()]
+    return [name for name in names if name not in features]
+
+
+def _feature_inputs(op: Any) -> List[Any]:
+    """Those inputs of an operator that are neither regions to pool from nor shapes and indices."""
+    inputs = op.input_values()[:1] if op.get_type_name() == "ROIAlign" else op.input_values()
+    return [value for value in inputs if value.get_element_type().is_real()]
 
 
 def calibration_images(image: Any, count: int = CALIBRATION_IMAGES) -> List[Any]:
