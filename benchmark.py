@@ -213,7 +213,7 @@ def _widest(rounds: Rounds, baseline: str, generator: np.random.Generator) -> fl
     live = rounds.live()
     samples = np.array([rounds.samples[name] for name in live])
     estimates = np.median(samples, axis=1)
-    resampled = _bootstrap_medians(samples, CHECK_RESAMPLES, generator)
+    resampled = bootstrap_medians(samples, CHECK_RESAMPLES, generator)
     if baseline in live and len(live) > 1:
         reference = live.index(baseline)
         estimates = np.delete(estimates[reference] / estimates, reference)
@@ -222,7 +222,7 @@ def _widest(rounds: Rounds, baseline: str, generator: np.random.Generator) -> fl
     return float(np.max(np.maximum(estimates - low, high - estimates) / estimates))
 
 
-def _bootstrap_medians(
+def bootstrap_medians(
     samples: np.ndarray, resamples: int, generator: np.random.Generator
 ) -> np.ndarray:
     """Medians of rounds drawn with replacement, the same rounds for every run.
@@ -355,7 +355,7 @@ def speedup(
     ratio = float(baseline_median / run_median)
     if shared < LEAST_ROUNDS:
         return Speedup(ratio, None, None, "inconclusive")
-    medians = _bootstrap_medians(samples, resamples, np.random.default_rng(seed))
+    medians = bootstrap_medians(samples, resamples, np.random.default_rng(seed))
     tails = ((1 - confidence) / 2, (1 + confidence) / 2)
     low, high = (float(bound) for bound in np.quantile(medians[0] / medians[1], tails))
     return Speedup(ratio, low, high, verdict(low, high))
@@ -410,7 +410,7 @@ def break_even(
     found = images(float(baseline_median - run_median))
     if shared < LEAST_ROUNDS:
         return BreakEven(found, None, None)
-    medians = _bootstrap_medians(samples, resamples, np.random.default_rng(seed))
+    medians = bootstrap_medians(samples, resamples, np.random.default_rng(seed))
     least, most = (float(x) for x in np.quantile(medians[0] - medians[1], (0.025, 0.975)))
     return BreakEven(found, images(most), images(least))
 
@@ -456,6 +456,8 @@ class Row:
         baseline: whether it is the one that the others are compared with.
         detections: whether they are still the same, in a word or two.
         status: why the row is not what it should be; becomes a footnote.
+        peak_share: of the operations per second that the machine could reach, 0 to 1; None where
+            that is not known. There is a column for it if any row has it.
     """
 
     model: str
@@ -467,6 +469,7 @@ class Row:
     baseline: bool = False
     detections: str = "-"
     status: str = ""
+    peak_share: Optional[float] = None
 
 
 # The columns of TorchBlade's published results, then ours; True: right-aligned.
@@ -496,14 +499,21 @@ def table(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
         notes: sentences to put below, after those that explain the rows.
     """
     header = [name.format(kind=rows[0].kind) for name, _ in _COLUMNS]
+    rights = [right for _, right in _COLUMNS]
+    with_peak = any(row.peak_share is not None for row in rows)
+    if with_peak:
+        header, rights = [*header, "% of peak"], [*rights, True]
     cells, below = [], []
     for row in rows:
         reference = f" [{len(below) + 1}]" if row.status else ""
         cells.append(_cells(row, reference))
+        if with_peak:
+            share = row.peak_share
+            cells[-1].append("-" if share is None else f"{100 * share:.1f}%")
         if row.status:
             status = " ".join(row.status.split())
             below.append(f"[{len(below) + 1}] {row.backend} {row.precision}: {status}")
-    lines = markdown([header] + cells, [right for _, right in _COLUMNS])
+    lines = markdown([header] + cells, rights)
     if any(row.statistics is not None and row.statistics.p99_ms is None for row in rows):
         below.append(
             "(max): the longest call, in place of a 99th percentile, which takes "

@@ -201,6 +201,18 @@ def read_image(path: Optional[Path], size: Optional[Tuple[int, int]]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(bgr, dtype=np.float32))
 
 
+def write_image(image: Tensor, path: Path) -> None:
+    """Writes an image as a file of the format of its name.
+
+    Args:
+        image: 3 x H x W, BGR, 0 to 255, as `read_image` gives it.
+    """
+    from PIL import Image
+
+    rgb = image.flip(0).permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8)
+    Image.fromarray(rgb.numpy()).save(path)
+
+
 def tuning_inputs(image: Tensor, images_per_call: int, seed: int) -> Dict[str, Tuple[Tensor, ...]]:
     """The images of a call in three sizes: `opt` as it is, `min` and `max` scaled both ways.
 

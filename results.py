@@ -15,7 +15,7 @@ import re
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Collection, Dict, Iterator, List, Optional, Union
+from typing import Any, Collection, Dict, Iterator, List, Optional, Tuple, Union
 
 import psutil
 
@@ -23,6 +23,9 @@ from errors import InputError
 
 SCHEMA = 1
 TOOL = "run_blade"
+
+# Beside the result file: what the runs found, to draw it.
+FOUND = "detections.json"
 
 STATUSES = ("ok", "failed", "unsupported", "mismatch")
 
@@ -278,8 +281,16 @@ def save(document: Dict[str, Any], path: Union[str, Path]) -> None:
         TypeError, ValueError: the document has something JSON cannot hold, NaN and infinity
             included; nothing has been written.
     """
+    write_text(path, json.dumps(document, indent=1, allow_nan=False, default=_plain) + "\n")
+
+
+def write_text(path: Union[str, Path], text: str) -> None:
+    """Writes a file; whatever happens, `path` has the old content or the whole new one.
+
+    Raises:
+        InputError: the file system refuses.
+    """
     path = Path(path)
-    text = json.dumps(document, indent=1, allow_nan=False, default=_plain) + "\n"
     # In the same directory, so that the last step is a rename.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -294,6 +305,65 @@ def save(document: Dict[str, Any], path: Union[str, Path]) -> None:
                 temporary.unlink()
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+# Settings that change what is measured, and how.
+DECISIVE_SETTINGS = (
+    *("model", "backend", "precision", "device", "source", "image", "image_size"),
+    *("weights", "detections", "threads", "seed", "warmup", "iterations", "time_budget"),
+)
+
+
+# Objects that synthetic weights find unless something else is asked for.
+OBJECTS = 100
+
+
+def case(group: Dict[str, Any]) -> Tuple[str, int]:
+    """What a group measures: a test model, and the objects that its synthetic weights find."""
+    return group["model"], group.get("objects", OBJECTS)
+
+
+def case_name(of: Tuple[str, int]) -> str:
+    """A case in words: `testRetinaNet`, or `testRetinaNet with 5 objects`."""
+    name, objects = of
+    return name if objects == OBJECTS else f"{name} with {objects} objects"
+
+
+def facts(document: Dict[str, Any]) -> Dict[str, Any]:
+    """What was measured on and how, as in a result file, by name; what is not recorded is None."""
+    environment, settings = document["environment"], document["settings"]
+    commit = environment.get("commit")
+    named = {
+        f"cpu.{name}": value
+        for name, value in environment.get("cpu", {}).items()
+        if name != "flags"
+    }
+    states = [state for group in document["groups"] for state in group.get("gpu", ())]
+    named["gpu"] = states[0].get("name") if states else None
+    named.update({name: environment.get(name) for name in ("memory_mb", "os", "kernel", "python")})
+    named.update(environment.get("versions", {}))
+    named.update(environment.get("variables", {}))
+    named["commit"] = commit and commit["revision"][:10] + " with changes" * commit["dirty"]
+    named.update({f"--{name.replace('_', '-')}": settings.get(name) for name in DECISIVE_SETTINGS})
+    return named
+
+
+def differences(
+    before: Dict[str, Any], after: Dict[str, Any], ignored: Collection[str] = ()
+) -> List[str]:
+    """What differs between the `facts` of two result files, in words."""
+    old, new = facts(before), facts(after)
+    return [
+        f"{name}: {_shown(old.get(name))} before, {_shown(new.get(name))} now"
+        for name in dict.fromkeys([*old, *new])
+        if _shown(old.get(name)) != _shown(new.get(name)) and name not in ignored
+    ]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    return "none" if value is None else str(value)
 
 
 def _refuse_constant(name: str) -> None:
@@ -366,6 +436,20 @@ def _run_flaw(run: Any, where: str) -> Optional[str]:
         if run[key] is not None:
             flaw = flaw or _flaw(run[key], keys, f"'{key}' of {where}")
     return flaw
+
+
+def read_found(folder: Path) -> Dict[str, Any]:
+    """What the runs of a result file found, from the file beside it; empty where there is none.
+
+    Raises:
+        errors.InputError: it is damaged.
+    """
+    try:
+        return json.loads((folder / FOUND).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / FOUND} cannot be read: {error}") from error
 
 
 def prepare_directory(path: Union[str, Path], what: str = "output") -> Path:

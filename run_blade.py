@@ -64,10 +64,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--detections",
-        type=_at_least(0, most=100),
-        default=100,
-        metavar="N",
-        help="objects that synthetic weights find, 0 to 100 (default: 100)",
+        type=_counts,
+        default=(100,),
+        metavar="N[,N...]",
+        help="objects that synthetic weights find, 0 to 100 (default: 100); several, as in "
+        "0,5,30,100, are measured one after the other",
     )
     add(
         "--warmup", type=_at_least(0), metavar="N", help="warm-up calls (default: until they agree)"
@@ -87,7 +88,13 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--threads", type=_at_least(1), metavar="N", help="CPU threads (default: usable cores)")
     add("--seed", type=_at_least(0), default=0, metavar="N", help="of weights, sizes and order")
-    add("--output", metavar="DIR", help="keep results.json and what the optimizers leave behind")
+    add(
+        "--output",
+        metavar="DIR",
+        help="keep results.json, a page of it, and what the optimizers leave behind; "
+        "where a run of the same settings was interrupted, it goes on",
+    )
+    add("--rerun", action="store_true", help="measure what --output has already, too")
     add("--cache", metavar="DIR", help="keep engines there, and take them from there next time")
     add("--fail-on", choices=("slower",), nargs="+", default=(), help="exit with 1 then, too")
     add(
@@ -99,6 +106,18 @@ def parser() -> argparse.ArgumentParser:
         "--costs",
         action="store_true",
         help="print what it took to prepare each run, and after how many images that has paid",
+    )
+    add("--stages", action="store_true", help="print where the time of the eager module goes")
+    add(
+        "--roofline",
+        action="store_true",
+        help="measure how fast this machine multiplies matrices, and print what part of that "
+        "each run reaches",
+    )
+    add(
+        "--trace",
+        action="store_true",
+        help="keep a Chrome trace of one call of each run that PyTorch can profile, in --output",
     )
     add(
         "--compare-published",
@@ -122,6 +141,11 @@ def _at_least(least: int, most: Optional[int] = None) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def _counts(text: str) -> Tuple[int, ...]:
+    number = _at_least(0, most=100)
+    return tuple(dict.fromkeys(number(part) for part in text.split(",")))
 
 
 def _seconds(text: str) -> float:
@@ -151,6 +175,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     try:
         if not options.list and bool(options.model) == options.all:
             parse.error("say which test models: --model NAME, or --all (see --list)")
+        if options.trace and not options.output:
+            parse.error("--trace needs --output DIR to keep the traces in")
         # Not before: PyTorch and SciPy take seconds to import, and --help should not.
         import session
 

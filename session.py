@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
+import machine
 import models
 import results
 import suite
@@ -99,7 +101,7 @@ def _plan(options: argparse.Namespace, notes: List[str]) -> suite.Plan:
     cores = results.usable_cores()
     if options.threads is not None and options.threads > cores:
         raise InputError(f"--threads {options.threads}: only {cores} cores can be used here")
-    models.read_image(options.image and Path(options.image), options.image_size)
+    picture = models.read_image(options.image and Path(options.image), options.image_size)
     backends = _backends(options.backend, device, notes)
     precisions = _precisions(options.precision, device, backends, notes)
     names = tuple(MODELS) if options.all else tuple(dict.fromkeys(options.model))
@@ -112,6 +114,7 @@ def _plan(options: argparse.Namespace, notes: List[str]) -> suite.Plan:
         source=models.resolve_source(options.source),
         image=options.image,
         image_size=options.image_size,
+        picture=picture,
         weights=options.weights,
         detections=options.detections,
         warm_up=WarmUp.on(device) if options.warmup is None else WarmUp.fixed(options.warmup),
@@ -120,6 +123,8 @@ def _plan(options: argparse.Namespace, notes: List[str]) -> suite.Plan:
         seed=options.seed,
         output=results.prepare_directory(options.output) if options.output else None,
         debug=options.debug,
+        stages=options.stages,
+        trace=options.trace,
         cache=results.prepare_directory(options.cache, "cache") if options.cache else None,
     )
 
@@ -155,7 +160,9 @@ def _document(plan: suite.Plan, options: argparse.Namespace, notes: List[str]) -
         "settings": settings,
         "groups": [],
         "aa": None,
+        "peaks": {},
         "notes": notes,
+        "warnings": [],
         "complete": False,
     }
 
@@ -177,57 +184,143 @@ class Session:
         self.plan = _plan(options, self.notes)
         self.plan_notes = list(self.notes)
         self.document = _document(self.plan, options, self.notes)
+        self.found: Dict[str, Any] = {}
+        if self.plan.output is not None and not options.rerun:
+            self._resume(self.plan.output)
+
+    def _resume(self, output: Path) -> None:
+        """Takes over the groups that an earlier run of the same settings has completed.
+
+        Raises:
+            errors.InputError: what is there is no result file, or of other settings.
+        """
+        if not (output / "results.json").exists():
+            return
+        earlier = results.load(output / "results.json")
+        differing = results.differences(earlier, self.document, ("gpu", "memory_mb", "kernel"))
+        if differing:
+            raise InputError(
+                f"{output} has results of another run ({differing[0]}): "
+                "choose another --output, or measure all again with --rerun"
+            )
+        unfinished = ("interrupted", "all failed")
+        kept = [group for group in earlier["groups"] if group["stopped"] not in unfinished]
+        self.document.update(groups=kept, aa=earlier["aa"], peaks=earlier.get("peaks", {}))
+        self.notes += [note for note in earlier["notes"] if note not in self.notes]
+        self.found = results.read_found(output)
 
     def run(self) -> int:
         """Measures everything, printing a table after each test model; returns the exit code."""
         for note in self.notes:
             print(note, file=sys.stderr)
         with suite.scratch_folder() as folder:
+            if self.options.roofline and not self.document["peaks"]:
+                self.progress.say("how fast this machine multiplies matrices")
+                precisions = dict.fromkeys(("fp32", *self.plan.precisions))
+                self.document["peaks"] = suite.matmul_peaks(list(precisions), self.plan, folder)
             for name in self.plan.models:
-                self._run_model(name, folder)
+                for objects in self.plan.detections:
+                    self._run_model(name, objects, folder)
         self.document["complete"] = True
         self._save()
+        self._write_page()
+        if len(self.plan.detections) > 1:
+            print("\n" + tables.objects_table(self.document["groups"]))
         if self.options.coverage:
             print("\n" + tables.coverage_table(self.document["groups"]))
+        if self.options.stages:
+            print("\n" + tables.stages_table(self.document["groups"]))
         if self.options.costs:
             print("\n" + tables.costs_table(self.document["groups"]))
         if self.options.compare_published:
             print("\n" + tables.published_table(self.document["groups"]))
         return exit_code(self.document["groups"], self.options.fail_on)
 
-    def _run_model(self, name: str, folder: Path) -> None:
+    def _groups_of(self, name: str, objects: int) -> List[Dict[str, Any]]:
+        """What was measured of a test model, in the order of the precisions asked for."""
+        return [
+            group
+            for precision in self.plan.precisions
+            for group in self.document["groups"]
+            if results.case(group) == (name, objects) and group["precision"] == precision
+        ]
+
+    def _run_model(self, name: str, objects: int, folder: Path) -> None:
         """Measures one test model; an interruption still prints and keeps what there is."""
-        groups, before = self.document["groups"], len(self.document["groups"])
-        own_notes: List[str] = []
+        kept = [group["precision"] for group in self._groups_of(name, objects)]
+        missing = [precision for precision in self.plan.precisions if precision not in kept]
+        if kept:
+            self.progress.say(f"{name}: kept from before: {', '.join(kept)}")
         try:
-            model = suite.prepare_model(name, self.plan, folder, self.progress)
-            own_notes = [model.note]
-            self.notes += [note for note in own_notes if note not in self.notes]
-            for precision in self.plan.precisions:
-                self._run_group(model, precision)
-            model.file.unlink()
+            if missing:
+                self._measure(name, objects, missing, folder)
         except RunFailed as error:
             reason = f"the model cannot be prepared: {error}"
-            for precision in self.plan.precisions:
-                groups.append(suite.failed_group(name, precision, self.plan, reason))
+            self.document["groups"] += [
+                suite.failed_group(name, objects, precision, self.plan, reason)
+                for precision in missing
+            ]
         finally:
             self._save()
-            if len(groups) > before:
-                notes = tables.aa_note(self.document["aa"]) + self.plan_notes + own_notes
-                print(tables.model_table(groups[before:], self.plan.rule, notes) + "\n", flush=True)
+            groups = self._groups_of(name, objects)
+            if groups:
+                notes = tables.aa_note(self.document["aa"]) + self.plan_notes
+                peaks = self.document["peaks"] if self.options.roofline else {}
+                text = tables.model_table(groups, self.plan.rule, notes, peaks)
+                print(text + "\n", flush=True)
+
+    def _measure(self, name: str, objects: int, precisions: Sequence[str], folder: Path) -> None:
+        model = suite.prepare_model(name, objects, self.plan, folder, self.progress)
+        if model.note not in self.notes:
+            self.notes.append(model.note)
+        self._keep_reference(model)
+        for precision in precisions:
+            self._run_group(model, precision)
+        model.file.unlink()
+
+    def _keep_reference(self, model: suite.Prepared) -> None:
+        """What Torch fp32 found, for drawing it."""
+        drawn = [suite.drawable(image) for image in suite.reference_detections(model)]
+        name = results.case_name((model.name, model.objects))
+        kept = self.found.get(name, {}).get("runs", {})
+        self.found[name] = {"reference": drawn, "runs": kept}
 
     def _run_group(self, model: suite.Prepared, precision: str) -> None:
         first = self.document["aa"] is None
-        aa = suite.measure_group(
-            model, precision, self.plan, self.progress, self.document["groups"], same_again=first
-        )
-        if first:
-            self.document["aa"] = aa
+        groups, before = self.document["groups"], len(self.document["groups"])
+        found: Dict[str, Any] = {}
+        name = results.case_name((model.name, model.objects))
+        self.found[name]["runs"][precision] = found
+        try:
+            aa = suite.measure_group(
+                *(model, precision, self.plan, self.progress, groups),
+                same_again=first,
+                found=found,
+            )
+            if first:
+                self.document["aa"] = aa
+        finally:
+            for group in groups[before:]:
+                for warning in machine.warnings(group, self.plan.rule.min_rounds):
+                    self.progress.say(f"warning: {warning}")
         self._save()
 
     def _save(self) -> None:
+        groups, least = self.document["groups"], self.plan.rule.min_rounds
+        self.document["warnings"] = [x for group in groups for x in machine.warnings(group, least)]
         if self.plan.output is not None and self.document["groups"]:
             results.save(self.document, self.plan.output / "results.json")
+            results.write_text(self.plan.output / results.FOUND, json.dumps(self.found))
+            models.write_image(self.plan.picture, self.plan.output / "image.png")
+
+    def _write_page(self) -> None:
+        if self.plan.output is not None:
+            try:
+                import report  # Drawing takes a second to import, and only this needs it.
+            except ImportError as error:
+                self.progress.say(f"no page is made: {error}")
+                return
+            report.write(self.plan.output / "results.json", self.plan.output / "report.html")
 
 
 def exit_code(groups: Sequence[Dict[str, Any]], fail_on: Sequence[str]) -> int:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 import tempfile
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from statistics import median
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import benchmark
+import machine
 import verify
 from backends.base import Backend
 from benchmark import RunFailed, StopRule, WarmUp
@@ -25,6 +27,8 @@ AGAIN = "torch again"
 # resolve is the noise of both, and shall be told in less than the 5% that most people ask for.
 AGAIN_HALF_WIDTH = 0.02
 FP32 = "torch fp32"
+# Calls of which the stages are timed.
+STAGE_CALLS = 5
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,13 @@ class Plan:
         backends: the baseline first.
         precisions: requested, each a group of its own.
         image_size: height and width, or None for the image's own.
+        detections: how many objects synthetic weights find; with several, each is measured.
         warm_up, rule: of the timing.
         output: directory for results and the files that backends want kept, or None.
         cache: directory in which engines are kept between invocations, or None.
+        picture: the image that was read, 3 x H x W, to be kept beside the results.
+        stages: whether the stages of the eager module are timed.
+        trace: whether a profile of a call is kept in `output`, where PyTorch can make one.
         debug: whether to show what the worker of a failed run printed.
     """
 
@@ -50,7 +58,7 @@ class Plan:
     image: Optional[str]
     image_size: Optional[Tuple[int, int]]
     weights: str
-    detections: int
+    detections: Tuple[int, ...]
     warm_up: WarmUp
     rule: StopRule
     threads: int
@@ -58,6 +66,9 @@ class Plan:
     output: Optional[Path]
     debug: bool
     cache: Optional[Path] = None
+    picture: Any = None
+    stages: bool = False
+    trace: bool = False
 
     def runs_for(self, precision: str) -> List[Run]:
         """The rows of a group: the baseline, and the backends that know that precision.
@@ -82,6 +93,7 @@ class Run:
     record: Dict[str, Any]
     worker: Optional[Worker] = None
     log: Optional[Path] = None
+    found: List[Dict[str, Any]] = field(default_factory=list)
 
     def give_up(self, status: str, reason: str) -> None:
         """Takes note of why it goes no further, and ends its process."""
@@ -101,20 +113,24 @@ class Prepared:
 
     Attributes:
         name: of the test model.
+        objects: that its weights find, if they are synthetic.
         file: its weights and tuning inputs, for the workers.
         reference: `min`, `opt`, `max` -> the flat tuple that eager fp32 found.
         sizes: `min`, `opt`, `max` -> height and width of each image.
         fields: names of the tensors of one image in a flat tuple.
         flops: of a call at `opt`, or None where PyTorch does not count them.
+        digests: that tell image and weights from others: `image_digest`, `weights_digest`.
         note: where the weights come from.
     """
 
     name: str
+    objects: int
     file: Path
     reference: Dict[str, List[Any]]
     sizes: Dict[str, List[List[int]]]
     fields: Tuple[str, ...]
     flops: Optional[int]
+    digests: Dict[str, str]
     note: str
 
 
@@ -131,10 +147,13 @@ def scratch_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def prepare_model(name: str, plan: Plan, folder: Path, progress: Progress) -> Prepared:
+def prepare_model(
+    name: str, objects: int, plan: Plan, folder: Path, progress: Progress
+) -> Prepared:
     """Makes weights and inputs of a test model and computes its reference, in its own process.
 
     Args:
+        objects: that synthetic weights find.
         folder: for the files that workers share, and their logs.
 
     Raises:
@@ -150,7 +169,7 @@ def prepare_model(name: str, plan: Plan, folder: Path, progress: Progress) -> Pr
         weights=plan.weights,
         image=plan.image,
         image_size=plan.image_size,
-        detections=plan.detections,
+        detections=objects,
         seed=plan.seed,
         threads=plan.threads,
         prepared=str(prepared),
@@ -163,7 +182,7 @@ def prepare_model(name: str, plan: Plan, folder: Path, progress: Progress) -> Pr
         raise
     finally:
         worker.kill()
-    return Prepared(name=name, file=prepared, **answer)
+    return Prepared(name=name, objects=objects, file=prepared, **answer)
 
 
 def measure_group(
@@ -173,19 +192,23 @@ def measure_group(
     progress: Progress,
     groups: List[Dict[str, Any]],
     same_again: bool,
+    found: Optional[Dict[str, Any]] = None,
 ) -> Optional[Dict[str, Any]]:
     """Measures all runs of a test model at one precision, in turns.
 
     Args:
         groups: of the result file; the new one is added as soon as there is something in it, also
             when an interruption comes through.
+        found: takes, by label, what each run found in each image: of `detections.json`.
         same_again: whether a second Torch takes part, to see what difference can be resolved.
 
     Returns:
         the A/A record of the result file, if that was asked for and could be measured.
     """
     rule = _rule(plan, same_again)
-    group = _new_group(model.name, precision, model.sizes, model.flops, rule)
+    group = _new_group(model.name, model.objects, precision, rule)
+    group.update(model.digests, weights=model.note, image_sizes=model.sizes, flops=model.flops)
+    group["found"] = sum(len(image.scores) for image in reference_detections(model))
     runs = plan.runs_for(precision)
     extras = _extra_runs(runs[0], same_again)
     rounds = benchmark.Rounds()
@@ -194,10 +217,15 @@ def measure_group(
             for run in runs + extras:
                 _prepare_run(run, model, plan, folder, progress)
             gpu = [_gpu(runs, plan)]
+            pids = [x.worker.process.pid for x in runs + extras if x.worker is not None]
+            before = machine.snapshot(pids)
             _time(runs + extras, rounds, rule, plan.seed, progress, f"{model.name} {precision}")
+            group["machine"] = machine.between(before, machine.snapshot(pids))
             group["gpu"] = [state for state in (*gpu, _gpu(runs, plan)) if state]
+            if plan.stages:
+                group["stages"] = _stages(runs[0])
             for run in runs:
-                _check(run, model, progress)
+                _check(run, model, plan, progress)
             _report(runs, plan, progress)
             for run in runs + extras:
                 run.end(politely=True)
@@ -207,13 +235,25 @@ def measure_group(
         if rounds.rounds or any(run.record["status"] != "ok" for run in runs):
             _conclude(group, runs, rounds, plan)
             groups.append(group)
+        if found is not None:
+            found.update({run.record["label"]: run.found for run in runs if run.found})
     samples = [rounds.samples.get(key, []) for key in (runs[0].key, AGAIN)]
     return _same_against_same(group, samples, plan) if all(samples) else None
 
 
-def failed_group(name: str, precision: str, plan: Plan, reason: str) -> Dict[str, Any]:
+def reference_detections(model: Prepared) -> List[verify.Detections]:
+    """What eager fp32 found in each image at `opt`; nothing where that is malformed."""
+    try:
+        return verify.split(model.reference["opt"], model.fields)
+    except verify.Malformed:
+        return []
+
+
+def failed_group(
+    name: str, objects: int, precision: str, plan: Plan, reason: str
+) -> Dict[str, Any]:
     """The group of a test model that could not even be prepared."""
-    group = _new_group(name, precision, {}, None, plan.rule)
+    group = _new_group(name, objects, precision, plan.rule)
     runs = plan.runs_for(precision)
     for run in runs:
         run.give_up("failed", reason)
@@ -227,19 +267,21 @@ def _rule(plan: Plan, same_again: bool) -> StopRule:
     return replace(plan.rule, half_width=min(plan.rule.half_width, AGAIN_HALF_WIDTH))
 
 
-def _new_group(
-    name: str, precision: str, sizes: Dict[str, Any], flops: Optional[int], rule: StopRule
-) -> Dict[str, Any]:
+def _new_group(name: str, objects: int, precision: str, rule: StopRule) -> Dict[str, Any]:
     return {
         "model": name,
+        "objects": objects,
+        "found": None,
         "export": MODELS[name].kind,
         "precision": precision,
         "images_per_call": MODELS[name].images_per_call,
-        "image_sizes": sizes,
-        "flops": flops,
+        "image_sizes": {},
+        "flops": None,
         "rounds": 0,
         "stopped": "interrupted",
         "half_width": rule.half_width,
+        "stages": None,
+        "machine": None,
         "gpu": [],
         "runs": [],
     }
@@ -258,6 +300,7 @@ def _new_run(key: str, backend: Backend, precision: str) -> Run:
         "reason": None,
         "samples_s": [],
         "warmup_s": [],
+        "size_seconds": {},
         "prepare": {},
         "cached": False,
         "artifact_mb": None,
@@ -354,30 +397,64 @@ def _gpu(runs: List[Run], plan: Plan) -> Dict[str, Any]:
         return {}
 
 
+def _stages(baseline: Run) -> Optional[Dict[str, float]]:
+    """Median seconds of each stage of the eager module, at the baseline's precision."""
+    if baseline.worker is None:
+        return None
+    try:
+        calls = baseline.worker.ask("stages", (STAGE_CALLS,))
+    except RunFailed as error:
+        baseline.give_up("failed", str(error))
+        return None
+    return {stage: median(call[stage] for call in calls) for stage in calls[0]}
+
+
+def matmul_peaks(precisions: Sequence[str], plan: Plan, folder: Path) -> Dict[str, float]:
+    """Operations per second of matrix products, by precision, where PyTorch has them."""
+    worker = Worker(folder / "matmul_peak.log", plan.threads)
+    try:
+        peaks = {
+            precision: worker.ask("matmul_peak", (precision, plan.device))
+            for precision in precisions
+        }
+    finally:
+        worker.kill()
+    return {precision: peak for precision, peak in peaks.items() if peak}
+
+
 def _timed_call(run: Run) -> Any:
     return lambda: run.worker.ask("timed_call", (), CALL_LIMIT_S)
 
 
-def _check(run: Run, model: Prepared, progress: Progress) -> None:
+def _check(run: Run, model: Prepared, plan: Plan, progress: Progress) -> None:
     """Compares what a run finds with the reference, at all sizes."""
     if run.worker is None:
         return
     try:
         run.record.update(run.worker.ask("peak_memory"))
         run.record["coverage"] = run.worker.ask("coverage")
-        run.record["artifact_mb"] = run.worker.ask("artifact_mb")
-        run.record["effective_precision"] = run.worker.ask("precision")
-        if run.record["baseline"] and run.record["requested_precision"] == "fp32":
-            return  # It is the reference.
         progress.say(f"{model.name} {run.record['requested_precision']}: checking {run.key}")
-        agreements = {}
-        for size in SIZES:
-            found = run.worker.ask("detect", (size,))
-            precision = run.record["effective_precision"]
-            agreements[size] = verify.verify(model.reference[size], found, model.fields, precision)
+        answers = {size: run.worker.ask("detect", (size,)) for size in SIZES}
+        run.record["size_seconds"] = {size: answers[size]["seconds"] for size in SIZES}
+        run.record["artifact_mb"] = run.worker.ask("artifact_mb")
+        # Last, as PyTorch's profiler slows a process down.
+        run.record["effective_precision"] = run.worker.ask("precision")
+        if plan.trace and run.backend.in_pytorch:
+            name = f"{model.name}.{run.backend.name}.{run.record['requested_precision']}.trace.json"
+            run.worker.ask("trace", (str(plan.output / name),))
+            run.record["artifacts"].append(name)
     except RunFailed as error:
         run.give_up("failed", f"while its detections were computed: {error}")
         return
+    if run.record["baseline"] and run.record["requested_precision"] == "fp32":
+        return  # It is the reference.
+    precision = run.record["effective_precision"]
+    found = {size: answers[size]["outputs"] for size in SIZES}
+    agreements = {
+        size: verify.verify(model.reference[size], found[size], model.fields, precision)
+        for size in SIZES
+    }
+    run.found = _drawable(model.reference["opt"], found["opt"], model.fields, precision)
     run.record["detections"] = {
         size: {**asdict(agreement), "text": agreement.text}
         for size, agreement in agreements.items()
@@ -385,6 +462,33 @@ def _check(run: Run, model: Prepared, progress: Progress) -> None:
     worst = verify.worst(agreements)
     if worst.verdict != "match":
         run.record.update(status="mismatch", reason=worst.reason)
+
+
+def _drawable(
+    reference: Sequence[Any], found: Sequence[Any], fields: Sequence[str], precision: str
+) -> List[Dict[str, Any]]:
+    """What was found in each image, for `detections.json`; nothing where it is malformed."""
+    try:
+        images = verify.find(reference, found, fields, precision)
+    except ValueError:
+        return []
+    return [
+        {
+            **drawable(image.detections),
+            "agrees": image.agrees.tolist(),
+            "lost": image.lost.tolist(),
+        }
+        for image in images
+    ]
+
+
+def drawable(detections: verify.Detections) -> Dict[str, Any]:
+    """Boxes in tenths of a pixel, scores and classes as plain lists."""
+    return {
+        "boxes": detections.boxes.round(1).tolist(),
+        "scores": detections.scores.round(4).tolist(),
+        "classes": detections.classes.tolist(),
+    }
 
 
 def _report(runs: List[Run], plan: Plan, progress: Progress) -> None:

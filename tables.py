@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, Dict, List, Optional, Sequence
 
 import published
+import results
 from benchmark import (
     BreakEven,
     Rounds,
@@ -19,26 +20,39 @@ from benchmark import (
     markdown,
     table,
 )
+from stages import STAGES, ceiling
 from verify import Agreement, worst
 
 Group = Dict[str, Any]
 
 
-def model_table(groups: Sequence[Group], rule: StopRule, notes: Sequence[str] = ()) -> str:
+def model_table(
+    groups: Sequence[Group],
+    rule: StopRule,
+    notes: Sequence[str] = (),
+    peaks: Optional[Dict[str, float]] = None,
+) -> str:
     """The Markdown table of one test model, with what a reader has to know below it.
 
     Args:
         groups: all of one test model, as in the result file.
         rule: that ended the rounds.
         notes: more sentences to put below.
+        peaks: operations per second that the machine reaches, by precision, for `% of peak`.
     """
-    rows = [_row(group, run) for group in groups for run in group["runs"]]
+    rows = [_row(group, run, peaks or {}) for group in groups for run in group["runs"]]
     facts = [*_check_note(groups[0]), *_rounds_notes(groups, rule), *_fp32_notes(groups)]
-    return table(rows, [*facts, *_recompilation_notes(groups), *_throttle_notes(groups), *notes])
+    if peaks:
+        facts.append(_peak_note(groups, peaks))
+    facts += [*_recompilation_notes(groups), *_throttle_notes(groups)]
+    weights = dict.fromkeys(group["weights"] for group in groups if group.get("weights"))
+    return table(rows, [*facts, *notes, *weights])
 
 
-def _row(group: Group, run: Dict[str, Any]) -> Row:
+def _row(group: Group, run: Dict[str, Any], peaks: Dict[str, float]) -> Row:
     statistics, speedup = run["statistics"], run["speedup"]
+    peak = peaks.get(run["effective_precision"] or "")
+    known = peak and group.get("flops") and statistics
     return Row(
         model=group["model"],
         kind=group["export"],
@@ -49,6 +63,7 @@ def _row(group: Group, run: Dict[str, Any]) -> Row:
         baseline=run["baseline"],
         detections=_detections(run),
         status=run["reason"] or "",
+        peak_share=1000 * group["flops"] / statistics["median_ms"] / peak if known else None,
     )
 
 
@@ -176,16 +191,62 @@ def costs_table(groups: Sequence[Group]) -> str:
 def _cost_cells(run: Dict[str, Any]) -> List[str]:
     prepare = run["prepare"]
     seconds = [f"{prepare[key]:.1f}" if key in prepare else "-" for _, key in PHASES]
-    if run["cached"]:
+    if run.get("cached"):
         seconds[-1] += " cached"
-    memory = [run["artifact_mb"], run.get("peak_device_memory_mb") or run["peak_memory_mb"]]
-    paid_back = run["break_even"]
+    memory = [run.get("artifact_mb"), run.get("peak_device_memory_mb") or run["peak_memory_mb"]]
+    paid_back = run.get("break_even")
     return [
         *seconds,
         f"{prepare['total'] - prepare['build']:.1f}",
         *("-" if size is None else f"{size:.0f}" for size in memory),
         "-" if paid_back is None else describe_break_even(BreakEven(**paid_back)),
     ]
+
+
+def _peak_note(groups: Sequence[Group], peaks: Dict[str, float]) -> str:
+    reached = ", ".join(f"{precision} {peak / 1e9:.0f}" for precision, peak in peaks.items())
+    flops = groups[0].get("flops")
+    own = f"a call is {flops / 1e9:.1f} GFLOPs" if flops else "the FLOPs of a call are not known"
+    return f"% of peak: of PyTorch's matrix product here, in GFLOP/s {reached}; {own}"
+
+
+def objects_table(groups: Sequence[Group]) -> str:
+    """Time against what is in the picture: a line for each run and number of objects."""
+    headings = ["Model", "Backend", "precision", "objects", "found", "Median(ms)"]
+    grid = [[*headings, "Speedup", "Detections"]]
+    lines = [
+        (group["model"], run["backend"], group["precision"], results.case(group)[1], group, run)
+        for group in groups
+        for run in group["runs"]
+    ]
+    order = {line[:3]: number for number, line in reversed(list(enumerate(lines)))}
+    for model, *_, objects, group, run in sorted(lines, key=lambda x: (order[x[:3]], x[3])):
+        statistics, speedup = run["statistics"], run["speedup"]
+        found = group.get("found")
+        cells = [model[len("test") :], run["label"], _precision(run), str(objects)]
+        cells += ["-" if found is None else str(found)]
+        cells += [f"{statistics['median_ms']:.1f}" if statistics else "-"]
+        cells += [describe_speedup(Speedup(**speedup)) if speedup else "-", _detections(run)]
+        grid.append(cells)
+    return "\n".join(markdown(grid, [False] * 3 + [True] * 3 + [False] * 2))
+
+
+def stages_table(groups: Sequence[Group]) -> str:
+    """Where the time of the eager modules goes, and what an engine for the backbone could gain."""
+    known = [group for group in groups if group.get("stages")]
+    if not known:
+        return "no stages were timed"
+    names = [stage for stage in STAGES if any(group["stages"][stage] for group in known)]
+    grid = [["Model", "precision", *(f"{name} (ms)" for name in names), "total (ms)", "ceiling"]]
+    for group in known:
+        seconds = group["stages"]
+        cells = [f"{1000 * seconds[name]:.1f}" if seconds[name] else "-" for name in names]
+        total = f"{1000 * sum(seconds.values()):.1f}"
+        most = f"{ceiling(seconds):.2f}x"
+        grid.append([group["model"][len("test") :], group["precision"], *cells, total, most])
+    lines = markdown(grid, [False] * 2 + [True] * (len(names) + 2))
+    note = "ceiling: the speedup of an engine that takes backbone + FPN only, and no time for them"
+    return "\n".join([*lines, "", f"- {note}"])
 
 
 def _recompilation_notes(groups: Sequence[Group]) -> List[str]:

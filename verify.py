@@ -279,6 +279,42 @@ def compare(
     return images[0] if len(images) == 1 else _total(images)
 
 
+@dataclass(frozen=True)
+class Found:
+    """What was found in one image, and which of that agrees with the reference, by index.
+
+    Attributes:
+        detections: of the candidate.
+        agrees: N, bool, whether the reference has a partner that agrees.
+        lost: indices of the reference's detections that have none.
+    """
+
+    detections: Detections
+    agrees: np.ndarray
+    lost: np.ndarray
+
+
+def find(
+    reference: Sequence[Any], candidate: Sequence[Any], fields: Sequence[str], precision: str
+) -> List[Found]:
+    """What a candidate found in each image of a call, with what agrees: for drawing it.
+
+    Raises:
+        Malformed: a flat tuple does not hold detections, or those of other images.
+    """
+    expected, found = split(reference, fields), split(candidate, fields)
+    if len(expected) != len(found):
+        raise Malformed(f"the detections of {len(found)} images instead of {len(expected)}")
+    images = []
+    for one, other in zip(expected, found):
+        pairs = _pair(one, other, TOLERANCES[precision])
+        agrees = np.zeros(len(other.scores), dtype=bool)
+        agrees[pairs.candidate[pairs.agree]] = True
+        lost = np.setdiff1d(np.arange(len(one.scores)), pairs.reference[pairs.agree])
+        images.append(Found(other, agrees, lost))
+    return images
+
+
 def worst(agreements: Dict[str, Agreement]) -> Agreement:
     """The least agreeable of several, say at `min`, `opt` and `max`, with its key in the reason.
 

@@ -8,6 +8,7 @@ process (a crash in an engine, a hang, the system killing it for its memory) bec
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -17,7 +18,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 from benchmark import RunFailed, WarmUp, warm_up
 from errors import InputError, Unsupported, sentence
@@ -25,6 +26,8 @@ from errors import InputError, Unsupported, sentence
 PREPARE_LIMIT_S = 1800.0
 # A call of the slowest test model takes some ten seconds on two cores; at `max` ten times that.
 CALL_LIMIT_S = 600.0
+# Calls at other sizes than the one that is timed are repeated if they are shorter than this.
+SHORT_CALL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def prepare_model(request: ModelRequest) -> Dict[str, Any]:
     Returns:
         `reference`: for `min`, `opt`, `max` the flat tuple of eager fp32 as arrays;
         `sizes`: their image sizes; `flops`: of a call at `opt`, or None where PyTorch does not
-        count them; `note`: where the weights come from.
+        count them; `digests` of image and weights; `note`: where the weights come from.
     """
     import torch
 
@@ -94,6 +97,10 @@ def prepare_model(request: ModelRequest) -> Dict[str, Any]:
         "reference": reference,
         "sizes": models.describe_sizes(inputs),
         "flops": count_flops(export.eager, inputs["opt"]),
+        "digests": {
+            "image_digest": _digest(inputs["opt"]),
+            "weights_digest": _digest([weights.state[name] for name in sorted(weights.state)]),
+        },
         "fields": export.fields,
         "note": weights.note,
     }
@@ -158,16 +165,44 @@ class Run:
 
     def timed_call(self) -> float:
         """Seconds of one call, images in, detections out."""
-        images = self.export.inputs
+        return self._timed(self.export.inputs)[0]
+
+    def _timed(self, images: Tuple[Any, ...]) -> Tuple[float, Any]:
         self.synchronize()
         start = time.perf_counter()
-        self.optimized.call(*images)
+        outputs = self.optimized.call(*images)
         self.synchronize()
-        return time.perf_counter() - start
+        return time.perf_counter() - start, outputs
 
-    def detect(self, size: str) -> List[Any]:
-        """The flat tuple for `min`, `opt` or `max`, as arrays."""
-        return _arrays(self.optimized.call(*self.export.tuning_inputs[size]))
+    def detect(self, size: str) -> Dict[str, Any]:
+        """What is found at `min`, `opt` or `max`, and how long that takes.
+
+        Returns:
+            `outputs`: the flat tuple as arrays; `seconds`: of a few calls, without the first
+            where calls are short, as engines pick their kernels when they first see a size.
+        """
+        images = self.export.tuning_inputs[size]
+        first, outputs = self._timed(images)
+        short = first < SHORT_CALL_S
+        seconds = [self._timed(images)[0] for _ in range(2)] if short else [first]
+        return {"outputs": _arrays(outputs), "seconds": seconds}
+
+    def stages(self, calls: int) -> List[Dict[str, float]]:
+        """Seconds of each stage of the eager module, for each of some calls."""
+        from stages import time_stages
+
+        return time_stages(self.export.eager, self.export.inputs, self.synchronize, calls)
+
+    def trace(self, path: str) -> None:
+        """Writes a Chrome trace of one call by PyTorch's profiler, which slows the process down."""
+        import torch
+
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.device == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        with torch.profiler.profile(activities=activities) as profile:
+            self.timed_call()
+        profile.export_chrome_trace(path)
 
     def precision(self) -> str:
         """The precision that it really computes in."""
@@ -202,6 +237,14 @@ class Run:
 
             memory["peak_device_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
         return memory
+
+
+def _digest(tensors: Iterable[Any]) -> str:
+    """Tells one image, or one set of weights, from another: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _arrays(outputs: Any) -> List[Any]:
@@ -239,6 +282,11 @@ def _main(connection: Any, log: str, threads: int) -> None:
                     _use_threads(threads)
                     run = Run(argument)
                     answer = run.describe()
+                elif name == "matmul_peak":
+                    from roofline import matmul_peak
+
+                    _use_threads(threads)
+                    answer = matmul_peak(*argument)
                 elif name == "warm_up":
                     answer = warm_up(run.timed_call, argument)
                 else:

@@ -76,6 +76,7 @@ class Backend:
         devices: of `cpu` and `cuda`, where it runs.
         precisions: device -> the precisions it can compute in there.
         default: whether it is part of a run that names no backend, if it is available.
+        in_pytorch: whether PyTorch's profiler sees what it does.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Backend:
     devices: Tuple[str, ...]
     precisions: Dict[str, Tuple[str, ...]]
     default: bool = True
+    in_pytorch: bool = False
 
     def unavailable(self, device: str) -> Optional[str]:
         """Says in one sentence why the backend cannot run on `device` here and what to install.

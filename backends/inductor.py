@@ -26,6 +26,7 @@ class Inductor(Backend):
     name = "inductor"
     label = "Inductor"
     rank = 3
+    in_pytorch = True
     devices = ("cpu", "cuda")
     precisions = Torch.precisions
     default = False

@@ -21,6 +21,7 @@ class Torch(Backend):
     name = "torch"
     label = "Torch"
     rank = 0
+    in_pytorch = True
     devices = ("cpu", "cuda")
     precisions = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "fp16", "bf16")}
 

@@ -37,6 +37,7 @@ class TorchBlade(Backend):
     name = "torch_blade"
     label = "TorchBlade"
     rank = 1
+    in_pytorch = True
     devices = ("cuda",)
     precisions: Dict[str, Tuple[str, ...]] = {"cuda": ("fp32", "fp16")}
 

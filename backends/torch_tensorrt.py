@@ -5,9 +5,9 @@ Written against torch_tensorrt 2.11 to 2.14; not run yet: it waits for a GPU.
 Of its front ends, `torch.compile(backend="torch_tensorrt")` comes first: it is the one that is
 maintained, and a subgraph that it cannot build is left to PyTorch instead of failing the rest.
 Where it builds no engine at all, the deprecated TorchScript front end has its turn. `ir="dynamo"`
-is not among them: it needs `torch.export`, which fails on all of these models (PyTorch 2.14, on
-testRetinaNet: "The tensor has a non-zero number of elements, but its data is not allocated yet",
-where non-maximum suppression meets a number of boxes that depends on data).
+is not among them: it needs `torch.export`, which fails on these models (PyTorch 2.14, testRetinaNet
+and testMaskRCNNFPN: "The tensor has a non-zero number of elements, but its data is not allocated
+yet", where non-maximum suppression meets a number of boxes that depends on data).
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ class TorchTensorRT(Backend):
     name = "torch_tensorrt"
     label = "Torch-TensorRT"
     rank = 6
+    in_pytorch = True
     devices = ("cuda",)
     precisions: Dict[str, Tuple[str, ...]] = {"cuda": ("fp32", "fp16", "bf16")}
     default = False

@@ -20,6 +20,7 @@ class TorchScript(Backend):
     name = "torchscript"
     label = "TorchScript"
     rank = 2
+    in_pytorch = True
     devices = ("cpu", "cuda")
     precisions = Torch.precisions
 

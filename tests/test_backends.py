@@ -354,6 +354,24 @@ def test_what_handles_boxes_is_not_quantized(name, exact):
     assert {name for name, kind in kinds.items() if kind == "Exp"} <= names
 
 
+@needs_openvino
+def test_a_quantized_model_has_exact_boxes():
+    pytest.importorskip("nncf")
+    from backends import openvino
+
+    export = small_export("testRetinaNet")
+    model = openvino.convert(export.script_module(), export)
+    exact = set(openvino._exact_operators(model))
+    quantized = {
+        port.get_node().get_friendly_name()
+        for op in openvino.quantize(model, export).get_ops()
+        if op.get_type_name() == "FakeQuantize"
+        for port in op.output(0).get_target_inputs()
+    }
+    assert len(quantized) > 100
+    assert not quantized & exact
+
+
 def test_calibration_images_are_different_images_of_one_size():
     image = small_export("testRetinaNet").inputs[0]
     images = sys.modules["backends.openvino"].calibration_images(image, count=6)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -305,16 +307,18 @@ def test_debug_shows_the_traceback(main, images):
 # A real run ------------------------------------------------------------------------------------
 
 
+FINISHED = [
+    *["--model", "testRetinaNet", "--device", "cpu", "--precision", "fp32", *QUICK],
+    *["--iterations", "6", "--source", "bundled"],
+]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """What `--model testRetinaNet` measures on a CPU at fp32, with few rounds."""
     output = tmp_path_factory.mktemp("finished") / "results"
-    outcome = script(
-        *["--model", "testRetinaNet", "--device", "cpu", "--precision", "fp32", *QUICK],
-        *["--iterations", "6", "--source", "bundled", "--compare-published", "--output", output],
-        *["--coverage", "--costs"],
-    )
-    return outcome, output
+    more = ["--compare-published", "--coverage", "--costs", "--output", output]
+    return script(*FINISHED, *more), output
 
 
 def test_a_run_prints_a_table_and_nothing_else(finished):
@@ -361,7 +365,8 @@ def test_published_speedups_are_printed_beside_ours(finished):
 
 def test_the_result_file_is_complete(finished):
     _, output = finished
-    assert [path.name for path in output.iterdir()] == ["results.json"]
+    files = ["detections.json", "image.png", "report.html", "results.json"]
+    assert sorted(path.name for path in output.iterdir()) == files
     document = results.load(output / "results.json")
     assert document["complete"] is True
     assert document["settings"]["model"] == ["testRetinaNet"]
@@ -395,7 +400,15 @@ def keys_of(value: object) -> set:
         return {key for item in value for key in keys_of(item)}
     if not isinstance(value, dict):
         return set()
-    free = ("environment", "settings", "versions", "heavy_layers", "operators_by_provider")
+    free = (
+        "environment",
+        "settings",
+        "versions",
+        "heavy_layers",
+        "operators_by_provider",
+        "stages",
+        "peaks",
+    )
     inner = (keys_of(item) for key, item in value.items() if key not in free)
     return set(value).union(*inner)
 
@@ -420,11 +433,119 @@ def test_costs_and_coverage_are_printed_below(finished):
     assert float(openvino[7]) > 100  # MiB of weights
 
 
+def test_what_was_found_is_kept(finished):
+    _, output = finished
+    (model,) = results.read_found(output).values()
+    (reference,) = model["reference"]
+    assert len(reference["boxes"]) == len(reference["scores"]) == len(reference["classes"]) > 50
+    assert set(model["runs"]["fp32"]) == {"TorchScript", "OpenVINO"}
+    for (run,) in model["runs"]["fp32"].values():
+        assert all(run["agrees"])
+        assert run["lost"] == []
+        assert run["boxes"][0] == pytest.approx(reference["boxes"][0], abs=0.2)
+
+
+def test_the_page_shows_what_was_found(finished):
+    _, output = finished
+    text = (output / "report.html").read_text(encoding="utf-8")
+    boxes = len(results.read_found(output)["testRetinaNet"]["reference"][0]["boxes"])
+    assert text.count("var(--matched)") > 3 * boxes
+    assert "data:image/png;base64," in text
+
+
+def test_a_finished_run_is_not_measured_again(finished):
+    outcome, output = finished
+    before = results.load(output / "results.json")
+    again = script(*FINISHED, "--output", output)
+    assert again.code == 0
+    assert "testRetinaNet: kept from before: fp32" in again.err
+    assert "timing" not in again.err
+    assert again.out.strip() == outcome.out.split("\n\n\n")[0].strip()
+    after = results.load(output / "results.json")
+    assert after["groups"] == before["groups"]
+    assert after["complete"] is True
+
+
+def test_what_was_interrupted_is_measured_again(finished, tmp_path):
+    output = tmp_path / "results"
+    shutil.copytree(finished[1], output)
+    document = results.load(output / "results.json")
+    (group,) = document["groups"]
+    group.update(stopped="interrupted", rounds=2)
+    results.save({**document, "complete": False}, output / "results.json")
+    again = script(*FINISHED, "--output", output)
+    assert again.code == 0, again.err
+    (measured,) = results.load(output / "results.json")["groups"]
+    assert (measured["stopped"], measured["rounds"]) == ("fixed", 6)
+    assert measured["runs"][0]["samples_s"] != group["runs"][0]["samples_s"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--iterations", "7"], "--iterations: 6 before, 7 now"),
+        (["--seed", "1"], "--seed: 0 before, 1 now"),
+        (["--backend", "torchscript"], "--backend: torch torchscript openvino before, torch tor"),
+        (["--precision", "bf16"], "--precision: fp32 before, bf16 now"),
+    ],
+)
+def test_other_settings_are_not_mixed(main, finished, change, words):
+    _, output = finished
+    before = (output / "results.json").read_text()
+    assert_refused(main(*FINISHED, *change, "--output", output), words, "--rerun")
+    assert (output / "results.json").read_text() == before
+
+
+def test_what_is_no_result_file_is_not_overwritten(main, tmp_path):
+    kept = tmp_path / "results.json"
+    kept.write_text("precious")
+    assert_refused(main(*FINISHED, "--output", tmp_path), str(kept))
+    assert kept.read_text() == "precious"
+
+
 def test_the_result_file_has_no_paths(finished):
     _, output = finished
-    text = (output / "results.json").read_text()
+    text = (output / "results.json").read_text() + (output / "report.html").read_text()
     for private in (str(output.parent), str(SCRIPT.parent), str(Path.home()) + "/"):
         assert private not in text
+
+
+def test_stages_roofline_and_trace(tmp_path):
+    more = ["--backend", "torchscript", "--stages", "--roofline", "--trace", "--output", tmp_path]
+    outcome = script(*FINISHED, *more)
+    assert outcome.code == 0, outcome.err
+    document = results.load(tmp_path / "results.json")
+    assert document["peaks"]["fp32"] > 1e9
+    (group,) = document["groups"]
+    assert group["flops"] > 1e9
+    assert sum(group["stages"].values()) > 0
+    assert "% of peak" in outcome.out
+    assert "ceiling" in outcome.out
+    for run in group["runs"]:
+        (name,) = run["artifacts"]
+        assert name == f"testRetinaNet.{run['backend']}.fp32.trace.json"
+        events = json.loads((tmp_path / name).read_text())["traceEvents"]
+        assert any("conv" in str(event.get("name")) for event in events)
+
+
+def test_several_counts_of_objects(tmp_path):
+    counts = ["--backend", "torch", "--detections", "0,10", "--output", tmp_path]
+    outcome = script(*FINISHED, *counts)
+    assert outcome.code == 0, outcome.err
+    groups = results.load(tmp_path / "results.json")["groups"]
+    assert [(group["objects"], group["found"]) for group in groups] == [(0, 0), (10, 10)]
+    lines = [line for line in outcome.out.splitlines() if line.startswith("| RetinaNet | Torch")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [line[3:5] for line in cells if len(line) == 8] == [["0", "0"], ["10", "10"]]
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "RetinaNet with 10 objects" in text
+    again = script(*FINISHED, *counts)
+    assert again.err.count("kept from before") == 2
+    assert results.load(tmp_path / "results.json")["groups"] == groups
+
+
+def test_a_trace_needs_a_place(main):
+    assert_refused(main("--all", "--trace"), "--trace needs --output")
 
 
 # Exit codes ------------------------------------------------------------------------------------

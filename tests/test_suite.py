@@ -33,7 +33,7 @@ def make_plan(**changes: Any) -> suite.Plan:
         image=None,
         image_size=(96, 128),
         weights="synthetic",
-        detections=30,
+        detections=(30,),
         warm_up=WarmUp.fixed(1),
         rule=StopRule.fixed(6),
         threads=1,
@@ -46,7 +46,7 @@ def make_plan(**changes: Any) -> suite.Plan:
 
 @pytest.fixture(scope="module")
 def model(folder) -> suite.Prepared:
-    return suite.prepare_model("testRetinaNet", make_plan(), folder, Progress())
+    return suite.prepare_model("testRetinaNet", 30, make_plan(), folder, Progress())
 
 
 class Killing(Progress):
@@ -103,7 +103,7 @@ def test_a_model_that_kills_its_process_is_a_failed_run(folder, monkeypatch, lea
     started: List[Any] = []
     monkeypatch.setattr(suite, "Worker", lambda *args: started.append(Dying(*args)) or started[0])
     with pytest.raises(suite.RunFailed, match="killed by SIGKILL"):
-        suite.prepare_model("testRetinaNet", make_plan(), folder, Progress())
+        suite.prepare_model("testRetinaNet", 30, make_plan(), folder, Progress())
 
 
 class Dying(suite.Worker):
@@ -139,7 +139,7 @@ def test_a_killed_baseline_costs_one_row(model, leaves_no_process):
 
 def test_what_is_unsupported_has_its_reason(folder, leaves_no_process):
     plan = make_plan(backends=(base.load("torch"), base.load("openvino")))
-    scripted = suite.prepare_model("testRetinaNet_scripted", plan, folder, Progress())
+    scripted = suite.prepare_model("testRetinaNet_scripted", 30, plan, folder, Progress())
     group, aa = measure(scripted, plan, Progress(), same_again=True)
     torch_run, openvino = group["runs"]
     assert group["export"] == "scripted"
@@ -215,7 +215,7 @@ def test_files_that_a_backend_wants_kept(tmp_path):
 
 
 def test_a_model_that_cannot_be_prepared_has_failed_rows():
-    group = suite.failed_group("testRetinaNet", "fp32", make_plan(), "no memory")
+    group = suite.failed_group("testRetinaNet", 30, "fp32", make_plan(), "no memory")
     assert [(run["status"], run["reason"]) for run in group["runs"]] == [
         ("failed", "no memory")
     ] * 2

@@ -99,6 +99,53 @@ def test_no_costs():
     assert tables.costs_table([group(prepared("Torch", prepare={}))]) == "no run was prepared"
 
 
+def test_the_share_of_the_peak_has_a_column_if_it_is_known():
+    statistics = {
+        **dict.fromkeys(("mean_ms", "std_dev_ms", "max_ms", "median_fps", "mean_fps"), 1.0),
+        "samples": 9,
+        "median_ms": 500.0,
+        "p99_ms": None,
+        "relative_iqr": 0.0,
+    }
+    runs = [run("Torch", {}, statistics=statistics), run("OpenVINO", {}, statistics=None)]
+    one = group(*runs, flops=10**11)
+    assert "% of peak" not in tables.model_table([one], StopRule())
+    text = tables.model_table([one], StopRule(), peaks={"fp32": 4e11})
+    lines = text.splitlines()
+    # 1e11 operations in half a second.
+    assert [cells(line)[-1] for line in (lines[0], *lines[2:4])] == ["% of peak", "50.0%", "-"]
+    assert "in GFLOP/s fp32 400; a call is 100.0 GFLOPs" in text
+
+
+def test_counts_of_objects_have_a_line_each():
+    def timed(objects: int, found: int) -> Dict[str, Any]:
+        statistics = {"median_ms": 100.0 + objects}
+        runs = [run(name, {}, statistics=statistics) for name in ("Torch", "OpenVINO")]
+        return group(*runs, objects=objects, found=found)
+
+    lines = tables.objects_table([timed(0, 0), timed(30, 29)]).splitlines()
+    assert cells(lines[0])[3:6] == ["objects", "found", "Median(ms)"]
+    assert [cells(line)[1:6] for line in lines[2:]] == [
+        ["Torch", "fp32", "0", "0", "100.0"],
+        ["Torch", "fp32", "30", "29", "130.0"],
+        ["OpenVINO", "fp32", "0", "0", "100.0"],
+        ["OpenVINO", "fp32", "30", "29", "130.0"],
+    ]
+
+
+def test_stages_say_where_the_time_goes():
+    seconds = {"backbone + FPN": 0.3, "proposals": 0.0, "head": 0.08, "ROI heads": 0.0}
+    timed = group(run("Torch", {}), stages={**seconds, "NMS": 0.01, "rest": 0.01})
+    lines = tables.stages_table([timed, group(run("Torch", {}))]).splitlines()
+    assert cells(lines[0])[2:] == [
+        *("backbone + FPN (ms)", "head (ms)", "NMS (ms)", "rest (ms)", "total (ms)", "ceiling"),
+    ]
+    assert cells(lines[2]) == [
+        *("RetinaNet", "fp32", "300.0", "80.0", "10.0", "10.0", "400.0", "4.00x"),
+    ]
+    assert tables.stages_table([group(run("Torch", {}))]) == "no stages were timed"
+
+
 def test_a_throttled_gpu_is_said():
     states = [{"throttled": []}, {"throttled": ["power brake"]}, {"throttled": ["power brake"]}]
     text = tables.model_table([group(run("Torch", {}), gpu=states)], StopRule())

@@ -80,7 +80,9 @@ def test_a_run(run, exports):
     for size, images in export.tuning_inputs.items():
         with torch.no_grad():
             wanted = export.eager(*images)
-        found = run.ask("detect", (size,))
+        answer = run.ask("detect", (size,))
+        assert all(0 < seconds < 60 for seconds in answer["seconds"])
+        found = answer["outputs"]
         assert len(found[0]) > 10
         for one, other in zip(wanted, found):
             assert isinstance(other, np.ndarray)

@@ -1,0 +1,115 @@
+"""Was the machine quiet: what else it did while runs were timed, as far as the system tells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Optional
+
+import psutil
+
+CPUS = Path("/sys/devices/system/cpu")
+# Beyond these a reader should know. A quarter of a core on two of them is an eighth.
+MOST_IQR = 0.10
+MOST_STEAL = 0.02
+MOST_OTHERS = 0.10
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Counters of the machine at one moment, in seconds since it started.
+
+    Attributes:
+        total: of all cores together, idle or not.
+        busy: of these, spent on anything.
+        steal: spent by a hypervisor on other machines.
+        own: spent by the processes that are being measured.
+        throttled: how often cores were slowed down for their temperature.
+    """
+
+    total: float
+    busy: float
+    steal: float
+    own: float
+    throttled: int
+
+
+def snapshot(pids: Iterable[int]) -> Snapshot:
+    """Reads the counters.
+
+    Args:
+        pids: of the processes that are being measured, which have no children that compute.
+    """
+    times = psutil.cpu_times()
+    idle = times.idle + getattr(times, "iowait", 0.0)
+    steal = getattr(times, "steal", 0.0)
+    # Guests' time is in user time, too.
+    total = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
+    own = sum(_cpu_seconds(pid) for pid in pids)
+    return Snapshot(total, total - idle - steal, steal, own, _throttle_count())
+
+
+def _cpu_seconds(pid: int) -> float:
+    try:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.Error:  # It died: that is told elsewhere.
+        return 0.0
+    return times.user + times.system
+
+
+def _throttle_count() -> int:
+    counts = CPUS.glob("cpu[0-9]*/thermal_throttle/core_throttle_count")
+    return sum(int(path.read_text()) for path in counts)
+
+
+def between(before: Snapshot, after: Snapshot) -> Dict[str, Any]:
+    """What happened meanwhile.
+
+    Returns:
+        `steal_share` and `others_share`: of the machine's cores, taken by a hypervisor and by
+        other processes, 0 to 1; `thermal_throttles`: how often cores were slowed down.
+    """
+    total = max(after.total - before.total, 1e-9)
+    others = after.busy - before.busy - (after.own - before.own)
+    return {
+        "steal_share": max(0.0, after.steal - before.steal) / total,
+        "others_share": min(1.0, max(0.0, others / total)),
+        "thermal_throttles": after.throttled - before.throttled,
+    }
+
+
+def governor() -> Optional[str]:
+    """How the CPU's frequency is chosen, such as `performance`; None where that is not shown."""
+    try:
+        return (CPUS / "cpu0/cpufreq/scaling_governor").read_text().strip()
+    except OSError:
+        return None
+
+
+def warnings(group: Dict[str, Any], least_rounds: int) -> List[str]:
+    """Why a reader should be careful with a group of a result file, in words.
+
+    Args:
+        least_rounds: that were wanted in any case.
+    """
+    where = f"{group['model']} {group['precision']}"
+    found = []
+    for run in group["runs"]:
+        spread = run["statistics"] and run["statistics"]["relative_iqr"]
+        if spread and spread > MOST_IQR:
+            share = f"{100 * spread:.0f}% of the median"
+            found.append(f"{where}, {run['label']}: the middle half of its calls spans {share}")
+    machine = group.get("machine") or {}
+    if machine.get("steal_share", 0) > MOST_STEAL:
+        share = f"{100 * machine['steal_share']:.0f}%"
+        found.append(f"{where}: other virtual machines took {share} of the cores")
+    if machine.get("others_share", 0) > MOST_OTHERS:
+        share = f"{100 * machine['others_share']:.0f}%"
+        found.append(f"{where}: other processes took {share} of the cores")
+    if machine.get("thermal_throttles"):
+        found.append(f"{where}: the CPU was slowed down for its temperature")
+    if group["stopped"] == "time budget" and group["rounds"] < least_rounds:
+        found.append(
+            f"{where}: {group['rounds']} rounds fit in the time budget, {least_rounds} were wanted"
+        )
+    return found

@@ -1,0 +1,432 @@
+#!/usr/bin/env python3
+"""Makes a result file of run_blade.py a page: one HTML file that needs no network and no script.
+
+It has the tables, all samples, the speedups with their intervals beside those that TorchBlade
+published, and the image with what each run finds in it, where `detections.json` lies beside the
+result file, as `run_blade.py --output` leaves it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, NoReturn, Optional, Sequence, Tuple
+
+import jinja2
+import matplotlib
+import numpy as np
+from markupsafe import Markup, escape
+
+import published
+import results
+import tables
+from benchmark import StopRule
+from errors import InputError
+
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+# Matplotlib writes these into the drawing; the page has other colours by day than by night.
+COLOURS = {
+    "#010101": "var(--ink)",
+    "#020202": "var(--soft)",
+    "#030303": "var(--line)",
+    "#040404": "var(--points)",
+    "#050505": "var(--accent)",
+    "#060606": "var(--published)",
+}
+INK, SOFT, LINE, POINTS, ACCENT, PUBLISHED = COLOURS
+STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "text.color": INK,
+    "axes.labelcolor": SOFT,
+    "axes.edgecolor": LINE,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.grid.axis": "x",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "grid.color": LINE,
+    "xtick.color": SOFT,
+    "ytick.color": LINE,
+    "ytick.labelcolor": INK,
+    "figure.facecolor": "none",
+}
+# Inches. Narrow, so that letters keep a size on a phone, where a drawing is scaled to its width.
+WIDTH, ROW, MARGIN = 6.4, 0.34, 0.9
+
+Group = Dict[str, Any]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Of cells: the header, the lines, and which columns are aligned to the right."""
+
+    caption: str
+    header: List[str]
+    rights: List[bool]
+    lines: List[List[str]]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A plot as SVG, with the words that stand for it."""
+
+    title: str
+    svg: Markup
+    caption: str
+
+
+# Tables ----------------------------------------------------------------------------------------
+
+
+def read_table(markdown: str, caption: str) -> Tuple[Table, List[str]]:
+    """A Markdown table of ours as cells, and the list below it."""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in markdown.splitlines()
+        if line.startswith("|")
+    ]
+    notes = [line[2:] for line in markdown.splitlines() if line.startswith("- ")]
+    rights = [cell.endswith(":") for cell in rows[1]]
+    return Table(caption, rows[0], rights, rows[2:]), notes
+
+
+def reordered(table: Table) -> Table:
+    """The table of a test model for its own section: without its name, what matters most first."""
+    first = ("Backend", "precision", "Speedup", "Detections")
+    named = [name for name in table.header if name not in first and not name.startswith("Model(")]
+    order = [table.header.index(name) for name in (*first, *named)]
+
+    def pick(cells: Sequence[Any]) -> List[Any]:
+        return [cells[column] for column in order]
+
+    lines = [pick(line) for line in table.lines]
+    return Table(table.caption, pick(table.header), pick(table.rights), lines)
+
+
+# Plots -----------------------------------------------------------------------------------------
+
+
+def _figure(rows: int) -> Tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, MARGIN + ROW * rows), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _svg(figure: Any, name: str, label: str) -> Markup:
+    """The drawing for the inside of a page.
+
+    Args:
+        name: of the drawing; its ids must differ from those of the others on the page.
+        label: what it shows, for those who cannot see it.
+    """
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    for placeholder, colour in COLOURS.items():
+        svg = svg.replace(placeholder, colour)
+    # Its size is that of the page's column.
+    svg = re.sub(r'^<svg [^>]*?(viewBox="[^"]+")[^>]*>', r"<svg \1 LABEL>", svg)
+    return Markup(svg.replace("LABEL", f'role="img" aria-label="{escape(label)}"', 1))
+
+
+def _names(runs: Sequence[Tuple[Group, Dict[str, Any]]]) -> List[str]:
+    return [f"{run['label']} {run['effective_precision'] or ''}".strip() for _, run in runs]
+
+
+def _rows(axes: Any, names: Sequence[str]) -> None:
+    """One line of the plot for each name, the first on top."""
+    axes.set_yticks(range(len(names)), labels=names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+
+
+def samples_plot(groups: Sequence[Group], name: str) -> Optional[Drawing]:
+    """Every timed call of every run of a test model; None where there is none."""
+    runs = [(group, run) for group in groups for run in group["runs"] if run["samples_s"]]
+    if not runs:
+        return None
+    figure, axes = _figure(len(runs))
+    jitter = np.random.default_rng(0)
+    medians = []
+    for row, (_, run) in enumerate(runs):
+        milliseconds = 1000 * np.array(run["samples_s"])
+        heights = row + jitter.uniform(-0.25, 0.25, len(milliseconds))
+        axes.plot(milliseconds, heights, ".", color=POINTS, alpha=0.6, markeredgewidth=0)
+        medians.append(float(np.median(milliseconds)))
+        axes.plot([medians[-1]] * 2, [row - 0.38, row + 0.38], color=ACCENT, linewidth=2)
+    if max(medians) > 8 * min(medians):
+        axes.set_xscale("log")
+    else:
+        axes.set_xlim(left=0)
+    axes.set_xlabel("ms a call")
+    _rows(axes, _names(runs))
+    pairs = zip(_names(runs), medians, runs)
+    facts = [
+        f"{label}: {median:.4g} ms ({len(run['samples_s'])})" for label, median, (_, run) in pairs
+    ]
+    caption = "One point for each timed call, a line at the median. "
+    caption += f"Median and number of calls: {'; '.join(facts)}."
+    return Drawing("All samples", _svg(figure, f"samples-{name}", caption), caption)
+
+
+def speedup_plot(groups: Sequence[Group], name: str) -> Optional[Drawing]:
+    """Speedups over Torch with their intervals, and what TorchBlade published beside them."""
+    runs = [(group, run) for group in groups for run in group["runs"] if run["speedup"]]
+    if not runs:
+        return None
+    figure, axes = _figure(len(runs))
+    theirs = published.speedups()
+    facts = []
+    for row, ((group, run), label) in enumerate(zip(runs, _names(runs))):
+        speedup = run["speedup"]
+        if speedup["low"] is not None:
+            axes.plot([speedup["low"], speedup["high"]], [row, row], color=POINTS, linewidth=2)
+        axes.plot(speedup["ratio"], row, "o", color=POINTS)
+        text = f"{label}: {speedup['ratio']:.2f}x"
+        counterpart = published.COUNTERPART.get(run["effective_precision"])
+        ratio = theirs.get((*published.PUBLISHED_AS.get(group["model"], ("", "")), counterpart))
+        if ratio is not None:
+            axes.plot(ratio, row, "D", color=PUBLISHED, markerfacecolor="none")
+            text += f" (TorchBlade, {counterpart}: {ratio:.2f}x)"
+        facts.append(text)
+    axes.axvline(1, color=ACCENT, linewidth=1)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("speedup over Torch at the same precision")
+    _rows(axes, _names(runs))
+    caption = "Points with 95% intervals; diamonds are what TorchBlade published for TensorRT on a "
+    caption += f"GPU (fp16 beside our bf16). {'; '.join(facts)}."
+    return Drawing("Speedups", _svg(figure, f"speedups-{name}", caption), caption)
+
+
+def sizes_plot(groups: Sequence[Group], name: str) -> Optional[Drawing]:
+    """Time against image size, for the runs that were called at all sizes."""
+    runs = [(group, run) for group in groups for run in group["runs"] if run.get("size_seconds")]
+    if not runs:
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    axes = figure.subplots()
+    facts = []
+    styles = ("-", "--", ":", "-.")
+    for number, ((group, run), label) in enumerate(zip(runs, _names(runs))):
+        areas = {
+            size: sum(height * width for height, width in sides) / 1e6
+            for size, sides in group["image_sizes"].items()
+        }
+        points = sorted(
+            (areas[size], 1000 * float(np.median(seconds)))
+            for size, seconds in run["size_seconds"].items()
+        )
+        colour = ACCENT if run["baseline"] else (POINTS, PUBLISHED)[number // len(styles) % 2]
+        axes.plot(
+            *zip(*points), styles[number % len(styles)], marker=".", color=colour, label=label
+        )
+        facts.append(f"{label}: " + ", ".join(f"{ms:.4g} ms" for _, ms in points))
+    axes.set(xlabel="megapixels a call", ylabel="ms a call", xscale="log", yscale="log")
+    axes.grid(axis="y", color=LINE)
+    axes.tick_params(axis="y", labelcolor=SOFT)
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    caption = (
+        "Medians; at min and max of the few calls that the comparison of detections made, not "
+    )
+    caption += f"in turns with the others. min, opt, max: {'; '.join(facts)}."
+    return Drawing("Time against image size", _svg(figure, f"sizes-{name}", caption), caption)
+
+
+# Pictures --------------------------------------------------------------------------------------
+
+
+def pictures(groups: Sequence[Group], found: Dict[str, Any], image: Optional[str]) -> List[Any]:
+    """The image with the detections of the reference and of each run drawn on it.
+
+    Args:
+        found: of the test model, see docs/results.md.
+        image: id of the image on the page, or None.
+    """
+    if not found or not found["reference"]:
+        return []
+    height, width = groups[0]["image_sizes"]["opt"][0]
+    reference = found["reference"][0]
+    frame = {"width": width, "height": height, "image": image}
+    drawn = [
+        {
+            **frame,
+            "boxes": _boxes(reference, ["matched"] * len(reference["scores"])),
+            "caption": f"Torch fp32, the reference: {len(reference['scores'])} detections",
+        }
+    ]
+    for precision, runs in found["runs"].items():
+        for label, images in runs.items():
+            own = images[0]
+            kinds = ["matched" if agrees else "spurious" for agrees in own["agrees"]]
+            lost = {key: [reference[key][n] for n in own["lost"]] for key in reference}
+            boxes = _boxes(own, kinds) + _boxes(lost, ["lost"] * len(own["lost"]))
+            caption = f"{label} {precision}: {kinds.count('matched')} agree, "
+            caption += f"{len(own['lost'])} lost, {kinds.count('spurious')} spurious"
+            drawn.append({**frame, "boxes": boxes, "caption": caption})
+    for picture in drawn:
+        picture["description"] = f"The image with boxes drawn on it. {picture['caption']}"
+    return drawn
+
+
+def _boxes(found: Dict[str, Any], kinds: Sequence[str]) -> List[Dict[str, Any]]:
+    boxes = []
+    for (x1, y1, x2, y2), score, label, kind in zip(
+        found["boxes"], found["scores"], found["classes"], kinds
+    ):
+        size = {"x": x1, "y": y1, "width": max(0, x2 - x1), "height": max(0, y2 - y1)}
+        boxes.append({**size, "kind": kind, "title": f"class {label}, score {score:.2f}, {kind}"})
+    return boxes
+
+
+# The page --------------------------------------------------------------------------------------
+
+
+def page(document: Dict[str, Any], found: Dict[str, Any], image: Optional[bytes]) -> str:
+    """The whole page.
+
+    Args:
+        document: a result file, as `results.load` gives it.
+        found: test model -> detections, of `detections.json`.
+        image: the file `image.png`.
+    """
+    matplotlib.rcParams.update(STYLE)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(str(TEMPLATES)),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    names = list(dict.fromkeys(map(_case, document["groups"])))
+    cpu = document["environment"].get("cpu", {})
+    extra = [("Coverage", tables.coverage_table), ("Costs", tables.costs_table)]
+    return environment.get_template("report.html").render(
+        title="run_blade: "
+        + (", ".join(map(_short, names)) if len(names) < 4 else f"{len(names)} test models"),
+        subtitle=", ".join(
+            str(fact)
+            for fact in (
+                document["environment"].get("time"),
+                cpu.get("model"),
+                f"device {document['settings'].get('device')}",
+            )
+        ),
+        complete=document["complete"],
+        warnings=document.get("warnings", []),
+        models=[_model(document, name, found.get(name, {}), image) for name in names],
+        images=_images(document, image),
+        tables=[
+            {"title": title, "table": read_table(text, title)[0]}
+            for title, make in extra
+            for text in [make(document["groups"])]
+            if text.startswith("|")
+        ],
+        environment=_flat({**document["environment"], "settings": document["settings"]}),
+    )
+
+
+def _case(group: Group) -> str:
+    return results.case_name(results.case(group))
+
+
+def _short(name: str) -> str:
+    return name[len("test") :] if name.startswith("test") else name
+
+
+def _model(
+    document: Dict[str, Any], name: str, found: Dict[str, Any], image: Optional[bytes]
+) -> Dict[str, Any]:
+    groups = [group for group in document["groups"] if _case(group) == name]
+    rule = StopRule(budget_s=document["settings"].get("time_budget"))
+    # What is said of the weights is in the groups, too, where it belongs.
+    weights = {group.get("weights") for group in document["groups"]}
+    general = [note for note in document["notes"] if note not in weights]
+    notes = [*tables.aa_note(document["aa"]), *general]
+    table, below = read_table(tables.model_table(groups, rule, notes), f"Results of {_short(name)}")
+    identifier = re.sub(r"\W", "-", name)
+    drawings = [make(groups, identifier) for make in (samples_plot, speedup_plot, sizes_plot)]
+    return {
+        "name": _short(name),
+        "id": identifier,
+        "table": reordered(table),
+        "notes": below,
+        "plots": [drawing for drawing in drawings if drawing is not None],
+        "pictures": pictures(groups, found, "photograph" if image else None),
+    }
+
+
+def _images(document: Dict[str, Any], image: Optional[bytes]) -> List[Dict[str, Any]]:
+    """The image, once for all pictures of it."""
+    sizes = [group["image_sizes"]["opt"] for group in document["groups"] if group["image_sizes"]]
+    if image is None or not sizes:
+        return []
+    height, width = sizes[0][0]
+    data = f"data:image/png;base64,{base64.b64encode(image).decode()}"
+    return [{"id": "photograph", "data": data, "width": width, "height": height}]
+
+
+def _flat(value: Dict[str, Any], prefix: str = "") -> List[Tuple[str, str]]:
+    """Nested facts as names and texts."""
+    lines: List[Tuple[str, str]] = []
+    for key, item in value.items():
+        if isinstance(item, dict):
+            lines += _flat(item, f"{prefix}{key}.")
+        elif item not in (None, [], ""):
+            text = ", ".join(map(str, item)) if isinstance(item, (list, tuple)) else str(item)
+            lines.append((f"{prefix}{key}", text))
+    return lines
+
+
+def write(path: Path, to: Path) -> None:
+    """Makes the page of a result file and writes it, whole or not at all.
+
+    Raises:
+        errors.InputError: the result file, or what lies beside it, cannot be read, or the page
+            cannot be written.
+    """
+    document = results.load(path)
+    if not document["groups"]:
+        raise InputError(f"{path} has no measurements yet")
+    try:
+        image: Optional[bytes] = (path.parent / "image.png").read_bytes()
+    except OSError:
+        image = None
+    results.write_text(to, page(document, results.read_found(path.parent), image))
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Runs the command line; returns the exit code."""
+    parse = _Parser(description="Make a page of a result file of run_blade.py.")
+    parse.add_argument("results", metavar="results.json", type=Path)
+    parse.add_argument("--output", metavar="FILE", type=Path, help="default: report.html beside it")
+    options = parse.parse_args(arguments)
+    to = options.output or options.results.parent / "report.html"
+    try:
+        write(options.results, to)
+    except InputError as error:
+        print(f"{parse.prog}: error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {to}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

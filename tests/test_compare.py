@@ -1,0 +1,252 @@
+"""Two result files against each other: verdicts, refusals, exit codes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Dict, List, Optional
+
+import numpy as np
+import pytest
+from test_results import make_document
+
+import compare
+import results
+
+# How much two processes that do the same differ, and two calls in a row; and the drift of a shared
+# machine between two invocations. As measured on two cores, see docs/performance.md.
+PROCESS_SD, CALL_SD, DRIFT_SD = 0.015, 0.03, 0.15
+
+
+def make_run(backend: str, seconds: List[float], **changes: Any) -> Dict[str, Any]:
+    run = copy.deepcopy(make_document()["groups"][0]["runs"][0])
+    run["statistics"]["median_ms"] = 1000 * float(np.median(seconds))
+    return {
+        **run,
+        "backend": backend,
+        "label": backend.title(),
+        "baseline": backend == "torch",
+        "samples_s": seconds,
+        **changes,
+    }
+
+
+def measured(
+    seed: int, times: Optional[Dict[str, float]] = None, rounds: int = 20, **settings: Any
+) -> Dict[str, Any]:
+    """A result file of made-up runs on a machine of its own mood."""
+    generator = np.random.default_rng(seed)
+    document = make_document()
+    document["settings"].update(settings)
+    document["environment"] = {"cpu": {"model": "A", "usable_cores": 2}, "versions": {}}
+    machine = np.exp(generator.normal(0, DRIFT_SD)) * np.exp(generator.normal(0, 0.05, rounds))
+    runs = []
+    for backend, seconds in (times or {"torch": 0.4, "openvino": 0.25}).items():
+        process = np.exp(generator.normal(0, PROCESS_SD))
+        calls = np.exp(generator.normal(0, CALL_SD, rounds))
+        runs.append(make_run(backend, (seconds * process * machine * calls).tolist()))
+    document["groups"][0]["runs"] = runs
+    return document
+
+
+def verdicts(before: Dict[str, Any], after: Dict[str, Any], **options: Any) -> Dict[str, str]:
+    options = {"threshold": 0.05, "absolute": False, **options}
+    compared = [compare.compare(pair, **options) for pair in compare.pairs(before, after)]
+    return {x.pair.after["backend"]: x.verdict for x in compared}
+
+
+@pytest.fixture
+def command(tmp_path, capsys):
+    """Runs the command line on two documents."""
+
+    def run(before: Dict[str, Any], after: Dict[str, Any], *options: str) -> Any:
+        paths = [tmp_path / "before.json", tmp_path / "after.json"]
+        for path, document in zip(paths, (before, after)):
+            results.save(document, path)
+        return compare.main([*map(str, paths), *options]), capsys.readouterr()
+
+    return run
+
+
+def test_the_same_is_never_slower():
+    """A/A: at least 95 of 100 pairs, on a machine that is 15% faster or slower each time."""
+    wrong = []
+    for seed in range(100):
+        before, after = measured(2 * seed), measured(2 * seed + 1)
+        wrong.append("slower" in verdicts(before, after).values())
+    assert sum(wrong) <= 5
+
+
+def test_absolute_times_would_be_fooled_by_the_machine():
+    """The test above can fail."""
+    slower = 0
+    for seed in range(50):
+        before, after = measured(2 * seed), measured(2 * seed + 1)
+        slower += "slower" in verdicts(before, after, absolute=True).values()
+    assert slower > 10
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1.15, "slower"), (0.8, "faster")])
+def test_another_speed_is_seen(factor, verdict):
+    seen = 0
+    for seed in range(50):
+        before = measured(2 * seed)
+        after = measured(2 * seed + 1, {"torch": 0.4, "openvino": 0.25 * factor})
+        seen += verdicts(before, after)["openvino"] == verdict
+    assert seen >= 45
+
+
+def test_the_ratio_is_that_of_the_speedups():
+    before = measured(0, {"torch": 0.4, "openvino": 0.2})
+    after = copy.deepcopy(before)
+    for run in after["groups"][0]["runs"]:  # The machine has become half as fast.
+        run["samples_s"] = [2 * x for x in run["samples_s"]]
+    after["groups"][0]["runs"][1]["samples_s"] = [
+        3 * x for x in before["groups"][0]["runs"][1]["samples_s"]
+    ]
+    torch_run, openvino = (
+        compare.compare(pair, 0.05, False) for pair in compare.pairs(before, after)
+    )
+    assert openvino.ratio == pytest.approx(2 / 3)
+    assert openvino.low < 2 / 3 < openvino.high
+    assert openvino.verdict == "slower"
+    # Of the baseline nobody knows whether it is that or the machine.
+    assert torch_run.ratio == pytest.approx(1 / 2)
+    assert torch_run.verdict == "inconclusive"
+    assert verdicts(before, after, absolute=True) == {"torch": "slower", "openvino": "slower"}
+
+
+def test_few_rounds_are_inconclusive():
+    before, after = measured(0, rounds=3), measured(1, {"torch": 0.4, "openvino": 9.0}, rounds=3)
+    assert verdicts(before, after)["openvino"] == "inconclusive"
+
+
+def test_without_a_baseline_times_are_compared():
+    before, after = measured(0), measured(0)
+    before["groups"][0]["runs"][0]["samples_s"] = []
+    assert verdicts(before, after) == {"torch": "-", "openvino": "same"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: d["environment"]["cpu"].update(model="B"), "cpu.model differs"),
+        (lambda d: d["settings"].update(threads=4), "--threads differs"),
+        (lambda d: d["settings"].update(device="cuda"), "--device differs"),
+        (lambda d: d["settings"].update(weights="mine.pth"), "--weights differs"),
+        (lambda d: d["groups"][0].update(image_digest="b"), "image digest differs"),
+        (lambda d: d["groups"][0].update(image_sizes={}), "image sizes differs"),
+    ],
+)
+def test_what_is_not_comparable_is_refused(command, change, words):
+    before, after = measured(0), measured(1)
+    before["groups"][0]["image_digest"] = after["groups"][0]["image_digest"] = "a"
+    change(after)
+    code, printed = command(before, after)
+    assert code == 2
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert words in printed.err
+
+
+def test_one_run_that_is_not_comparable_is_named(command):
+    before, after = measured(0), measured(1)
+    after["groups"][0]["runs"][1]["effective_precision"] = "bf16"
+    code, printed = command(before, after, "--fail-on", "slower,wrong,broken")
+    assert code == 0
+    assert "times not compared, as it ran as fp32 before, and as bf16 after" in printed.out
+
+
+def test_what_differs_is_named_first(command):
+    before, after = measured(0), measured(1)
+    before["environment"]["versions"] = {"openvino": "2026.3"}
+    after["environment"]["versions"] = {"openvino": "2026.4"}
+    _, printed = command(before, after)
+    assert printed.out.startswith(
+        "What differs:\n\n- openvino: 2026.3 before, 2026.4 now\n\n| Model"
+    )
+
+
+def test_missing_and_new_runs_are_listed(command):
+    before = measured(0, {"torch": 0.4, "openvino": 0.2, "inductor": 0.3})
+    after = measured(1, {"torch": 0.4, "openvino": 0.2, "onnxruntime": 0.3})
+    _, printed = command(before, after)
+    assert "- missing: testRetinaNet inductor fp32" in printed.out
+    assert "- new: testRetinaNet onnxruntime fp32" in printed.out
+
+
+def spoil(document: Dict[str, Any], status: str, **changes: Any) -> Dict[str, Any]:
+    document["groups"][0]["runs"][1].update(status=status, reason="a reason", **changes)
+    return document
+
+
+SLOW = {"torch": 0.4, "openvino": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("after", "fail_on", "code"),
+    [
+        (measured(1), "slower,wrong,broken", 0),
+        (measured(1, SLOW), "slower", 3),
+        (measured(1, SLOW), "wrong,broken", 0),
+        (spoil(measured(1), "mismatch"), "wrong", 4),
+        (spoil(measured(1), "mismatch"), "slower,broken", 0),
+        (spoil(measured(1, SLOW), "mismatch"), "slower,wrong,broken", 4),
+        (spoil(measured(1), "failed", samples_s=[]), "slower,wrong,broken", 5),
+        (spoil(measured(1), "unsupported", samples_s=[]), "broken", 5),
+        (spoil(measured(1), "failed", samples_s=[]), "slower,wrong", 0),
+    ],
+)
+def test_exit_codes(command, after, fail_on, code):
+    assert command(measured(0), after)[0] == 0
+    assert command(measured(0), after, "--fail-on", fail_on)[0] == code
+
+
+def test_what_was_wrong_before_is_no_news(command):
+    before, after = (spoil(measured(seed), "mismatch") for seed in (0, 1))
+    assert command(before, after, "--fail-on", "slower,wrong,broken")[0] == 0
+
+
+def test_fewer_detections_are_shown(command):
+    before, after = measured(0), measured(1)
+    for document, matched in ((before, 100), (after, 97)):
+        found = {"matched": matched, "expected": 100}
+        document["groups"][0]["runs"][1]["detections"] = {"opt": found}
+    _, printed = command(before, after)
+    assert "detections: opt 100/100 before, opt 97/100 after" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "is empty"),
+        ('{"tool": "run_blade", "schema": 1, "groups": [', "cut short"),
+        ('{"tool": "run_blade", "schema": 99}', "schema 99"),
+        ('{"tool": "other"}', "not a result file of run_blade"),
+    ],
+)
+def test_a_bad_file(tmp_path, capsys, content, words):
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    results.save(measured(0), good)
+    bad.write_text(content)
+    for paths in ((good, bad), (bad, good)):
+        assert compare.main([str(path) for path in paths]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert words in printed.err
+        assert printed.err.count("\n") == 1
+
+
+def test_nothing_in_common(command):
+    before, after = measured(0), measured(1)
+    after["groups"][0]["model"] = "testMaskRCNNC4"
+    code, printed = command(before, after)
+    assert code == 2
+    assert "no run in common" in printed.err
+
+
+@pytest.mark.parametrize("arguments", [["--threshold", "2"], ["--fail-on", "slow"], ["one.json"]])
+def test_wrong_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        compare.main(["a.json", "b.json", *arguments])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,103 @@
+"""Was the machine quiet: from counters, made up and real, to warnings."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from typing import Any, Dict
+
+import pytest
+
+import machine
+from machine import Snapshot
+
+
+def test_what_happened_between_two_snapshots():
+    before = Snapshot(total=100.0, busy=50.0, steal=1.0, own=10.0, throttled=3)
+    after = Snapshot(total=120.0, busy=68.0, steal=2.0, own=25.0, throttled=5)
+    assert machine.between(before, after) == {
+        "steal_share": pytest.approx(1 / 20),
+        "others_share": pytest.approx((18 - 15) / 20),
+        "thermal_throttles": 2,
+    }
+
+
+def test_shares_are_shares():
+    """Counters are read one after the other, and a process may end in between."""
+    before = Snapshot(total=100.0, busy=50.0, steal=1.0, own=10.0, throttled=0)
+    found = machine.between(before, Snapshot(100.0, 50.1, 0.9, 0.0, 0))
+    assert 0 <= found["steal_share"] <= 1
+    assert 0 <= found["others_share"] <= 1
+
+
+def test_a_process_of_our_own_is_not_another():
+    program = "while True: pass"
+    process = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        time.sleep(0.3)
+        before = [machine.snapshot(pids) for pids in ([process.pid], [])]
+        time.sleep(1.5)
+        after = [machine.snapshot(pids) for pids in ([process.pid], [])]
+    finally:
+        process.kill()
+        process.wait()
+    measured, ignored = (machine.between(*pair)["others_share"] for pair in zip(before, after))
+    # It takes a whole core, or its part of a busy one.
+    assert ignored - measured > 0.3 / (os.cpu_count() or 1)
+
+
+def test_a_process_that_is_gone_has_no_time():
+    assert machine.snapshot([2**22 + 1]).own == 0
+
+
+def group(**changes: Any) -> Dict[str, Any]:
+    run = {"label": "OpenVINO", "statistics": {"relative_iqr": 0.05}}
+    return {
+        "model": "testRetinaNet",
+        "precision": "fp32",
+        "rounds": 15,
+        "stopped": "interval",
+        "machine": {"steal_share": 0.0, "others_share": 0.05, "thermal_throttles": 0},
+        "runs": [run, {"label": "Inductor", "statistics": None}],
+        **changes,
+    }
+
+
+def test_a_quiet_machine_is_not_warned_of():
+    assert machine.warnings(group(), 15) == []
+    assert machine.warnings(group(machine=None), 15) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        (
+            {"runs": [{"label": "OpenVINO", "statistics": {"relative_iqr": 0.134}}]},
+            "testRetinaNet fp32, OpenVINO: the middle half of its calls spans 13% of the median",
+        ),
+        (
+            {"machine": {"steal_share": 0.031}},
+            "testRetinaNet fp32: other virtual machines took 3% of the cores",
+        ),
+        (
+            {"machine": {"others_share": 0.2}},
+            "testRetinaNet fp32: other processes took 20% of the cores",
+        ),
+        (
+            {"machine": {"thermal_throttles": 4}},
+            "testRetinaNet fp32: the CPU was slowed down for its temperature",
+        ),
+        (
+            {"rounds": 8, "stopped": "time budget"},
+            "testRetinaNet fp32: 8 rounds fit in the time budget, 15 were wanted",
+        ),
+    ],
+)
+def test_warnings(changes, warning):
+    assert machine.warnings(group(**changes), 15) == [warning]
+
+
+def test_fewer_rounds_that_were_asked_for_are_no_warning():
+    assert machine.warnings(group(rounds=6, stopped="fixed"), 6) == []

@@ -1,0 +1,249 @@
+"""The page: what is on it, that it needs nothing else, and that it is written whole or not."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import pytest
+import torch
+from test_compare import measured
+
+import models
+import report
+import results
+
+CHROMIUM = shutil.which("chromium")
+
+
+class Page(HTMLParser):
+    """The elements of a page, and its text."""
+
+    VOID = ("meta", "link", "br", "img", "hr", "input")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: List[Tuple[str, Dict[str, Optional[str]]]] = []
+        self.open: List[str] = []
+        self.text: List[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attributes: Any) -> None:
+        self.elements.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: Any) -> None:
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def all(self, tag: str) -> List[Dict[str, Optional[str]]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def make_results() -> Dict[str, Any]:
+    """A result file with all that a page shows, and something that is no markup."""
+    document = measured(0, {"torch": 0.4, "openvino": 0.2, "inductor": 0.3})
+    document["notes"] = ["weights: <synthetic> & made up"]
+    document["warnings"] = ["testRetinaNet fp32: other processes took 20% of the cores"]
+    group = document["groups"][0]
+    group["image_sizes"] = {"min": [[60, 80]], "opt": [[96, 128]], "max": [[200, 260]]}
+    for run in group["runs"]:
+        run["size_seconds"] = {"min": [0.1, 0.2], "opt": [0.3], "max": [1.0]}
+        run["prepare"] = {"build": 1.0, "compile": 2.0, "total": 3.5}
+        run.update(cached=False, artifact_mb=3.0, break_even=None, coverage={"segments": 3})
+        if run["baseline"]:
+            run["speedup"] = None
+    group["runs"][1]["speedup"] = {"ratio": 2.0, "low": 1.9, "high": 2.1, "verdict": "faster"}
+    group["runs"][2].update(status="failed", reason="out of <memory>", samples_s=[])
+    group["runs"][2].update(statistics=None, speedup=None)
+    return document
+
+
+def make_found() -> Dict[str, Any]:
+    reference = {
+        "boxes": [[1.0, 2.0, 31.0, 42.0], [50.0, 20.0, 60.0, 30.0]],
+        "scores": [0.9, 0.5],
+        "classes": [3, 7],
+    }
+    boxes = [[1.0, 2.0, 31.0, 42.0], [70.0, 60.0, 90.0, 90.0]]
+    run = {**reference, "boxes": boxes, "agrees": [True, False], "lost": [1]}
+    return {"testRetinaNet": {"reference": [reference], "runs": {"fp32": {"OpenVINO": [run]}}}}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder as `run_blade.py --output` leaves it."""
+    results.save(make_results(), tmp_path / "results.json")
+    results.write_text(tmp_path / results.FOUND, json.dumps(make_found()))
+    image = torch.arange(3 * 96 * 128).reshape(3, 96, 128).float() % 256
+    models.write_image(image, tmp_path / "image.png")
+    return tmp_path
+
+
+@pytest.fixture
+def page(folder) -> Page:
+    assert report.main([str(folder / "results.json")]) == 0
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def test_it_needs_nothing_else(page, folder):
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.all("script") == []
+    for tag, attributes in page.elements:
+        for name in ("src", "href", "xlink:href"):
+            target = attributes.get(name) or "#"
+            assert target.startswith(("#", "data:")), (tag, target)
+    addresses = re.findall(r"https?://[^\s\"'<>]+", text)
+    assert all("w3.org" in address for address in addresses), addresses
+    assert "@import" not in text
+    assert "url(" not in re.sub(r"url\(#", "", text)
+
+
+def test_ids_are_unique_and_references_have_one(page):
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for _, attributes in page.elements:
+        for name in ("href", "xlink:href"):
+            target = attributes.get(name) or ""
+            if target.startswith("#"):
+                assert target[1:] in ids
+
+
+def test_drawings_have_words_for_those_who_cannot_see_them(page):
+    drawings = [x for x in page.all("svg") if x.get("aria-hidden") != "true"]
+    # Samples, speedups, sizes; the reference and one run.
+    assert len(drawings) == 5
+    assert all(x["role"] == "img" and len(x["aria-label"]) > 20 for x in drawings)
+    samples = drawings[0]["aria-label"]
+    assert re.search(r"Torch fp32: \d+\.?\d* ms \(20\)", samples)
+    assert "Openvino fp32: 2.00x (TorchBlade, fp32: 1.48x)" in drawings[1]["aria-label"]
+
+
+def test_all_samples_are_plotted(page):
+    group = make_results()["groups"][0]
+    samples = sum(len(run["samples_s"]) for run in group["runs"])
+    points = [x for x in page.all("use") if (x.get("xlink:href") or "").startswith("#samples-")]
+    # Ticks are drawn with such references, too.
+    assert len(points) >= samples == 40
+
+
+def test_the_pictures_say_what_is_lost(page):
+    kinds = [
+        re.search(r"--(\w+)", x["stroke"])[1]
+        for x in page.all("rect")
+        if "var(--" in (x.get("stroke") or "")
+    ]
+    assert kinds == ["matched", "matched", "matched", "spurious", "lost"]
+    text = "".join(page.text)
+    assert "OpenVINO fp32: 1 agree, 1 lost, 1 spurious" in text
+    assert [x["href"] for x in page.all("use") if "href" in x] == ["#photograph"] * 2
+
+
+def test_its_words(page):
+    text = " ".join("".join(page.text).split())
+    for words in (
+        "RetinaNet",
+        "other processes took 20% of the cores",
+        "weights: <synthetic> & made up",
+        "out of <memory>",
+        "break-even (images)",
+        "cpu.usable_cores",
+    ):
+        assert words in text, words
+    assert "interrupted" not in text
+
+
+def test_without_image_and_detections(folder):
+    (folder / results.FOUND).unlink()
+    (folder / "image.png").unlink()
+    document = make_results()
+    document["complete"] = False
+    results.save(document, folder / "results.json")
+    assert report.main([str(folder / "results.json"), "--output", str(folder / "x.html")]) == 0
+    page = Page((folder / "x.html").read_text(encoding="utf-8"))
+    assert len(page.all("svg")) == 3
+    assert "This run was interrupted" in "".join(page.text)
+
+
+def test_an_older_result_file():
+    """Written before there were pages: nothing that came later may be missed."""
+    path = Path(report.__file__).parent / "results" / "cpu-2-cores" / "results.json"
+    text = report.page(results.load(path), {}, None)
+    assert len(Page(text).all("svg")) >= 14
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("results.json", "", "is empty"),
+        ("results.json", '{"tool": "run_blade", "sch', "cut short"),
+        ("results.json", '{"tool": "run_blade", "schema": 99}', "schema 99"),
+        ("results.json", '{"tool": "other"}', "not a result file"),
+        (results.FOUND, '{"testRetinaNet": ', "cannot be read"),
+    ],
+)
+def test_a_bad_file_leaves_the_old_page(folder, capsys, name, content, words):
+    (folder / name).write_text(content)
+    (folder / "report.html").write_text("precious")
+    assert report.main([str(folder / "results.json")]) == 2
+    printed = capsys.readouterr()
+    assert words in printed.err
+    assert printed.err.count("\n") == 1
+    assert (folder / "report.html").read_text() == "precious"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        ["results.json", results.FOUND, "image.png", "report.html"]
+    )
+
+
+def test_a_page_that_cannot_be_written(folder, capsys):
+    assert report.main([str(folder / "results.json"), "--output", str(folder / "no" / "x")]) == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_in_a_browser(folder, page, width):
+    """It loads from a file with no error on the console, and so with no request to anywhere.
+
+    Its security policy forbids them, and a violation would be an error. (What Chromium itself asks
+    for at every start is not the page's.)
+    """
+    assert page.all("meta")[2]["content"].startswith("default-src 'none'")
+    command = [
+        *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"),
+        *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+        *("--enable-logging=stderr", f"--window-size={width},900"),
+        *(f"--user-data-dir={folder / 'profile'}", f"--screenshot={folder / 'page.png'}"),
+        (folder / "report.html").as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "CONSOLE" not in done.stderr
+    assert (folder / "page.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_the_browser_would_tell(folder, page):
+    """The test above can fail."""
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    (folder / "bad.html").write_text(text.replace("<h1>", '<img src="https://a.example/x"><h1>'))
+    command = [
+        *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"),
+        *("--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}", "--dump-dom"),
+        (folder / "bad.html").as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" in done.stderr
