@@ -222,9 +222,9 @@ def sizes_plot(groups: Sequence[Group], name: str) -> Optional[Drawing]:
         return None
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.4 + 0.1 * len(runs)), layout="constrained")
     axes = figure.subplots()
-    facts = []
+    facts, ticks = [], set()
     styles = ("-", "--", ":", "-.")
     for number, ((group, run), label) in enumerate(zip(runs, _names(runs))):
         areas = {
@@ -240,10 +240,13 @@ def sizes_plot(groups: Sequence[Group], name: str) -> Optional[Drawing]:
             *zip(*points), styles[number % len(styles)], marker=".", color=colour, label=label
         )
         facts.append(f"{label}: " + ", ".join(f"{ms:.4g} ms" for _, ms in points))
+        ticks.update(area for area, _ in points)
     axes.set(xlabel="megapixels a call", ylabel="ms a call", xscale="log", yscale="log")
     axes.grid(axis="y", color=LINE)
     axes.tick_params(axis="y", labelcolor=SOFT)
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    axes.set_xticks(sorted(ticks), labels=[f"{area:.2g}" for area in sorted(ticks)])
+    axes.minorticks_off()
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9, labelcolor=INK)
     caption = (
         "Medians; at min and max of the few calls that the comparison of detections made, not "
     )

@@ -215,9 +215,9 @@ class Session:
             print(note, file=sys.stderr)
         with suite.scratch_folder() as folder:
             if self.options.roofline and not self.document["peaks"]:
-                self.progress.say("how fast this machine multiplies matrices")
+                self.progress.say("how fast this machine multiplies matrices, at most")
                 precisions = dict.fromkeys(("fp32", *self.plan.precisions))
-                self.document["peaks"] = suite.matmul_peaks(list(precisions), self.plan, folder)
+                self.document["peaks"] = suite.measure_peaks(list(precisions), self.plan, folder)
             for name in self.plan.models:
                 for objects in self.plan.detections:
                     self._run_model(name, objects, folder)

@@ -54,12 +54,17 @@ class Stopwatch:
 
 
 def time_stages(
-    eager: Any, images: Tuple[Any, ...], synchronize: Callable[[], None], calls: int
+    eager: Any,
+    call: Callable[..., Any],
+    images: Tuple[Any, ...],
+    synchronize: Callable[[], None],
+    calls: int,
 ) -> List[Dict[str, float]]:
     """Seconds of each stage, for each of some calls.
 
     Args:
         eager: the module of an export, whose parts have Detectron2's names.
+        call: calls it, perhaps under autocast.
         images: of a call.
         synchronize: waits for the device.
     """
@@ -72,7 +77,7 @@ def time_stages(
     times = []
     for _ in range(calls):
         with torch.no_grad(), _watched(eager, Stopwatch(clock)) as watch:
-            eager(*images)
+            call(*images)
             times.append(watch.total())
     return times
 

@@ -223,7 +223,7 @@ def measure_group(
             group["machine"] = machine.between(before, machine.snapshot(pids))
             group["gpu"] = [state for state in (*gpu, _gpu(runs, plan)) if state]
             if plan.stages:
-                group["stages"] = _stages(runs[0])
+                group["stages"] = _stages(runs[0], precision)
             for run in runs:
                 _check(run, model, plan, progress)
             _report(runs, plan, progress)
@@ -397,9 +397,9 @@ def _gpu(runs: List[Run], plan: Plan) -> Dict[str, Any]:
         return {}
 
 
-def _stages(baseline: Run) -> Optional[Dict[str, float]]:
-    """Median seconds of each stage of the eager module, at the baseline's precision."""
-    if baseline.worker is None:
+def _stages(baseline: Run, precision: str) -> Optional[Dict[str, float]]:
+    """Median seconds of each stage of the eager module; None where it runs at another precision."""
+    if baseline.worker is None or baseline.record["requested_precision"] != precision:
         return None
     try:
         calls = baseline.worker.ask("stages", (STAGE_CALLS,))
@@ -409,13 +409,12 @@ def _stages(baseline: Run) -> Optional[Dict[str, float]]:
     return {stage: median(call[stage] for call in calls) for stage in calls[0]}
 
 
-def matmul_peaks(precisions: Sequence[str], plan: Plan, folder: Path) -> Dict[str, float]:
-    """Operations per second of matrix products, by precision, where PyTorch has them."""
-    worker = Worker(folder / "matmul_peak.log", plan.threads)
+def measure_peaks(precisions: Sequence[str], plan: Plan, folder: Path) -> Dict[str, float]:
+    """Operations per second that PyTorch reaches, by precision, where it has such kernels."""
+    worker = Worker(folder / "peak.log", plan.threads)
     try:
         peaks = {
-            precision: worker.ask("matmul_peak", (precision, plan.device))
-            for precision in precisions
+            precision: worker.ask("peak", (precision, plan.device)) for precision in precisions
         }
     finally:
         worker.kill()

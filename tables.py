@@ -207,7 +207,7 @@ def _peak_note(groups: Sequence[Group], peaks: Dict[str, float]) -> str:
     reached = ", ".join(f"{precision} {peak / 1e9:.0f}" for precision, peak in peaks.items())
     flops = groups[0].get("flops")
     own = f"a call is {flops / 1e9:.1f} GFLOPs" if flops else "the FLOPs of a call are not known"
-    return f"% of peak: of PyTorch's matrix product here, in GFLOP/s {reached}; {own}"
+    return f"% of peak: of what PyTorch's matrix products reach here, in GFLOP/s {reached}; {own}"
 
 
 def objects_table(groups: Sequence[Group]) -> str:

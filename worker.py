@@ -188,10 +188,11 @@ class Run:
         return {"outputs": _arrays(outputs), "seconds": seconds}
 
     def stages(self, calls: int) -> List[Dict[str, float]]:
-        """Seconds of each stage of the eager module, for each of some calls."""
+        """Seconds of each stage of the eager module, for each of some calls of the baseline."""
         from stages import time_stages
 
-        return time_stages(self.export.eager, self.export.inputs, self.synchronize, calls)
+        eager, images = self.export.eager, self.export.inputs
+        return time_stages(eager, self.optimized.call, images, self.synchronize, calls)
 
     def trace(self, path: str) -> None:
         """Writes a Chrome trace of one call by PyTorch's profiler, which slows the process down."""
@@ -282,11 +283,11 @@ def _main(connection: Any, log: str, threads: int) -> None:
                     _use_threads(threads)
                     run = Run(argument)
                     answer = run.describe()
-                elif name == "matmul_peak":
-                    from roofline import matmul_peak
+                elif name == "peak":
+                    from roofline import measure_peak
 
                     _use_threads(threads)
-                    answer = matmul_peak(*argument)
+                    answer = measure_peak(*argument)
                 elif name == "warm_up":
                     answer = warm_up(run.timed_call, argument)
                 else:
