@@ -15,13 +15,13 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
-from typing import Any, Dict, List, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
 import benchmark
 import results
-from errors import InputError
+from errors import InputError, Parser
 
 # What --fail-on knows, with its exit code.
 FAILURES = {"slower": 3, "wrong": 4, "broken": 5}
@@ -35,14 +35,9 @@ DECISIVE = (
 Key = Tuple[str, str, str]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parse = _Parser(description="Compare two result files of run_blade.py.")
+    parse = Parser(description="Compare two result files of run_blade.py.")
     add = parse.add_argument
     add("before", metavar="before.json")
     add("after", metavar="after.json")

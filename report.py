@@ -8,14 +8,13 @@ result file, as `run_blade.py --output` leaves it.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import io
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import jinja2
 import matplotlib
@@ -26,7 +25,7 @@ import published
 import results
 import tables
 from benchmark import StopRule
-from errors import InputError
+from errors import InputError, Parser
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 # Matplotlib writes these into the drawing; the page has other colours by day than by night.
@@ -62,11 +61,6 @@ STYLE = {
 WIDTH, ROW, MARGIN = 6.4, 0.34, 0.9
 
 Group = Dict[str, Any]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
 @dataclass(frozen=True)
@@ -417,7 +411,7 @@ def write(path: Path, to: Path) -> None:
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Runs the command line; returns the exit code."""
-    parse = _Parser(description="Make a page of a result file of run_blade.py.")
+    parse = Parser(description="Make a page of a result file of run_blade.py.")
     parse.add_argument("results", metavar="results.json", type=Path)
     parse.add_argument("--output", metavar="FILE", type=Path, help="default: report.html beside it")
     options = parse.parse_args(arguments)

@@ -11,27 +11,20 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
-from typing import Callable, NoReturn, Optional, Sequence, Tuple
+from typing import Callable, Optional, Sequence, Tuple
 
 from backends import base
 from catalog import MODELS
-from errors import InputError
+from errors import InputError, Parser
 
 WEIGHTS = ("auto", "zoo", "synthetic")
 # Seconds of timed rounds for each group of runs; seven models at two precisions are 14 groups.
 TIME_BUDGET_S = 40.0
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors in one sentence: the usage of twenty options would bury it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parse = _Parser(description="TorchBlade Detectron2 Benchmark")
+    parse = Parser(description="TorchBlade Detectron2 Benchmark")
     add = parse.add_argument
     add("--model", nargs="+", choices=list(MODELS), help="test models to measure")
     add("--all", action="store_true", help="all seven test models")
