@@ -311,6 +311,7 @@ def write_text(path: Union[str, Path], text: str) -> None:
 DECISIVE_SETTINGS = (
     *("model", "backend", "precision", "device", "source", "image", "image_size"),
     *("weights", "detections", "threads", "seed", "warmup", "iterations", "time_budget"),
+    *("stages", "trace"),
 )
 
 
@@ -344,7 +345,10 @@ def facts(document: Dict[str, Any]) -> Dict[str, Any]:
     named.update(environment.get("versions", {}))
     named.update(environment.get("variables", {}))
     named["commit"] = commit and commit["revision"][:10] + " with changes" * commit["dirty"]
-    named.update({f"--{name.replace('_', '-')}": settings.get(name) for name in DECISIVE_SETTINGS})
+    for name in DECISIVE_SETTINGS:
+        # A flag that is not set is as good as one that did not exist yet.
+        value = settings.get(name)
+        named[f"--{name.replace('_', '-')}"] = None if value is False else value
     return named
 
 

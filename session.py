@@ -215,9 +215,7 @@ class Session:
             print(note, file=sys.stderr)
         with suite.scratch_folder() as folder:
             if self.options.roofline and not self.document["peaks"]:
-                self.progress.say("how fast this machine multiplies matrices, at most")
-                precisions = dict.fromkeys(("fp32", *self.plan.precisions))
-                self.document["peaks"] = suite.measure_peaks(list(precisions), self.plan, folder)
+                self._measure_peaks(folder)
             for name in self.plan.models:
                 for objects in self.plan.detections:
                     self._run_model(name, objects, folder)
@@ -235,6 +233,14 @@ class Session:
         if self.options.compare_published:
             print("\n" + tables.published_table(self.document["groups"]))
         return exit_code(self.document["groups"], self.options.fail_on)
+
+    def _measure_peaks(self, folder: Path) -> None:
+        self.progress.say("how fast this machine multiplies matrices, at most")
+        precisions = list(dict.fromkeys(("fp32", *self.plan.precisions)))
+        try:
+            self.document["peaks"] = suite.measure_peaks(precisions, self.plan, folder)
+        except RunFailed as error:
+            self.progress.say(f"there is no % of peak: {error}")
 
     def _groups_of(self, name: str, objects: int) -> List[Dict[str, Any]]:
         """What was measured of a test model, in the order of the precisions asked for."""
