@@ -367,6 +367,7 @@ def test_a_quantized_model_has_exact_boxes():
         for op in openvino.quantize(model, export).get_ops()
         if op.get_type_name() == "FakeQuantize"
         for port in op.output(0).get_target_inputs()
+        if port.get_node().get_type_name() != "ShapeOf"  # A shape is what it was.
     }
     assert len(quantized) > 100
     assert not quantized & exact
