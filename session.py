@@ -199,6 +199,8 @@ class Session:
         earlier = results.load(output / "results.json")
         differing = results.differences(earlier, self.document, ("gpu", "memory_mb", "kernel"))
         if differing:
+            # What was asked for comes before what follows from it.
+            differing.sort(key=lambda line: not line.startswith("--"))
             raise InputError(
                 f"{output} has results of another run ({differing[0]}): "
                 "choose another --output, or measure all again with --rerun"
