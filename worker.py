@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -329,12 +330,23 @@ def _use_threads(threads: int) -> None:
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C is for the parent: a process that is started with SIGINT blocked never sees it."""
+    """Ctrl-C is for the parent: a process that is started with SIGINT blocked never sees it.
+
+    Here it waits until the process has got all that it needs to start. Blocking alone does not do:
+    the system may hand the signal to another thread, of a library, which does not block it.
+    """
+    held: List[int] = []
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda *args: held.append(1)) if in_main else None
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if in_main:
+            signal.signal(signal.SIGINT, handler)
+    if held:
+        raise KeyboardInterrupt
 
 
 class Worker:
@@ -350,8 +362,12 @@ class Worker:
         self._connection, theirs = context.Pipe()
         self.log = log
         self.process = context.Process(target=_main, args=(theirs, str(log), threads), daemon=True)
-        with _interrupts_held():
-            self.process.start()
+        try:
+            with _interrupts_held():
+                self.process.start()
+        except KeyboardInterrupt:
+            self.process.kill()
+            raise
         theirs.close()
 
     def ask(self, name: str, argument: Any = (), limit_s: float = CALL_LIMIT_S) -> Any:

@@ -233,6 +233,25 @@ def test_ctrl_c_does_not_reach_them(run):
     assert run.ask("timed_call") > 0
 
 
+def test_an_interruption_waits_until_a_process_has_started():
+    """Whichever thread the system hands it to."""
+    started = []
+
+    def start() -> None:
+        with worker._interrupts_held():
+            os.kill(os.getpid(), signal.SIGINT)
+            # As another thread has it.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            time.sleep(0.1)
+            started.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert started
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
+
+
 def test_they_do_not_outlive_their_parent(tmp_path):
     """Not even when it had no time to say goodbye, and they are in the middle of something."""
     program = (
