@@ -361,13 +361,17 @@ def speedup(
     return Speedup(ratio, low, high, verdict(low, high))
 
 
-def verdict(low: float, high: float) -> str:
-    """What a speedup's confidence interval says of it: see `Speedup`."""
-    if low > 1 + MARGIN:
+def verdict(low: float, high: float, margin: float = MARGIN) -> str:
+    """What a speedup's confidence interval says of it: see `Speedup`.
+
+    Args:
+        margin: a difference of less than this share is none.
+    """
+    if low > 1 + margin:
         return "faster"
-    if high < 1 - MARGIN:
+    if high < 1 - margin:
         return "slower"
-    return "same" if low >= 1 - MARGIN and high <= 1 + MARGIN else "inconclusive"
+    return "same" if low >= 1 - margin and high <= 1 + margin else "inconclusive"
 
 
 @dataclass(frozen=True)
@@ -525,12 +529,23 @@ def table(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
     return "\n".join(lines)
 
 
+def short_name(model: str) -> str:
+    """The name of a test model as tables print it, without its leading `test`."""
+    return model[len("test") :] if model.startswith("test") else model
+
+
 def _cells(row: Row, reference: str) -> List[str]:
-    model = row.model[len("test") :] if row.model.startswith("test") else row.model
     statistics = ["-"] * 6 if row.statistics is None else _statistics_cells(row.statistics)
     detections = "failed" if reference and row.detections == "-" else row.detections
     speedup_cell = _speedup_cell(row)
-    return [model, row.backend, row.precision, *statistics, speedup_cell, detections + reference]
+    return [
+        short_name(row.model),
+        row.backend,
+        row.precision,
+        *statistics,
+        speedup_cell,
+        detections + reference,
+    ]
 
 
 def _statistics_cells(statistics: Statistics) -> List[str]:

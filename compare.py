@@ -182,7 +182,8 @@ def compare(pair: Pair, threshold: float, absolute: bool) -> Comparison:
     if pair.obstacle is not None:
         return Comparison(pair, None, None, None, "-", changes, failures)
     ratio, low, high = _ratio(pair, absolute)
-    verdict = _verdict(low, high, threshold)
+    known = low is not None and high is not None
+    verdict = benchmark.verdict(low, high, threshold) if known else "inconclusive"
     if pair.after["baseline"] and not absolute and verdict in ("faster", "slower"):
         # It, or the machine? Nothing in the files can tell.
         verdict = "inconclusive"
@@ -248,16 +249,6 @@ def _slowness(medians: np.ndarray) -> np.ndarray:
     return medians[0] / medians[1] if len(medians) == 2 else medians[0]
 
 
-def _verdict(low: Optional[float], high: Optional[float], threshold: float) -> str:
-    if low is None or high is None:
-        return "inconclusive"
-    if low > 1 + threshold:
-        return "faster"
-    if high < 1 - threshold:
-        return "slower"
-    return "same" if low >= 1 - threshold and high <= 1 + threshold else "inconclusive"
-
-
 HEADER = ("Model", "Backend", "precision", "before(ms)", "after(ms)", "Speed", "95% interval")
 
 
@@ -296,7 +287,7 @@ def _cells(comparison: Comparison) -> List[str]:
     ]
     known = comparison.low is not None and comparison.high is not None
     return [
-        model[len("test") :] if model.startswith("test") else model,
+        benchmark.short_name(model),
         pair.after["label"],
         precision,
         *times,

@@ -24,7 +24,7 @@ from markupsafe import Markup, escape
 import published
 import results
 import tables
-from benchmark import StopRule
+from benchmark import StopRule, short_name
 from errors import InputError, Parser
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -171,9 +171,9 @@ def samples_plot(groups: Sequence[Group], name: str) -> Optional[Drawing]:
         axes.set_xlim(left=0)
     axes.set_xlabel("ms a call")
     _rows(axes, _names(runs))
-    pairs = zip(_names(runs), medians, runs)
     facts = [
-        f"{label}: {median:.4g} ms ({len(run['samples_s'])})" for label, median, (_, run) in pairs
+        f"{label}: {median:.4g} ms ({len(run['samples_s'])})"
+        for label, median, (_, run) in zip(_names(runs), medians, runs)
     ]
     caption = "One point for each timed call, a line at the median. "
     caption += f"Median and number of calls: {'; '.join(facts)}."
@@ -317,7 +317,7 @@ def page(document: Dict[str, Any], found: Dict[str, Any], image: Optional[bytes]
     extra = [("Coverage", tables.coverage_table), ("Costs", tables.costs_table)]
     return environment.get_template("report.html").render(
         title="run_blade: "
-        + (", ".join(map(_short, names)) if len(names) < 4 else f"{len(names)} test models"),
+        + (", ".join(map(short_name, names)) if len(names) < 4 else f"{len(names)} test models"),
         subtitle=", ".join(
             str(fact)
             for fact in (
@@ -344,10 +344,6 @@ def _case(group: Group) -> str:
     return results.case_name(results.case(group))
 
 
-def _short(name: str) -> str:
-    return name[len("test") :] if name.startswith("test") else name
-
-
 def _model(
     document: Dict[str, Any], name: str, found: Dict[str, Any], image: Optional[bytes]
 ) -> Dict[str, Any]:
@@ -357,11 +353,13 @@ def _model(
     weights = {group.get("weights") for group in document["groups"]}
     general = [note for note in document["notes"] if note not in weights]
     notes = [*tables.aa_note(document["aa"]), *general]
-    table, below = read_table(tables.model_table(groups, rule, notes), f"Results of {_short(name)}")
+    table, below = read_table(
+        tables.model_table(groups, rule, notes), f"Results of {short_name(name)}"
+    )
     identifier = re.sub(r"\W", "-", name)
     drawings = [make(groups, identifier) for make in (samples_plot, speedup_plot, sizes_plot)]
     return {
-        "name": _short(name),
+        "name": short_name(name),
         "id": identifier,
         "table": reordered(table),
         "notes": below,

@@ -18,6 +18,7 @@ from benchmark import (
     describe_speedup,
     describe_stop,
     markdown,
+    short_name,
     table,
 )
 from stages import STAGES, ceiling
@@ -146,7 +147,7 @@ def coverage_table(groups: Sequence[Group]) -> str:
                 for key, value in coverage.items()
                 if key not in [known for _, known in COVERAGE]
             ]
-            model = group["model"][len("test") :]
+            model = short_name(group["model"])
             cells = [model, run["label"], _precision(run), run["provider"] or "-", *counts]
             grid.append([*cells, "; ".join(more)])
     rights = [False] * 4 + [True] * len(COVERAGE) + [False]
@@ -182,7 +183,7 @@ def costs_table(groups: Sequence[Group]) -> str:
     for group in groups:
         for run in group["runs"]:
             if run["prepare"]:
-                model = group["model"][len("test") :]
+                model = short_name(group["model"])
                 grid.append([model, run["label"], _precision(run), *_cost_cells(run)])
     rights = [False] * 3 + [True] * (len(grid[0]) - 4) + [False]
     return "\n".join(markdown(grid, rights)) if len(grid) > 1 else "no run was prepared"
@@ -223,7 +224,7 @@ def objects_table(groups: Sequence[Group]) -> str:
     for model, *_, objects, group, run in sorted(lines, key=lambda x: (order[x[:3]], x[3])):
         statistics, speedup = run["statistics"], run["speedup"]
         found = group.get("found")
-        cells = [model[len("test") :], run["label"], _precision(run), str(objects)]
+        cells = [short_name(model), run["label"], _precision(run), str(objects)]
         cells += ["-" if found is None else str(found)]
         cells += [f"{statistics['median_ms']:.1f}" if statistics else "-"]
         cells += [describe_speedup(Speedup(**speedup)) if speedup else "-", _detections(run)]
@@ -243,7 +244,7 @@ def stages_table(groups: Sequence[Group]) -> str:
         cells = [f"{1000 * seconds[name]:.1f}" if seconds[name] else "-" for name in names]
         total = f"{1000 * sum(seconds.values()):.1f}"
         most = f"{ceiling(seconds):.2f}x"
-        grid.append([group["model"][len("test") :], group["precision"], *cells, total, most])
+        grid.append([short_name(group["model"]), group["precision"], *cells, total, most])
     lines = markdown(grid, [False] * 2 + [True] * (len(names) + 2))
     note = "ceiling: the speedup of an engine that takes backbone + FPN only, and no time for them"
     return "\n".join([*lines, "", f"- {note}"])

@@ -127,20 +127,25 @@ def _seconds_of_calls(call: Callable, images: Tuple[Any, ...], calls: int = 10) 
 
 
 def _configure(device: str, kept: Path) -> None:
-    """Settings of the process: weights are constants, and no function is given up as too varied.
+    """Settings of the process: on a CPU weights are constants.
 
     Args:
         kept: directory for the generated code; by default the next invocation would find it.
     """
-    import torch._dynamo
     import torch._inductor.config
 
+    configure_dynamo()
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(kept)
+    torch._inductor.config.freezing = device == "cpu"
+
+
+def configure_dynamo() -> None:
+    """Settings of the process: TorchDynamo gives up no function of a detector as too varied."""
+    import torch._dynamo
 
     torch._dynamo.config.recompile_limit = 64
     # TorchDynamo takes its result for a torch.Size, which is not a tensor.
     torch._dynamo.disallow_in_graph(torch._shape_as_tensor)
-    torch._inductor.config.freezing = device == "cpu"
 
 
 def _declare_dynamic(export: Export) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import io
 import json
 import logging
 import math
@@ -41,8 +40,10 @@ from typing import (
 from unittest import mock
 
 from backends.base import Backend, Optimized, check_sizes
+from backends.inductor import configure_dynamo
 from backends.torch import autocast
 from backends.torch_blade import first_cause
+from backends.torchscript import saved_bytes
 from errors import Unsupported
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ def _torch_compile(export: Export, precision: str, device: str, cache: Optional[
     engine_cache = _engine_cache(cache / "engines") if cache else None
     with tempfile.TemporaryDirectory(prefix="run_blade_") as temporary:
         options = _options(cache or Path(temporary), engine_cache)
-        _configure()
+        configure_dynamo()
         # Precision is in the model: Torch-TensorRT's own autocast is a pass of `ir="dynamo"`
         # only, while casts of PyTorch's are part of the graph and TensorRT keeps to them.
         compiled = autocast(
@@ -244,14 +245,6 @@ def _torch_compile(export: Export, precision: str, device: str, cache: Optional[
         read_coverage=lambda: {"recompilations_while_timed": built.graphs - prepared},
         read_artifact_bytes=lambda: sum(len(x.serialized_engine) for x in built.engines),
     )
-
-
-def _configure() -> None:
-    """Settings of the process, as for `backends/inductor.py`."""
-    import torch._dynamo
-
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.disallow_in_graph(torch._shape_as_tensor)
 
 
 def _options(folder: Path, engine_cache: Optional[Any]) -> Dict[str, Any]:
@@ -552,7 +545,7 @@ def _torchscript(export: Export, precision: str, device: str, cache: Optional[Pa
         provider="TensorRT through TorchScript",
         coverage=_script_coverage(module, engines),
         seconds={"export": exported - start, "compile": time.perf_counter() - exported},
-        read_artifact_bytes=lambda: _saved_bytes(module),
+        read_artifact_bytes=lambda: saved_bytes(module),
     )
 
 
@@ -609,15 +602,6 @@ def _script_coverage(module: Any, engines: Sequence[Any]) -> Dict[str, Any]:
         "segments": len(engines),
         "fallback_operators": {name: count for name, count in left.most_common() if count},
     }
-
-
-def _saved_bytes(module: Any) -> int:
-    """Size of a TorchScript module, with its engines, as a file."""
-    import torch
-
-    file = io.BytesIO()
-    torch.jit.save(module, file)
-    return file.getbuffer().nbytes
 
 
 # --- what was built ---
