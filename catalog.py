@@ -5,6 +5,9 @@ from typing import Dict, Tuple
 
 VERSION = "0.1.0"
 
+# Names of the inputs that engines are made for; `opt` is timed.
+TUNING = ("min", "opt", "max")
+
 
 @dataclass(frozen=True)
 class TestModel:

@@ -2,9 +2,11 @@
 """Compares two result files of run_blade.py: what became faster or slower, and what broke.
 
 A run of one file is paired with that of the same test model, backend and precision in the other.
-Between two invocations a machine's speed drifts by tens of percent, so a run is judged by its
-speedup over the baseline, whose calls were made in the same rounds: the ratio of the two speedups.
-On a machine that is known to be quiet, --absolute compares the times themselves.
+Between two invocations a machine's speed drifts, by tens of percent, and not for all alike: on a
+shared one, whoever moves most memory suffers most from its neighbours. So a run is judged twice: by
+its times, as if the machine were the same, and by its speedups over the baseline, whose calls were
+made in the same rounds, as if both had suffered alike. The truth lies between, and a verdict is one
+that both give. Where one of the two is known to hold, --by time or --by speedup goes by that alone.
 
 Exit codes: 0; with --fail-on 3, a run is slower; 4, one finds something else than it did; 5, one
 does not run any more (the largest counts); 2, wrong usage, unreadable file, nothing to compare.
@@ -26,6 +28,7 @@ from errors import InputError, Parser
 # What --fail-on knows, with its exit code.
 FAILURES = {"slower": 3, "wrong": 4, "broken": 5}
 RESAMPLES = 4000
+BY = ("both", "time", "speedup")
 # Where one of these differs it is another machine, or another task.
 DECISIVE = (
     *("cpu.model", "cpu.usable_cores", "gpu", "--device", "--source", "--threads"),
@@ -55,7 +58,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="slower,wrong,broken",
         help="exit with 3, 4 or 5 then; the largest counts",
     )
-    add("--absolute", action="store_true", help="compare times, not speedups over the baseline")
+    add(
+        "--by",
+        choices=BY,
+        default="both",
+        help="what a verdict stands on: time, for a quiet machine of its own; speedup over the "
+        "baseline, where all runs slow down alike; both must agree (default)",
+    )
     return parse
 
 
@@ -95,21 +104,40 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Ratio:
+    """How much faster a run is now: above 1, it is faster.
+
+    Attributes:
+        low, high: 95% interval; None with too few rounds.
+    """
+
+    ratio: float
+    low: Optional[float]
+    high: Optional[float]
+
+    def verdict(self, margin: float) -> str:
+        """See `benchmark.verdict`."""
+        if self.low is None or self.high is None:
+            return "inconclusive"
+        return benchmark.verdict(self.low, self.high, margin)
+
+
+@dataclass(frozen=True)
 class Comparison:
     """What became of a run.
 
     Attributes:
-        ratio: how much faster it is now: above 1, it is faster.
-        low, high: 95% interval of the ratio; None with too few rounds.
+        time: ratio of its median times; None where times were not compared.
+        speedup: ratio of its speedups over the baseline; None also for the baseline, and where
+            that was not measured.
         verdict: `faster`, `slower`, `same`, `inconclusive`, or `-` where times were not compared.
         changes: of status and detections, in words.
         failures: of `FAILURES`, those that it is a case of.
     """
 
     pair: Pair
-    ratio: Optional[float]
-    low: Optional[float]
-    high: Optional[float]
+    time: Optional[Ratio]
+    speedup: Optional[Ratio]
     verdict: str
     changes: List[str]
     failures: Tuple[str, ...]
@@ -149,8 +177,8 @@ def pairs(before: Dict[str, Any], after: Dict[str, Any]) -> List[Pair]:
 
 def _general_obstacle(before: Dict[str, Any], after: Dict[str, Any]) -> Optional[str]:
     """What makes no run of two files comparable: another machine, or another task."""
-    old, new = results.facts(before), results.facts(after)
-    return next((f"{name} differs" for name in DECISIVE if old.get(name) != new.get(name)), None)
+    names = results.differing(before, after)
+    return next((f"{name} differs" for name in DECISIVE if name in names), None)
 
 
 def _obstacle(
@@ -171,25 +199,32 @@ def _obstacle(
     return None
 
 
-def compare(pair: Pair, threshold: float, absolute: bool) -> Comparison:
+def compare(pair: Pair, threshold: float, by: str) -> Comparison:
     """Judges a pair.
 
     Args:
         threshold: differences below this share do not matter.
-        absolute: whether times are compared, not speedups over the baseline.
+        by: one of `BY`.
     """
     changes, failures = _changes(pair)
     if pair.obstacle is not None:
-        return Comparison(pair, None, None, None, "-", changes, failures)
-    ratio, low, high = _ratio(pair, absolute)
-    known = low is not None and high is not None
-    verdict = benchmark.verdict(low, high, threshold) if known else "inconclusive"
-    if pair.after["baseline"] and not absolute and verdict in ("faster", "slower"):
-        # It, or the machine? Nothing in the files can tell.
-        verdict = "inconclusive"
+        return Comparison(pair, None, None, "-", changes, failures)
+    time, speedup = _ratios(pair)
+    verdict = _verdict(pair, time, speedup, threshold, by)
     if verdict == "slower":
         failures = ("slower", *failures)
-    return Comparison(pair, ratio, low, high, verdict, changes, failures)
+    return Comparison(pair, time, speedup, verdict, changes, failures)
+
+
+def _verdict(pair: Pair, time: Ratio, speedup: Optional[Ratio], threshold: float, by: str) -> str:
+    by_time = time.verdict(threshold)
+    if by == "time":
+        return by_time
+    if speedup is None:
+        # The run, or the machine? Nothing in the files can tell.
+        return "same" if by_time == "same" else "inconclusive"
+    by_speedup = speedup.verdict(threshold)
+    return by_speedup if by == "speedup" or by_speedup == by_time else "inconclusive"
 
 
 def _changes(pair: Pair) -> Tuple[List[str], Tuple[str, ...]]:
@@ -220,28 +255,35 @@ def _matched(run: Dict[str, Any]) -> Optional[str]:
     )
 
 
-def _ratio(pair: Pair, absolute: bool) -> Tuple[float, Optional[float], Optional[float]]:
-    """How much faster a run is now, with its interval from resampling whole rounds of each file."""
-    sides = []
-    for group, run in zip(pair.groups, (pair.before, pair.after)):
-        samples = [run["samples_s"]]
-        baseline = next(x["samples_s"] for x in group["runs"] if x["baseline"])
-        if not absolute and not run["baseline"] and baseline:
-            samples.append(baseline)
-        shared = min(len(x) for x in samples)
-        sides.append(np.array([x[:shared] for x in samples]))
-    if {len(side) for side in sides} != {2}:  # In one of them the baseline failed.
-        sides = [side[:1] for side in sides]
-    slowness = [_slowness(np.median(side, axis=1)) for side in sides]
-    ratio = float(slowness[0] / slowness[1])
+def _ratios(pair: Pair) -> Tuple[Ratio, Optional[Ratio]]:
+    """How much faster a run is now, by its times and by its speedups over the baseline."""
+    own = [np.array([run["samples_s"]]) for run in (pair.before, pair.after)]
+    with_baseline = []
+    for group, (samples,) in zip(pair.groups, own):
+        baseline = next(run["samples_s"] for run in group["runs"] if run["baseline"])
+        shared = min(len(baseline), len(samples))
+        with_baseline.append(np.array([samples[:shared], baseline[:shared]]))
+    if pair.after["baseline"] or not all(side.size for side in with_baseline):
+        return _ratio(own), None
+    return _ratio(own), _ratio(with_baseline)
+
+
+def _ratio(sides: Sequence[np.ndarray]) -> Ratio:
+    """The ratio of slowness before and after, with its interval from resampling whole rounds.
+
+    Args:
+        sides: before and after, seconds of a run, or of it and of the baseline, by round.
+    """
+    before, after = (_slowness(np.median(side, axis=1)) for side in sides)
+    ratio = float(before / after)
     if min(side.shape[1] for side in sides) < benchmark.LEAST_ROUNDS:
-        return ratio, None, None
+        return Ratio(ratio, None, None)
     generator = np.random.default_rng(0)
-    resampled = [
+    before, after = (
         _slowness(benchmark.bootstrap_medians(side, RESAMPLES, generator)) for side in sides
-    ]
-    low, high = np.quantile(resampled[0] / resampled[1], (0.025, 0.975))
-    return ratio, float(low), float(high)
+    )
+    low, high = np.quantile(before / after, (0.025, 0.975))
+    return Ratio(ratio, float(low), float(high))
 
 
 def _slowness(medians: np.ndarray) -> np.ndarray:
@@ -249,11 +291,11 @@ def _slowness(medians: np.ndarray) -> np.ndarray:
     return medians[0] / medians[1] if len(medians) == 2 else medians[0]
 
 
-HEADER = ("Model", "Backend", "precision", "before(ms)", "after(ms)", "Speed", "95% interval")
+HEADER = ("Model", "Backend", "precision", "before(ms)", "after(ms)", "by time", "by speedup")
 
 
 def report(
-    before: Dict[str, Any], after: Dict[str, Any], compared: Sequence[Comparison], absolute: bool
+    before: Dict[str, Any], after: Dict[str, Any], compared: Sequence[Comparison], by: str
 ) -> str:
     """The comparison in Markdown: what differs first, then the runs, then what else there is."""
     lines = ["What differs:", ""]
@@ -266,14 +308,16 @@ def report(
         if comparison.pair.obstacle:
             name = " ".join(grid[-1][:3])
             below.append(f"{name}: times not compared, as {comparison.pair.obstacle}")
-    what = "times" if absolute else "speedups over the baseline in the same rounds"
     below.append(
-        f"Speed: above 1, it is faster now; a ratio of {what}. The baseline's own is one of times"
+        "by time, by speedup: how much faster it is now, with the 95% interval, and how much its "
+        "speedup over the baseline in the same rounds has grown; above 1 is better"
     )
+    if by == "both":
+        below.append("Verdict: what both say; the machine itself may have been slower or faster")
     for title, own, other in (("missing", before, after), ("new", after, before)):
         names = [" ".join(key) for key in runs_of(own) if key not in runs_of(other)]
         below += [f"{title}: {name}" for name in names]
-    rights = [False] * 3 + [True] * 3 + [False] * 3
+    rights = [False] * 3 + [True] * 4 + [False] * 2
     lines += ["", *benchmark.markdown(grid, rights), "", *(f"- {line}" for line in below)]
     return "\n".join(lines)
 
@@ -285,17 +329,24 @@ def _cells(comparison: Comparison) -> List[str]:
         f"{run['statistics']['median_ms']:.1f}" if run["statistics"] else "-"
         for run in (pair.before, pair.after)
     ]
-    known = comparison.low is not None and comparison.high is not None
     return [
         benchmark.short_name(model),
         pair.after["label"],
         precision,
         *times,
-        "-" if comparison.ratio is None else f"{comparison.ratio:.3f}",
-        f"{comparison.low:.3f} to {comparison.high:.3f}" if known else "-",
+        _ratio_cell(comparison.time),
+        _ratio_cell(comparison.speedup),
         comparison.verdict,
         "; ".join(comparison.changes) or "unchanged",
     ]
+
+
+def _ratio_cell(ratio: Optional[Ratio]) -> str:
+    if ratio is None:
+        return "-"
+    if ratio.low is None or ratio.high is None:
+        return f"{ratio.ratio:.3f}"
+    return f"{ratio.ratio:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
 
 
 def exit_code(compared: Sequence[Comparison], fail_on: Sequence[str]) -> int:
@@ -310,15 +361,13 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     options = parse.parse_args(arguments)
     try:
         before, after = (results.load(path) for path in (options.before, options.after))
-        compared = [
-            compare(pair, options.threshold, options.absolute) for pair in pairs(before, after)
-        ]
+        compared = [compare(pair, options.threshold, options.by) for pair in pairs(before, after)]
         if all(comparison.pair.obstacle and not comparison.changes for comparison in compared):
             raise InputError(f"nothing can be compared: {compared[0].pair.obstacle}")
     except InputError as error:
         print(f"{parse.prog}: error: {error}", file=sys.stderr)
         return 2
-    print(report(before, after, compared, options.absolute))
+    print(report(before, after, compared, options.by))
     return exit_code(compared, options.fail_on)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional
+from typing import Any, Dict, Iterable, List
 
 import psutil
+
+import results
 
 CPUS = Path("/sys/devices/system/cpu")
 # Beyond these a reader should know. A quarter of a core on two of them is an eighth.
@@ -78,12 +80,12 @@ def between(before: Snapshot, after: Snapshot) -> Dict[str, Any]:
     }
 
 
-def governor() -> Optional[str]:
-    """How the CPU's frequency is chosen, such as `performance`; None where that is not shown."""
-    try:
-        return (CPUS / "cpu0/cpufreq/scaling_governor").read_text().strip()
-    except OSError:
-        return None
+def general_warnings(environment: Dict[str, Any]) -> List[str]:
+    """Why a reader should be careful with all that was measured, from a file's environment."""
+    governor = environment.get("cpu", {}).get("governor")
+    if governor in (None, "performance"):
+        return []
+    return [f"the CPU's frequency changes with its load (governor {governor}, not performance)"]
 
 
 def warnings(group: Dict[str, Any], least_rounds: int) -> List[str]:
@@ -92,7 +94,9 @@ def warnings(group: Dict[str, Any], least_rounds: int) -> List[str]:
     Args:
         least_rounds: that were wanted in any case.
     """
-    where = f"{group['model']} {group['precision']}"
+    if group.get("image"):
+        return []  # All is said of the group of all images, whose rounds are the same.
+    where = f"{results.case_name(results.case(group))} {group['precision']}"
     found = []
     for run in group["runs"]:
         spread = run["statistics"] and run["statistics"]["relative_iqr"]

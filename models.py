@@ -6,7 +6,7 @@ import importlib.util
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, Iterable, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import detectors
-from catalog import TestModel
+from catalog import TUNING, TestModel
 from detectors.checkpoint import CheckpointUnavailable, load_into, read, zoo_checkpoint
 from detectors.instances import Instances, flatten
 from errors import InputError
@@ -201,6 +201,30 @@ def read_image(path: Optional[Path], size: Optional[Tuple[int, int]]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(bgr, dtype=np.float32))
 
 
+def read_images(paths: Sequence[Path], size: Optional[Tuple[int, int]], seed: int) -> List[Tensor]:
+    """Reads images as `read_image` does; none are the default image.
+
+    Args:
+        seed: of `tuning_inputs`.
+
+    Raises:
+        errors.InputError: one cannot be read, or has a size that engines for the first one are not
+            made for.
+    """
+    images = [read_image(path, size) for path in paths or (None,)]
+    ranges = tuning_inputs(images[0], 1, seed)
+    smallest, largest = (tuple(ranges[which][0].shape[-2:]) for which in ("min", "max"))
+    for path, image in zip(paths, images):
+        own = tuple(image.shape[-2:])
+        if not all(a <= b <= c for a, b, c in zip(smallest, own, largest)):
+            raise InputError(
+                f"image {path} has {own[0]}x{own[1]} pixels, and the engines are made for "
+                f"{smallest[0]}x{smallest[1]} to {largest[0]}x{largest[1]}, after the first image: "
+                "give an --image-size, or measure it alone"
+            )
+    return images
+
+
 def write_image(image: Tensor, path: Path) -> None:
     """Writes an image as a file of the format of its name.
 
@@ -229,6 +253,25 @@ def tuning_inputs(image: Tensor, images_per_call: int, seed: int) -> Dict[str, T
     return {name: tuple(x.clone() for _ in range(images_per_call)) for name, x in scaled.items()}
 
 
+def inputs(
+    images: Sequence[Tensor], images_per_call: int, seed: int
+) -> Dict[str, Tuple[Tensor, ...]]:
+    """All that a test model is called with: `tuning_inputs` of the first image, and the others.
+
+    These are named by their place, `image 2` and so on.
+    """
+    others = {
+        f"image {place}": tuple(image.clone() for _ in range(images_per_call))
+        for place, image in enumerate(images[1:], start=2)
+    }
+    return {**tuning_inputs(images[0], images_per_call, seed), **others}
+
+
+def timed(names: Iterable[str]) -> List[str]:
+    """Of the names of `inputs`, those that are timed: all but the other sizes of the first."""
+    return [name for name in names if name not in ("min", "max")]
+
+
 def _scale(image: Tensor, factor: float) -> Tensor:
     size = [max(SMALLEST_SIDE, int(side * factor)) for side in image.shape[-2:]]
     return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
@@ -252,13 +295,14 @@ class Weights:
 def find_weights(
     model: TestModel,
     weights: str,
-    tuning_inputs: Dict[str, Tuple[Tensor, ...]],
+    inputs: Dict[str, Tuple[Tensor, ...]],
     detections: int,
     seed: int,
 ) -> Weights:
     """Finds the weights that `--weights` asks for.
 
     Args:
+        inputs: whose first images synthetic weights are made for, see `inputs`.
         weights: `auto`, `zoo`, `synthetic` or the path of a checkpoint.
         detections: how many objects synthetic weights find.
         seed: of synthetic weights.
@@ -280,7 +324,8 @@ def find_weights(
         reason = ""
     from detectors.synthetic import synthesize
 
-    images = [tuning_inputs[size][0] for size in ("min", "opt", "max")]
+    others = [name for name in inputs if name not in TUNING]
+    images = [inputs[name][0] for name in (*TUNING, *others)]
     state = synthesize(model.config, images, detections, seed)
     note = f"weights: synthetic, made to find {detections} objects{reason}"
     return Weights(state, "synthetic weights", note)

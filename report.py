@@ -12,6 +12,7 @@ import base64
 import io
 import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -25,6 +26,7 @@ import published
 import results
 import tables
 from benchmark import StopRule, short_name
+from catalog import TUNING
 from errors import InputError, Parser
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -57,6 +59,8 @@ STYLE = {
     "ytick.labelcolor": INK,
     "figure.facecolor": "none",
 }
+# The first image, beside the result file.
+IMAGE = results.image_files([None])[0]
 # Inches. Narrow, so that letters keep a size on a phone, where a drawing is scaled to its width.
 WIDTH, ROW, MARGIN = 6.4, 0.34, 0.9
 
@@ -211,7 +215,12 @@ def speedup_plot(groups: Sequence[Group], name: str) -> Optional[Drawing]:
 
 def sizes_plot(groups: Sequence[Group], name: str) -> Optional[Drawing]:
     """Time against image size, for the runs that were called at all sizes."""
-    runs = [(group, run) for group in groups for run in group["runs"] if run.get("size_seconds")]
+    runs = [
+        (group, run)
+        for group in groups
+        for run in group["runs"]
+        if set(TUNING) <= set(run.get("size_seconds") or ())
+    ]
     if not runs:
         return None
     from matplotlib.figure import Figure
@@ -221,13 +230,12 @@ def sizes_plot(groups: Sequence[Group], name: str) -> Optional[Drawing]:
     facts, ticks = [], set()
     styles = ("-", "--", ":", "-.")
     for number, ((group, run), label) in enumerate(zip(runs, _names(runs))):
-        areas = {
-            size: sum(height * width for height, width in sides) / 1e6
-            for size, sides in group["image_sizes"].items()
-        }
         points = sorted(
-            (areas[size], 1000 * float(np.median(seconds)))
-            for size, seconds in run["size_seconds"].items()
+            (
+                sum(height * width for height, width in group["image_sizes"][size]) / 1e6,
+                1000 * float(np.median(run["size_seconds"][size])),
+            )
+            for size in TUNING
         )
         colour = ACCENT if run["baseline"] else (POINTS, PUBLISHED)[number // len(styles) % 2]
         axes.plot(
@@ -260,7 +268,7 @@ def pictures(groups: Sequence[Group], found: Dict[str, Any], image: Optional[str
     """
     if not found or not found["reference"]:
         return []
-    height, width = groups[0]["image_sizes"]["opt"][0]
+    height, width = timed_size(groups[0])
     reference = found["reference"][0]
     frame = {"width": width, "height": height, "image": image}
     drawn = [
@@ -284,6 +292,12 @@ def pictures(groups: Sequence[Group], found: Dict[str, Any], image: Optional[str
     return drawn
 
 
+def timed_size(group: Group) -> Tuple[int, int]:
+    """Height and width of the image that a group was timed on."""
+    sizes = group["image_sizes"]
+    return tuple(next(sizes[name] for name in sizes if name not in ("min", "max"))[0])
+
+
 def _boxes(found: Dict[str, Any], kinds: Sequence[str]) -> List[Dict[str, Any]]:
     boxes = []
     for (x1, y1, x2, y2), score, label, kind in zip(
@@ -297,13 +311,13 @@ def _boxes(found: Dict[str, Any], kinds: Sequence[str]) -> List[Dict[str, Any]]:
 # The page --------------------------------------------------------------------------------------
 
 
-def page(document: Dict[str, Any], found: Dict[str, Any], image: Optional[bytes]) -> str:
+def page(document: Dict[str, Any], found: Dict[str, Any], images: Dict[str, bytes]) -> str:
     """The whole page.
 
     Args:
         document: a result file, as `results.load` gives it.
-        found: test model -> detections, of `detections.json`.
-        image: the file `image.png`.
+        found: case -> detections, of `detections.json`.
+        images: name -> file, of those that lie beside the result file.
     """
     matplotlib.rcParams.update(STYLE)
     environment = jinja2.Environment(
@@ -313,11 +327,12 @@ def page(document: Dict[str, Any], found: Dict[str, Any], image: Optional[bytes]
         trim_blocks=True,
     )
     names = list(dict.fromkeys(map(_case, document["groups"])))
+    tested = list(dict.fromkeys(group["model"] for group in document["groups"]))
     cpu = document["environment"].get("cpu", {})
     extra = [("Coverage", tables.coverage_table), ("Costs", tables.costs_table)]
     return environment.get_template("report.html").render(
         title="run_blade: "
-        + (", ".join(map(short_name, names)) if len(names) < 4 else f"{len(names)} test models"),
+        + (", ".join(map(short_name, tested)) if len(tested) < 4 else f"{len(tested)} test models"),
         subtitle=", ".join(
             str(fact)
             for fact in (
@@ -328,8 +343,8 @@ def page(document: Dict[str, Any], found: Dict[str, Any], image: Optional[bytes]
         ),
         complete=document["complete"],
         warnings=document.get("warnings", []),
-        models=[_model(document, name, found.get(name, {}), image) for name in names],
-        images=_images(document, image),
+        models=[_model(document, name, found.get(name, {}), images) for name in names],
+        images=_images(document, found, images),
         tables=[
             {"title": title, "table": read_table(text, title)[0]}
             for title, make in extra
@@ -345,7 +360,7 @@ def _case(group: Group) -> str:
 
 
 def _model(
-    document: Dict[str, Any], name: str, found: Dict[str, Any], image: Optional[bytes]
+    document: Dict[str, Any], name: str, found: Dict[str, Any], images: Dict[str, bytes]
 ) -> Dict[str, Any]:
     groups = [group for group in document["groups"] if _case(group) == name]
     rule = StopRule(budget_s=document["settings"].get("time_budget"))
@@ -356,7 +371,7 @@ def _model(
     table, below = read_table(
         tables.model_table(groups, rule, notes), f"Results of {short_name(name)}"
     )
-    identifier = re.sub(r"\W", "-", name)
+    identifier, image = _identifier(name), found.get("image", IMAGE)
     drawings = [make(groups, identifier) for make in (samples_plot, speedup_plot, sizes_plot)]
     return {
         "name": short_name(name),
@@ -364,18 +379,33 @@ def _model(
         "table": reordered(table),
         "notes": below,
         "plots": [drawing for drawing in drawings if drawing is not None],
-        "pictures": pictures(groups, found, "photograph" if image else None),
+        "pictures": pictures(groups, found, _identifier(image) if image in images else None),
     }
 
 
-def _images(document: Dict[str, Any], image: Optional[bytes]) -> List[Dict[str, Any]]:
-    """The image, once for all pictures of it."""
-    sizes = [group["image_sizes"]["opt"] for group in document["groups"] if group["image_sizes"]]
-    if image is None or not sizes:
-        return []
-    height, width = sizes[0][0]
-    data = f"data:image/png;base64,{base64.b64encode(image).decode()}"
-    return [{"id": "photograph", "data": data, "width": width, "height": height}]
+def _identifier(name: str) -> str:
+    return re.sub(r"\W", "-", name)
+
+
+def _images(
+    document: Dict[str, Any], found: Dict[str, Any], images: Dict[str, bytes]
+) -> List[Dict[str, Any]]:
+    """Each image, once for all pictures of it."""
+    sizes = {
+        found[_case(group)].get("image", IMAGE): timed_size(group)
+        for group in document["groups"]
+        if group["image_sizes"] and _case(group) in found
+    }
+    return [
+        {
+            "id": _identifier(name),
+            "data": f"data:image/png;base64,{base64.b64encode(images[name]).decode()}",
+            "height": height,
+            "width": width,
+        }
+        for name, (height, width) in sizes.items()
+        if name in images
+    ]
 
 
 def _flat(value: Dict[str, Any], prefix: str = "") -> List[Tuple[str, str]]:
@@ -400,11 +430,12 @@ def write(path: Path, to: Path) -> None:
     document = results.load(path)
     if not document["groups"]:
         raise InputError(f"{path} has no measurements yet")
-    try:
-        image: Optional[bytes] = (path.parent / "image.png").read_bytes()
-    except OSError:
-        image = None
-    results.write_text(to, page(document, results.read_found(path.parent), image))
+    found = results.read_found(path.parent)
+    images = {}
+    for name in {case.get("image", IMAGE) for case in found.values()}:
+        with suppress(OSError):
+            images[name] = (path.parent / Path(name).name).read_bytes()
+    results.write_text(to, page(document, found, images))
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:

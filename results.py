@@ -15,7 +15,7 @@ import re
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Collection, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Collection, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import psutil
 
@@ -43,6 +43,7 @@ RELEVANT_VARIABLES = (
 )  # fmt: skip
 
 _CGROUPS = Path("/sys/fs/cgroup")
+_CPU0 = Path("/sys/devices/system/cpu/cpu0")
 
 _NUMBER = (int, float)
 _OPTIONAL_NUMBER = (int, float, type(None))
@@ -217,6 +218,11 @@ def commit() -> Optional[Dict[str, Any]]:
     }
 
 
+def _governor() -> Optional[str]:
+    """How Linux chooses the CPU's frequency; None where it does not say, as on virtual machines."""
+    return (_read_text(_CPU0 / "cpufreq/scaling_governor") or "").strip() or None
+
+
 def _versions(names: Collection[str]) -> Dict[str, str]:
     """Versions of installed distributions, from their metadata: nothing is imported."""
     versions = {}
@@ -251,6 +257,7 @@ def environment(distributions: Dict[str, str]) -> Dict[str, Any]:
             "model": fields.get("model name") or platform.processor() or platform.machine(),
             "architecture": platform.machine(),
             "flags": cpu_flags(),
+            "governor": _governor(),
             "physical_cores": psutil.cpu_count(logical=False),
             "logical_cores": psutil.cpu_count(logical=True),
             "usable_cores": usable_cores(),
@@ -319,15 +326,31 @@ DECISIVE_SETTINGS = (
 OBJECTS = 100
 
 
-def case(group: Dict[str, Any]) -> Tuple[str, int]:
-    """What a group measures: a test model, and the objects that its synthetic weights find."""
-    return group["model"], group.get("objects", OBJECTS)
+Case = Tuple[str, int, Optional[str]]
 
 
-def case_name(of: Tuple[str, int]) -> str:
-    """A case in words: `testRetinaNet`, or `testRetinaNet with 5 objects`."""
-    name, objects = of
-    return name if objects == OBJECTS else f"{name} with {objects} objects"
+def case(group: Dict[str, Any]) -> Case:
+    """What a group measures: test model, objects that synthetic weights find, and which image.
+
+    The image is None where there is but one, and for all of them together.
+    """
+    return group["model"], group.get("objects", OBJECTS), group.get("image")
+
+
+def case_name(of: Case) -> str:
+    """A case in words: `testRetinaNet`, `testRetinaNet with 5 objects on dog.jpg`."""
+    name, objects, image = of
+    counted = name if objects == OBJECTS else f"{name} with {objects} objects"
+    return counted if image is None else f"{counted} on {image}"
+
+
+def image_files(images: Sequence[Any]) -> List[str]:
+    """Names of the files beside the result file that keep the images: `image.png`, then numbered.
+
+    Args:
+        images: as many as there are.
+    """
+    return [f"image{place if place > 1 else ''}.png" for place in range(1, len(images) + 1)]
 
 
 def facts(document: Dict[str, Any]) -> Dict[str, Any]:
@@ -352,6 +375,13 @@ def facts(document: Dict[str, Any]) -> Dict[str, Any]:
     return named
 
 
+def differing(before: Dict[str, Any], after: Dict[str, Any]) -> List[str]:
+    """Names of the `facts` in which two result files differ."""
+    old, new = facts(before), facts(after)
+    names = dict.fromkeys([*old, *new])
+    return [name for name in names if _shown(old.get(name)) != _shown(new.get(name))]
+
+
 def differences(
     before: Dict[str, Any], after: Dict[str, Any], ignored: Collection[str] = ()
 ) -> List[str]:
@@ -359,8 +389,8 @@ def differences(
     old, new = facts(before), facts(after)
     return [
         f"{name}: {_shown(old.get(name))} before, {_shown(new.get(name))} now"
-        for name in dict.fromkeys([*old, *new])
-        if _shown(old.get(name)) != _shown(new.get(name)) and name not in ignored
+        for name in differing(before, after)
+        if name not in ignored
     ]
 
 
@@ -449,11 +479,15 @@ def read_found(folder: Path) -> Dict[str, Any]:
         errors.InputError: it is damaged.
     """
     try:
-        return json.loads((folder / FOUND).read_text(encoding="utf-8"))
+        found = json.loads((folder / FOUND).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{folder / FOUND} cannot be read: {error}") from error
+    cases = found.values() if isinstance(found, dict) else [None]
+    if any(_flaw(case, {"reference": list, "runs": dict}, FOUND) for case in cases):
+        raise InputError(f"{folder / FOUND} is not what run_blade.py writes")
+    return found
 
 
 def prepare_directory(path: Union[str, Path], what: str = "output") -> Path:

@@ -46,8 +46,14 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         help="where the detectors come from (default: detectron2 where it is installed)",
     )
-    add("--image", metavar="FILE", help="default: a photograph, cropped and resized to 480x640")
-    add("--image-size", type=image_size, metavar="HxW", help="crop and resize the image to this")
+    add(
+        "--image",
+        nargs="+",
+        metavar="FILE",
+        help="default: a photograph, cropped and resized to 480x640; several are measured in the "
+        "same rounds, and reported one by one and together",
+    )
+    add("--image-size", type=image_size, metavar="HxW", help="crop and resize images to this")
     add(
         "--weights",
         default="auto",

@@ -101,7 +101,8 @@ def _plan(options: argparse.Namespace, notes: List[str]) -> suite.Plan:
     cores = results.usable_cores()
     if options.threads is not None and options.threads > cores:
         raise InputError(f"--threads {options.threads}: only {cores} cores can be used here")
-    picture = models.read_image(options.image and Path(options.image), options.image_size)
+    images = tuple(dict.fromkeys(options.image or ()))
+    pictures = models.read_images([Path(x) for x in images], options.image_size, options.seed)
     backends = _backends(options.backend, device, notes)
     precisions = _precisions(options.precision, device, backends, notes)
     names = tuple(MODELS) if options.all else tuple(dict.fromkeys(options.model))
@@ -112,9 +113,9 @@ def _plan(options: argparse.Namespace, notes: List[str]) -> suite.Plan:
         precisions=precisions,
         device=device,
         source=models.resolve_source(options.source),
-        image=options.image,
+        images=images,
         image_size=options.image_size,
-        picture=picture,
+        pictures=pictures,
         weights=options.weights,
         detections=options.detections,
         warm_up=WarmUp.on(device) if options.warmup is None else WarmUp.fixed(options.warmup),
@@ -142,9 +143,10 @@ def _document(plan: suite.Plan, options: argparse.Namespace, notes: List[str]) -
     for backend in plan.backends:
         versions.update(backend.versions())
     settings = dict(vars(options))
-    for name in ("image", "weights", "output", "cache"):
+    for name in ("weights", "output", "cache"):
         settings[name] = settings[name] and Path(settings[name]).name
     settings.update(
+        image=[Path(image).name for image in plan.images] or None,
         model=list(plan.models),
         backend=[backend.name for backend in plan.backends],
         precision=list(plan.precisions),
@@ -215,6 +217,8 @@ class Session:
         """Measures everything, printing a table after each test model; returns the exit code."""
         for note in self.notes:
             print(note, file=sys.stderr)
+        for warning in machine.general_warnings(self.document["environment"]):
+            self.progress.say(f"warning: {warning}")
         with suite.scratch_folder() as folder:
             if self.options.roofline and not self.document["peaks"]:
                 self._measure_peaks(folder)
@@ -224,8 +228,8 @@ class Session:
         self.document["complete"] = True
         self._save()
         self._write_page()
-        if len(self.plan.detections) > 1:
-            print("\n" + tables.objects_table(self.document["groups"]))
+        if len(self.plan.detections) > 1 or len(self.plan.images) > 1:
+            print("\n" + tables.cases_table(self.document["groups"]))
         if self.options.coverage:
             print("\n" + tables.coverage_table(self.document["groups"]))
         if self.options.stages:
@@ -245,12 +249,12 @@ class Session:
             self.progress.say(f"there is no % of peak: {error}")
 
     def _groups_of(self, name: str, objects: int) -> List[Dict[str, Any]]:
-        """What was measured of a test model, in the order of the precisions asked for."""
+        """What was measured of a test model, of all images together, by precision."""
         return [
             group
             for precision in self.plan.precisions
             for group in self.document["groups"]
-            if results.case(group) == (name, objects) and group["precision"] == precision
+            if results.case(group) == (name, objects, None) and group["precision"] == precision
         ]
 
     def _run_model(self, name: str, objects: int, folder: Path) -> None:
@@ -288,17 +292,23 @@ class Session:
 
     def _keep_reference(self, model: suite.Prepared) -> None:
         """What Torch fp32 found, for drawing it."""
-        drawn = [suite.drawable(image) for image in suite.reference_detections(model)]
-        name = results.case_name((model.name, model.objects))
-        kept = self.found.get(name, {}).get("runs", {})
-        self.found[name] = {"reference": drawn, "runs": kept}
+        files = results.image_files(self.plan.pictures)
+        for (name, case), file in zip(self._cases(model).items(), files):
+            drawn = [suite.drawable(image) for image in suite.reference_detections(model, name)]
+            kept = self.found.get(case, {}).get("runs", {})
+            self.found[case] = {"image": file, "reference": drawn, "runs": kept}
+
+    def _cases(self, model: suite.Prepared) -> Dict[str, str]:
+        """Timed input -> its name in `detections.json`."""
+        return {
+            name: results.case_name((model.name, model.objects, image))
+            for name, image in suite.image_names(self.plan, model).items()
+        }
 
     def _run_group(self, model: suite.Prepared, precision: str) -> None:
         first = self.document["aa"] is None
         groups, before = self.document["groups"], len(self.document["groups"])
         found: Dict[str, Any] = {}
-        name = results.case_name((model.name, model.objects))
-        self.found[name]["runs"][precision] = found
         try:
             aa = suite.measure_group(
                 *(model, precision, self.plan, self.progress, groups),
@@ -308,6 +318,8 @@ class Session:
             if first:
                 self.document["aa"] = aa
         finally:
+            for name, case in self._cases(model).items():
+                self.found[case]["runs"][precision] = found.get(name, {})
             for group in groups[before:]:
                 for warning in machine.warnings(group, self.plan.rule.min_rounds):
                     self.progress.say(f"warning: {warning}")
@@ -315,11 +327,15 @@ class Session:
 
     def _save(self) -> None:
         groups, least = self.document["groups"], self.plan.rule.min_rounds
-        self.document["warnings"] = [x for group in groups for x in machine.warnings(group, least)]
+        self.document["warnings"] = [
+            *machine.general_warnings(self.document["environment"]),
+            *(x for group in groups for x in machine.warnings(group, least)),
+        ]
         if self.plan.output is not None and self.document["groups"]:
             results.save(self.document, self.plan.output / "results.json")
             results.write_text(self.plan.output / results.FOUND, json.dumps(self.found))
-            models.write_image(self.plan.picture, self.plan.output / "image.png")
+            for picture, name in zip(self.plan.pictures, results.image_files(self.plan.pictures)):
+                models.write_image(picture, self.plan.output / name)
 
     def _write_page(self) -> None:
         if self.plan.output is not None:

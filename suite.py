@@ -7,20 +7,19 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import median
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from statistics import fmean, median
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import benchmark
 import machine
 import verify
 from backends.base import Backend
 from benchmark import RunFailed, StopRule, WarmUp
-from catalog import MODELS
+from catalog import MODELS, TUNING
 from errors import Unsupported
 from progress import Progress
 from worker import CALL_LIMIT_S, PREPARE_LIMIT_S, Job, ModelRequest, Worker
 
-SIZES = ("opt", "min", "max")
 # Runs that take part without a row of their own: Torch once more, and Torch at fp32.
 AGAIN = "torch again"
 # Where Torch is timed against itself, speedups are to be known this well: what the machine can
@@ -39,12 +38,13 @@ class Plan:
         models: names of test models, in the order in which they are measured.
         backends: the baseline first.
         precisions: requested, each a group of its own.
-        image_size: height and width, or None for the image's own.
+        images: paths; empty for the default image.
+        image_size: height and width, or None for the images' own.
         detections: how many objects synthetic weights find; with several, each is measured.
         warm_up, rule: of the timing.
         output: directory for results and the files that backends want kept, or None.
         cache: directory in which engines are kept between invocations, or None.
-        picture: the image that was read, 3 x H x W, to be kept beside the results.
+        pictures: the images that were read, 3 x H x W, to be kept beside the results.
         stages: whether the stages of the eager module are timed.
         trace: whether a profile of a call is kept in `output`, where PyTorch can make one.
         debug: whether to show what the worker of a failed run printed.
@@ -55,7 +55,7 @@ class Plan:
     precisions: Tuple[str, ...]
     device: str
     source: str
-    image: Optional[str]
+    images: Tuple[str, ...]
     image_size: Optional[Tuple[int, int]]
     weights: str
     detections: Tuple[int, ...]
@@ -66,7 +66,7 @@ class Plan:
     output: Optional[Path]
     debug: bool
     cache: Optional[Path] = None
-    picture: Any = None
+    pictures: Sequence[Any] = ()
     stages: bool = False
     trace: bool = False
 
@@ -86,14 +86,22 @@ class Plan:
 
 @dataclass
 class Run:
-    """One run while it is being measured: its process and what is known of it so far."""
+    """One run while it is being measured: its process and what is known of it so far.
+
+    Attributes:
+        calls_s: seconds of each round's calls, one for each input that is timed.
+        agreements: input -> whether its detections are those of the reference.
+        found: timed input -> what was found in each image of the call, for `detections.json`.
+    """
 
     key: str
     backend: Backend
     record: Dict[str, Any]
     worker: Optional[Worker] = None
     log: Optional[Path] = None
-    found: List[Dict[str, Any]] = field(default_factory=list)
+    calls_s: List[List[float]] = field(default_factory=list)
+    agreements: Dict[str, verify.Agreement] = field(default_factory=dict)
+    found: Dict[str, List[Dict[str, Any]]] = field(default_factory=dict)
 
     def give_up(self, status: str, reason: str) -> None:
         """Takes note of why it goes no further, and ends its process."""
@@ -114,12 +122,14 @@ class Prepared:
     Attributes:
         name: of the test model.
         objects: that its weights find, if they are synthetic.
-        file: its weights and tuning inputs, for the workers.
-        reference: `min`, `opt`, `max` -> the flat tuple that eager fp32 found.
-        sizes: `min`, `opt`, `max` -> height and width of each image.
+        file: its weights and inputs, for the workers.
+        reference: input (`min`, `opt`, `max`, and with several images `image 2` and so on) -> the
+            flat tuple that eager fp32 found.
+        sizes: input -> height and width of each image.
         fields: names of the tensors of one image in a flat tuple.
-        flops: of a call at `opt`, or None where PyTorch does not count them.
-        digests: that tell image and weights from others: `image_digest`, `weights_digest`.
+        timed: the inputs that are timed: `opt`, and the further images.
+        flops: timed input -> of a call, or None where PyTorch does not count them.
+        image_digests, weights_digest: that tell images and weights from others.
         note: where the weights come from.
     """
 
@@ -129,8 +139,10 @@ class Prepared:
     reference: Dict[str, List[Any]]
     sizes: Dict[str, List[List[int]]]
     fields: Tuple[str, ...]
-    flops: Optional[int]
-    digests: Dict[str, str]
+    timed: List[str]
+    flops: Dict[str, Optional[int]]
+    image_digests: Dict[str, str]
+    weights_digest: str
     note: str
 
 
@@ -167,7 +179,7 @@ def prepare_model(
         model=name,
         source=plan.source,
         weights=plan.weights,
-        image=plan.image,
+        images=plan.images,
         image_size=plan.image_size,
         detections=objects,
         seed=plan.seed,
@@ -198,8 +210,9 @@ def measure_group(
 
     Args:
         groups: of the result file; the new one is added as soon as there is something in it, also
-            when an interruption comes through.
-        found: takes, by label, what each run found in each image: of `detections.json`.
+            when an interruption comes through. With several images that is one for all of them
+            together, and one for each.
+        found: takes what was found in each timed input, by label: of `detections.json`.
         same_again: whether a second Torch takes part, to see what difference can be resolved.
 
     Returns:
@@ -207,8 +220,8 @@ def measure_group(
     """
     rule = _rule(plan, same_again)
     group = _new_group(model.name, model.objects, precision, rule)
-    group.update(model.digests, weights=model.note, image_sizes=model.sizes, flops=model.flops)
-    group["found"] = sum(len(image.scores) for image in reference_detections(model))
+    group.update(weights=model.note, weights_digest=model.weights_digest)
+    group.update(_facts_of(model, model.timed, list(model.sizes)))
     runs = plan.runs_for(precision)
     extras = _extra_runs(runs[0], same_again)
     rounds = benchmark.Rounds()
@@ -235,18 +248,80 @@ def measure_group(
         if rounds.rounds or any(run.record["status"] != "ok" for run in runs):
             _conclude(group, runs, rounds, plan)
             groups.append(group)
-        if found is not None:
-            found.update({run.record["label"]: run.found for run in runs if run.found})
+            if len(model.timed) > 1:
+                groups += _one_by_one(group, model, runs, extras, plan)
+        for run in runs if found is not None else ():
+            for name, images in run.found.items():
+                found.setdefault(name, {})[run.record["label"]] = images
     samples = [rounds.samples.get(key, []) for key in (runs[0].key, AGAIN)]
     return _same_against_same(group, samples, plan) if all(samples) else None
 
 
-def reference_detections(model: Prepared) -> List[verify.Detections]:
-    """What eager fp32 found in each image at `opt`; nothing where that is malformed."""
+def reference_detections(model: Prepared, name: str) -> List[verify.Detections]:
+    """What eager fp32 found in each image of an input; nothing where that is malformed."""
     try:
-        return verify.split(model.reference["opt"], model.fields)
+        return verify.split(model.reference[name], model.fields)
     except verify.Malformed:
         return []
+
+
+def image_names(plan: Plan, model: Prepared) -> Dict[str, Optional[str]]:
+    """Timed input -> the name of its image; None where there is but one image."""
+    if len(model.timed) == 1:
+        return {model.timed[0]: None}
+    names = [Path(path).name for path in plan.images]
+    return {
+        key: name if names.count(name) == 1 else f"{name} ({place})"
+        for place, (key, name) in enumerate(zip(model.timed, names), start=1)
+    }
+
+
+def _facts_of(model: Prepared, timed: Sequence[str], inputs: Sequence[str]) -> Dict[str, Any]:
+    """What a group says of the inputs that it is about."""
+    flops = [model.flops[name] for name in timed]
+    found = [len(image.scores) for name in timed for image in reference_detections(model, name)]
+    return {
+        "image_sizes": {name: model.sizes[name] for name in inputs},
+        "image_digest": " ".join(model.image_digests[name] for name in timed),
+        "flops": None if None in flops else sum(flops) // len(flops),
+        "found": sum(found),
+    }
+
+
+def _one_by_one(
+    together: Dict[str, Any], model: Prepared, runs: List[Run], extras: List[Run], plan: Plan
+) -> List[Dict[str, Any]]:
+    """A group for each image, of the same rounds.
+
+    What is not of one image (preparation, coverage, the state of the machine) is with the group of
+    all of them only.
+    """
+    groups = []
+    for place, (name, image) in enumerate(image_names(plan, model).items()):
+        inputs = list(TUNING) if name == "opt" else [name]
+        group = {**together, **_facts_of(model, [name], inputs), "image": image}
+        group.update(stages=None, machine=None, gpu=[])
+        samples = {run.key: [calls[place] for calls in run.calls_s] for run in runs + extras}
+        rounds = benchmark.Rounds(samples, {}, together["rounds"], together["stopped"])
+        _conclude(group, [_of_inputs(run, inputs) for run in runs], rounds, plan)
+        groups.append(group)
+    return groups
+
+
+def _of_inputs(run: Run, inputs: Sequence[str]) -> Run:
+    """What a run did with some of its inputs."""
+    record = {**run.record, "prepare": {}, "coverage": {}, "artifacts": [], "break_even": None}
+    for key in ("size_seconds", "detections"):
+        known = record[key] or {}
+        record[key] = {name: known[name] for name in inputs if name in known} or None
+    record["size_seconds"] = record["size_seconds"] or {}
+    if record["status"] == "mismatch":
+        worst = verify.worst({name: run.agreements[name] for name in inputs})
+        matches = worst.verdict == "match"
+        record.update(
+            status="ok" if matches else "mismatch", reason=None if matches else worst.reason
+        )
+    return Run(run.key, run.backend, record)
 
 
 def failed_group(
@@ -270,6 +345,7 @@ def _rule(plan: Plan, same_again: bool) -> StopRule:
 def _new_group(name: str, objects: int, precision: str, rule: StopRule) -> Dict[str, Any]:
     return {
         "model": name,
+        "image": None,
         "objects": objects,
         "found": None,
         "export": MODELS[name].kind,
@@ -421,20 +497,26 @@ def measure_peaks(precisions: Sequence[str], plan: Plan, folder: Path) -> Dict[s
     return {precision: peak for precision, peak in peaks.items() if peak}
 
 
-def _timed_call(run: Run) -> Any:
-    return lambda: run.worker.ask("timed_call", (), CALL_LIMIT_S)
+def _timed_call(run: Run) -> Callable[[], float]:
+    """A turn of a run: a call for each image. With several, their mean is what counts."""
+
+    def call() -> float:
+        run.calls_s.append(run.worker.ask("timed_calls", (), CALL_LIMIT_S))
+        return fmean(run.calls_s[-1])
+
+    return call
 
 
 def _check(run: Run, model: Prepared, plan: Plan, progress: Progress) -> None:
-    """Compares what a run finds with the reference, at all sizes."""
+    """Compares what a run finds with the reference, in all inputs."""
     if run.worker is None:
         return
     try:
         run.record.update(run.worker.ask("peak_memory"))
         run.record["coverage"] = run.worker.ask("coverage")
         progress.say(f"{model.name} {run.record['requested_precision']}: checking {run.key}")
-        answers = {size: run.worker.ask("detect", (size,)) for size in SIZES}
-        run.record["size_seconds"] = {size: answers[size]["seconds"] for size in SIZES}
+        answers = {name: run.worker.ask("detect", (name,)) for name in model.sizes}
+        run.record["size_seconds"] = {name: x["seconds"] for name, x in answers.items()}
         run.record["artifact_mb"] = run.worker.ask("artifact_mb")
         # Last, as PyTorch's profiler slows a process down.
         run.record["effective_precision"] = run.worker.ask("precision")
@@ -448,17 +530,16 @@ def _check(run: Run, model: Prepared, plan: Plan, progress: Progress) -> None:
     if run.record["baseline"] and run.record["requested_precision"] == "fp32":
         return  # It is the reference.
     precision = run.record["effective_precision"]
-    found = {size: answers[size]["outputs"] for size in SIZES}
-    agreements = {
-        size: verify.verify(model.reference[size], found[size], model.fields, precision)
-        for size in SIZES
-    }
-    run.found = _drawable(model.reference["opt"], found["opt"], model.fields, precision)
+    for name, answer in answers.items():
+        both = (model.reference[name], answer["outputs"], model.fields, precision)
+        run.agreements[name] = verify.verify(*both)
+        if name in model.timed:
+            run.found[name] = _drawable(*both)
     run.record["detections"] = {
-        size: {**asdict(agreement), "text": agreement.text}
-        for size, agreement in agreements.items()
+        name: {**asdict(agreement), "text": agreement.text}
+        for name, agreement in run.agreements.items()
     }
-    worst = verify.worst(agreements)
+    worst = verify.worst(run.agreements)
     if worst.verdict != "match":
         run.record.update(status="mismatch", reason=worst.reason)
 
@@ -513,6 +594,7 @@ def _conclude(group: Dict[str, Any], runs: List[Run], rounds: benchmark.Rounds, 
             run.record["statistics"] = asdict(statistics)
         if samples and baseline and not run.record["baseline"]:
             run.record["speedup"] = asdict(benchmark.speedup(baseline, samples, plan.seed))
+        if samples and baseline and not run.record["baseline"] and run.record["prepare"]:
             extra_s = _prepare_seconds(run) - _prepare_seconds(runs[0])
             paid_back = benchmark.break_even(
                 baseline, samples, extra_s, group["images_per_call"], plan.seed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import published
 import results
@@ -21,6 +21,7 @@ from benchmark import (
     short_name,
     table,
 )
+from catalog import TUNING
 from stages import STAGES, ceiling
 from verify import Agreement, worst
 
@@ -88,10 +89,16 @@ def _precision(run: Dict[str, Any]) -> str:
 
 
 def _check_note(group: Group) -> List[str]:
-    sizes = [group["image_sizes"].get(name) for name in ("min", "opt", "max")]
-    if not all(sizes):
-        return []
-    small, timed, large = (f"{size[0][0]}x{size[0][1]}" for size in sizes)
+    sizes = {name: f"{size[0][0]}x{size[0][1]}" for name, size in group["image_sizes"].items()}
+    if not set(TUNING) <= set(sizes):
+        return [f"timed at {size}" for size in sizes.values()]
+    small, timed, large = (sizes.pop(name) for name in TUNING)
+    if sizes:
+        several = ", ".join([timed, *sizes.values()])
+        return [
+            f"timed on {1 + len(sizes)} images in turn ({several}), of which the mean counts; "
+            f"Detections: against Torch fp32 on each, and at {small} and {large}, the worst of all"
+        ]
     return [
         f"timed at {timed}; Detections: against Torch fp32 at {small}, {timed} and {large}, "
         "the worst of the three"
@@ -211,25 +218,32 @@ def _peak_note(groups: Sequence[Group], peaks: Dict[str, float]) -> str:
     return f"% of peak: of what PyTorch's matrix products reach here, in GFLOP/s {reached}; {own}"
 
 
-def objects_table(groups: Sequence[Group]) -> str:
-    """Time against what is in the picture: a line for each run and number of objects."""
-    headings = ["Model", "Backend", "precision", "objects", "found", "Median(ms)"]
+def cases_table(groups: Sequence[Group]) -> str:
+    """Time against what is in the picture: a line for each run, number of objects and image."""
+    cases = [results.case(group) for group in groups]
+    names = ("objects", "image")
+    several = [name for place, name in enumerate(names, 1) if len({x[place] for x in cases}) > 1]
+    headings = ["Model", "Backend", "precision", *several, "found", "Median(ms)"]
     grid = [[*headings, "Speedup", "Detections"]]
-    lines = [
-        (group["model"], run["backend"], group["precision"], results.case(group)[1], group, run)
-        for group in groups
-        for run in group["runs"]
-    ]
-    order = {line[:3]: number for number, line in reversed(list(enumerate(lines)))}
-    for model, *_, objects, group, run in sorted(lines, key=lambda x: (order[x[:3]], x[3])):
-        statistics, speedup = run["statistics"], run["speedup"]
-        found = group.get("found")
-        cells = [short_name(model), run["label"], _precision(run), str(objects)]
+    lines = [(*line, group, run) for line, group in zip(cases, groups) for run in group["runs"]]
+    order = list(dict.fromkeys(_run_key(*line[3:]) for line in lines))
+    # Images stay in their order; all of them together come last.
+    lines.sort(key=lambda x: (order.index(_run_key(*x[3:])), x[1], x[2] is None))
+    for model, objects, image, group, run in lines:
+        statistics, speedup, found = run["statistics"], run["speedup"], group.get("found")
+        case = {"objects": str(objects), "image": image or "together"}
+        cells = [short_name(model), run["label"], _precision(run)]
+        cells += [case[name] for name in several]
         cells += ["-" if found is None else str(found)]
         cells += [f"{statistics['median_ms']:.1f}" if statistics else "-"]
         cells += [describe_speedup(Speedup(**speedup)) if speedup else "-", _detections(run)]
         grid.append(cells)
-    return "\n".join(markdown(grid, [False] * 3 + [True] * 3 + [False] * 2))
+    rights = [False] * 3 + [name == "objects" for name in several] + [True] * 2 + [False] * 2
+    return "\n".join(markdown(grid, rights))
+
+
+def _run_key(group: Group, run: Dict[str, Any]) -> Tuple[str, str, str]:
+    return group["model"], run["backend"], group["precision"]
 
 
 def stages_table(groups: Sequence[Group]) -> str:

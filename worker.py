@@ -61,7 +61,7 @@ class ModelRequest:
     model: str
     source: str
     weights: str
-    image: Optional[str]
+    images: Tuple[str, ...]
     image_size: Optional[Tuple[int, int]]
     detections: int
     seed: int
@@ -76,9 +76,10 @@ def prepare_model(request: ModelRequest) -> Dict[str, Any]:
     """Makes weights and inputs, keeps them for the workers, and computes the reference.
 
     Returns:
-        `reference`: for `min`, `opt`, `max` the flat tuple of eager fp32 as arrays;
-        `sizes`: their image sizes; `flops`: of a call at `opt`, or None where PyTorch does not
-        count them; `digests` of image and weights; `note`: where the weights come from.
+        `reference`: for each input, of which `timed` names those that are timed, the flat tuple of
+        eager fp32 as arrays; `sizes`: their image sizes; `flops`: of a call with each that is
+        timed, or None where PyTorch does not count them; `image_digests` of these;
+        `weights_digest`; `note`: where the weights come from.
     """
     import torch
 
@@ -87,8 +88,10 @@ def prepare_model(request: ModelRequest) -> Dict[str, Any]:
     from catalog import MODELS
 
     model = MODELS[request.model]
-    image = models.read_image(request.image and Path(request.image), request.image_size)
-    inputs = models.tuning_inputs(image, model.images_per_call, request.seed)
+    paths = [Path(path) for path in request.images]
+    images = models.read_images(paths, request.image_size, request.seed)
+    inputs = models.inputs(images, model.images_per_call, request.seed)
+    timed = models.timed(inputs)
     weights = models.find_weights(model, request.weights, inputs, request.detections, request.seed)
     torch.save({"state": weights.state, "name": weights.name, "inputs": inputs}, request.prepared)
     export = models.build(model, weights.state, weights.name, inputs, request.source)
@@ -97,11 +100,10 @@ def prepare_model(request: ModelRequest) -> Dict[str, Any]:
     return {
         "reference": reference,
         "sizes": models.describe_sizes(inputs),
-        "flops": count_flops(export.eager, inputs["opt"]),
-        "digests": {
-            "image_digest": _digest(inputs["opt"]),
-            "weights_digest": _digest([weights.state[name] for name in sorted(weights.state)]),
-        },
+        "timed": timed,
+        "flops": {name: count_flops(export.eager, inputs[name]) for name in timed},
+        "image_digests": {name: _digest(inputs[name]) for name in timed},
+        "weights_digest": _digest([weights.state[name] for name in sorted(weights.state)]),
         "fields": export.fields,
         "note": weights.note,
     }
@@ -115,18 +117,20 @@ class Run:
 
         import models
         from backends import base
-        from catalog import MODELS
+        from catalog import MODELS, TUNING
 
         start = time.perf_counter()
         kept = torch.load(job.prepared, **({"weights_only": True} if _has_weights_only() else {}))
         device = torch.device(job.device)
-        inputs = {
+        self.inputs = {
             name: tuple(image.to(device) for image in images)
             for name, images in kept["inputs"].items()
         }
+        self.timed = models.timed(self.inputs)
         self.device = job.device
+        tuning = {name: self.inputs[name] for name in TUNING}
         self.export = models.build(
-            MODELS[job.model], kept["state"], kept["name"], inputs, job.source
+            MODELS[job.model], kept["state"], kept["name"], tuning, job.source
         )
         self.export.eager.to(device)
         backend = base.load(job.backend)
@@ -165,8 +169,16 @@ class Run:
             torch.cuda.synchronize()
 
     def timed_call(self) -> float:
-        """Seconds of one call, images in, detections out."""
+        """Seconds of one call at `opt`, images in, detections out."""
         return self._timed(self.export.inputs)[0]
+
+    def timed_calls(self) -> List[float]:
+        """The same for each of the inputs that are timed, one after the other."""
+        return [self._timed(self.inputs[name])[0] for name in self.timed]
+
+    def warm_up(self, rule: WarmUp) -> List[float]:
+        """Seconds of the rounds of `timed_calls` until it is warm."""
+        return warm_up(lambda: sum(self.timed_calls()), rule)
 
     def _timed(self, images: Tuple[Any, ...]) -> Tuple[float, Any]:
         self.synchronize()
@@ -175,14 +187,14 @@ class Run:
         self.synchronize()
         return time.perf_counter() - start, outputs
 
-    def detect(self, size: str) -> Dict[str, Any]:
-        """What is found at `min`, `opt` or `max`, and how long that takes.
+    def detect(self, name: str) -> Dict[str, Any]:
+        """What is found in an input, `min`, `opt`, `max` or another, and how long that takes.
 
         Returns:
             `outputs`: the flat tuple as arrays; `seconds`: of a few calls, without the first
             where calls are short, as engines pick their kernels when they first see a size.
         """
-        images = self.export.tuning_inputs[size]
+        images = self.inputs[name]
         first, outputs = self._timed(images)
         short = first < SHORT_CALL_S
         seconds = [self._timed(images)[0] for _ in range(2)] if short else [first]
@@ -290,7 +302,7 @@ def _main(connection: Any, log: str, threads: int) -> None:
                     _use_threads(threads)
                     answer = measure_peak(*argument)
                 elif name == "warm_up":
-                    answer = warm_up(run.timed_call, argument)
+                    answer = run.warm_up(argument)
                 else:
                     answer = getattr(run, name)(*argument)
                 connection.send(("ok", answer))

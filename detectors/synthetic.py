@@ -11,6 +11,7 @@ import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
 import torch
@@ -67,7 +68,7 @@ MASK_SAMPLE = 32
 SAME_CLASS_IOU = 0.1
 
 # RetinaNet's anchors of a cell, by image: every size and every shape once. Each class of an anchor
-# has weights of its own, so that no two objects need to share them.
+# has weights of its own, which only a fourth image has to share.
 IMAGE_ANCHORS = ((0, 4, 8), (1, 5, 6), (2, 3, 7))
 MIDDLE_ANCHOR = 4
 
@@ -79,8 +80,8 @@ def synthesize(
 
     Args:
         config: a key of `detectors.ARCHITECTURES`.
-        images: the image at the sizes `min`, `opt` and `max`, each 3 x H x W, BGR, 0 to 255.
-            The network is scaled on `opt`; objects are chosen in all three.
+        images: the image at the sizes `min`, `opt` and `max`, and any others, each 3 x H x W, BGR,
+            0 to 255. The network is scaled on `opt`; objects are chosen in all.
         detections: how many objects are found in each, up to 100. Where an image has too few
             regions that can be told apart (it is tiny, or of one colour), it is fewer.
         seed: of the weights and of the choice.
@@ -88,9 +89,12 @@ def synthesize(
     Returns:
         A state dict by Detectron2's names. The same on every call on one machine.
     """
-    smallest, middle, largest = images
-    # Tiny images are not made smaller: two that are alike would be rivals in everything.
-    views = [middle] + [x for x in (smallest, largest) if not torch.equal(x, middle)]
+    smallest, middle, largest, *others = images
+    views = [middle]
+    for image in (smallest, largest, *others):
+        # Two that are alike (tiny images are not made smaller) would be rivals in everything.
+        if not any(torch.equal(image, view) for view in views):
+            views.append(image)
     generator = torch.Generator().manual_seed(seed)
     detector = detectors.build(config, False).requires_grad_(False)
     with torch.no_grad():
@@ -369,23 +373,40 @@ def _fit_retinanet(
     layer.bias.fill_(2 * BACKGROUND_LOGIT)
     objects = _choose_objects(regions, discriminant, detections, generator)
     channels = _channels(objects)
-    if channels:
-        rows = torch.cat([found.rows for found in objects])[:, None]
-        logits = torch.cat([found.logits for found in objects])[:, None]
-        weights, biases = discriminant.fit(rows.unbind(), logits.unbind())
-        layer.weight[channels, :, 1, 1] = weights
-        layer.bias[channels] = biases
+    if len(channels):
+        used, weights, biases = _fit_objects(discriminant, objects, channels)
+        layer.weight[used, :, 1, 1] = weights
+        layer.bias[used] = biases
 
 
-def _channels(objects: Sequence[_Objects]) -> List[int]:
+def _fit_objects(
+    discriminant: _Discriminant, objects: Sequence[_Objects], outputs: Tensor
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Classifiers for the objects of all images.
+
+    Args:
+        outputs: for each object, which output of the layer tells it.
+
+    Returns:
+        the C outputs that tell any, and their C x D weights and C biases.
+    """
+    rows = torch.cat([found.rows for found in objects])
+    logits = torch.cat([found.logits for found in objects])
+    used = outputs.unique()
+    members = [outputs == output for output in used]
+    fitted = discriminant.fit([rows[x] for x in members], [logits[x] for x in members])
+    return (used, *fitted)
+
+
+def _channels(objects: Sequence[_Objects]) -> Tensor:
     """For each object of each image an output channel, of one of the image's anchors."""
     channels: List[int] = []
-    for anchors, found in zip(IMAGE_ANCHORS, objects):
+    for anchors, found in zip(cycle(IMAGE_ANCHORS), objects):
         uses = [0] * NUM_CLASSES
         for label in found.classes:
             channels.append(anchors[uses[label] % len(anchors)] * NUM_CLASSES + label)
             uses[label] += 1
-    return channels
+    return torch.tensor(channels, dtype=torch.int64)
 
 
 def _retinanet_regions(detector: RetinaNet, image: Tensor) -> _Regions:
@@ -552,10 +573,6 @@ def _fit_classes(
     layer.bias[-1] = 0
     classes = torch.tensor([label for found in objects for label in found.classes])
     if len(classes):
-        rows = torch.cat([found.rows for found in objects])
-        logits = torch.cat([found.logits for found in objects])
-        used = classes.unique()
-        members = [classes == label for label in used]
-        weights, biases = discriminant.fit([rows[x] for x in members], [logits[x] for x in members])
+        used, weights, biases = _fit_objects(discriminant, objects, classes)
         layer.weight[used] = weights
         layer.bias[used] = biases

@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+import models
 import results
 import run_blade
 import session
@@ -542,6 +543,70 @@ def test_several_counts_of_objects(tmp_path):
     again = script(*FINISHED, *counts)
     assert again.err.count("kept from before") == 2
     assert results.load(tmp_path / "results.json")["groups"] == groups
+
+
+@pytest.fixture
+def two_images(tmp_path) -> List[Path]:
+    """A lying and a standing part of a photograph, of the same file name."""
+    paths = [tmp_path / "a" / "part.png", tmp_path / "b" / "part.png"]
+    with Image.open(models.default_image()) as photograph:
+        for path, box in zip(paths, ((100, 100, 228, 196), (250, 300, 346, 428))):
+            path.parent.mkdir()
+            photograph.crop(box).save(path)
+    return paths
+
+
+def test_several_images_are_reported_one_by_one_and_together(two_images, tmp_path):
+    output = tmp_path / "output"
+    more = ["--image", *two_images, "--detections", "20", "--backend", "torchscript"]
+    arguments = [x for x in FINISHED if x not in ("--image-size", "96x128")]
+    outcome = script(*arguments, *more, "--output", output)
+    assert outcome.code == 0, outcome.err
+    document = results.load(output / "results.json")
+    assert document["settings"]["image"] == ["part.png", "part.png"]
+    groups = document["groups"]
+    assert [group["image"] for group in groups] == [None, "part.png (1)", "part.png (2)"]
+    assert [group["found"] for group in groups] == [40, 20, 20]
+    assert [set(group["image_sizes"]) for group in groups] == [
+        {"min", "opt", "max", "image 2"},
+        {"min", "opt", "max"},
+        {"image 2"},
+    ]
+    assert groups[2]["image_sizes"]["image 2"] == [[128, 96]]
+    for together, first, second in zip(*(group["runs"] for group in groups)):
+        means = [(a + b) / 2 for a, b in zip(first["samples_s"], second["samples_s"])]
+        assert together["samples_s"] == pytest.approx(means)
+        assert len(means) == 6
+        assert first["samples_s"] != second["samples_s"]
+    torchscript = groups[2]["runs"][1]
+    assert set(torchscript["detections"]) == {"image 2"}
+    assert torchscript["detections"]["image 2"]["text"] == "20/20 match"
+    assert torchscript["speedup"]["ratio"] > 0
+    # The table of the model is that of both; below, there is a line for each.
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in outcome.out.splitlines()
+        if line.startswith("| RetinaNet")
+    ]
+    assert [len(row) for row in rows] == [11, 11] + [8] * 6
+    assert [row[3:5] for row in rows[2:5]] == [
+        ["part.png (1)", "20"],
+        ["part.png (2)", "20"],
+        ["together", "40"],
+    ]
+    text = (output / "report.html").read_text(encoding="utf-8")
+    assert "RetinaNet with 20 objects on part.png (2)" in text
+    assert text.count("data:image/png;base64,") == 2
+    again = script(*arguments, *more, "--output", output)
+    assert "kept from before" in again.err
+    assert results.load(output / "results.json")["groups"] == groups
+
+
+def test_an_image_that_engines_are_not_made_for(main, two_images, tmp_path):
+    large = tmp_path / "large.png"
+    Image.new("RGB", (128, 400)).save(large)
+    outcome = main("--model", "testRetinaNet", "--image", two_images[0], large)
+    assert_refused(outcome, "large.png has 400x128 pixels", "after the first image", "--image-size")
 
 
 def test_a_trace_needs_a_place(main):

@@ -11,6 +11,7 @@ from typing import Any, Dict
 import pytest
 
 import machine
+import results
 from machine import Snapshot
 
 
@@ -101,3 +102,19 @@ def test_warnings(changes, warning):
 
 def test_fewer_rounds_that_were_asked_for_are_no_warning():
     assert machine.warnings(group(rounds=6, stopped="fixed"), 6) == []
+
+
+@pytest.mark.parametrize(
+    ("governor", "warned"), [("powersave", True), ("performance", False), (None, False)]
+)
+def test_a_cpu_that_changes_its_frequency_is_said(governor, warned):
+    found = machine.general_warnings({"cpu": {"governor": governor}})
+    assert [f"governor {governor}" in warning for warning in found] == [True] * warned
+
+
+def test_the_governor_is_read_where_there_is_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "_CPU0", tmp_path)
+    assert results.environment({})["cpu"]["governor"] is None
+    (tmp_path / "cpufreq").mkdir()
+    (tmp_path / "cpufreq" / "scaling_governor").write_text("schedutil\n")
+    assert results.environment({})["cpu"]["governor"] == "schedutil"

@@ -149,7 +149,7 @@ def test_the_pictures_say_what_is_lost(page):
     assert kinds == ["matched", "matched", "matched", "spurious", "lost"]
     text = "".join(page.text)
     assert "OpenVINO fp32: 1 agree, 1 lost, 1 spurious" in text
-    assert [x["href"] for x in page.all("use") if "href" in x] == ["#photograph"] * 2
+    assert [x["href"] for x in page.all("use") if "href" in x] == ["#image-png"] * 2
 
 
 def test_its_words(page):
@@ -181,7 +181,7 @@ def test_without_image_and_detections(folder):
 def test_an_older_result_file():
     """Written before there were pages: nothing that came later may be missed."""
     path = Path(report.__file__).parent / "results" / "cpu-2-cores" / "results.json"
-    text = report.page(results.load(path), {}, None)
+    text = report.page(results.load(path), {}, {})
     assert len(Page(text).all("svg")) >= 14
 
 
@@ -193,6 +193,8 @@ def test_an_older_result_file():
         ("results.json", '{"tool": "run_blade", "schema": 99}', "schema 99"),
         ("results.json", '{"tool": "other"}', "not a result file"),
         (results.FOUND, '{"testRetinaNet": ', "cannot be read"),
+        (results.FOUND, "[1, 2]", "is not what run_blade.py writes"),
+        (results.FOUND, '{"testRetinaNet": {"runs": {}}}', "is not what run_blade.py writes"),
     ],
 )
 def test_a_bad_file_leaves_the_old_page(folder, capsys, name, content, words):

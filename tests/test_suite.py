@@ -30,7 +30,7 @@ def make_plan(**changes: Any) -> suite.Plan:
         precisions=("fp32",),
         device="cpu",
         source="bundled",
-        image=None,
+        images=(),
         image_size=(96, 128),
         weights="synthetic",
         detections=(30,),

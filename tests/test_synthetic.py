@@ -114,6 +114,21 @@ def test_weights_are_those_of_the_seed(model):
     )
 
 
+@pytest.mark.parametrize("model", [RETINANET, MASK_RCNN], ids=lambda model: model.name)
+def test_further_images_have_their_objects_too(model):
+    """Three more: in RetinaNet the last of them share anchors with earlier ones."""
+    image = models.read_image(None, (160, 224))
+    others = [image.flip(2), image.transpose(1, 2).contiguous(), image.flip(1)]
+    views = [tuning_inputs(160, 224)[name][0] for name in SIZES]
+    state = synthesize(model.config, [*views, *others], 30, seed=0)
+    detector = detectors.build(model.config, True)
+    detector.load_state_dict(state)
+    with torch.no_grad():
+        counts = [len(detector([view])[0].scores) for view in (*views, *others)]
+    assert min(counts) >= 27
+    assert max(counts) == 30
+
+
 @pytest.mark.parametrize("config", detectors.ARCHITECTURES)
 def test_weights_have_the_names_of_the_architecture(config):
     image = torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(0)) * 255

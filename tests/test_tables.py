@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
 import tables
 from benchmark import StopRule
@@ -123,7 +123,7 @@ def test_counts_of_objects_have_a_line_each():
         runs = [run(name, {}, statistics=statistics) for name in ("Torch", "OpenVINO")]
         return group(*runs, objects=objects, found=found)
 
-    lines = tables.objects_table([timed(0, 0), timed(30, 29)]).splitlines()
+    lines = tables.cases_table([timed(0, 0), timed(30, 29)]).splitlines()
     assert cells(lines[0])[3:6] == ["objects", "found", "Median(ms)"]
     assert [cells(line)[1:6] for line in lines[2:]] == [
         ["Torch", "fp32", "0", "0", "100.0"],
@@ -131,6 +131,30 @@ def test_counts_of_objects_have_a_line_each():
         ["OpenVINO", "fp32", "0", "0", "100.0"],
         ["OpenVINO", "fp32", "30", "29", "130.0"],
     ]
+
+
+def test_images_have_a_line_each_and_one_together():
+    def timed(image: Optional[str], milliseconds: float) -> Dict[str, Any]:
+        statistics = {"median_ms": milliseconds}
+        return group(run("Torch", {}, statistics=statistics), image=image, found=9)
+
+    both = [timed(None, 150.0), timed("b.jpg", 100.0), timed("a.jpg", 200.0)]
+    lines = tables.cases_table(both).splitlines()
+    assert cells(lines[0])[3:6] == ["image", "found", "Median(ms)"]
+    assert [cells(line)[3:6] for line in lines[2:]] == [
+        ["b.jpg", "9", "100.0"],
+        ["a.jpg", "9", "200.0"],
+        ["together", "9", "150.0"],
+    ]
+
+
+def test_what_several_images_were_timed_on_is_said():
+    sizes = {"min": [[40, 60]], "opt": [[70, 90]], "max": [[150, 200]], "image 2": [[80, 80]]}
+    text = tables.model_table([group(run("Torch", {}), image_sizes=sizes)], StopRule())
+    assert "- timed on 2 images in turn (70x90, 80x80), of which the mean counts;" in text
+    assert "Torch fp32 on each, and at 40x60 and 150x200, the worst of all" in text
+    one = group(run("Torch", {}), image_sizes={"image 2": [[80, 80]]})
+    assert "- timed at 80x80\n" in tables.model_table([one], StopRule())
 
 
 def test_stages_say_where_the_time_goes():

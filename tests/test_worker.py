@@ -108,7 +108,7 @@ def test_a_model_is_prepared(start, tmp_path):
         model="testMaskRCNNFPN_b2",
         source="bundled",
         weights="synthetic",
-        image=None,
+        images=(),
         image_size=(64, 96),
         detections=5,
         seed=0,

@@ -66,7 +66,7 @@ def prepare(options: argparse.Namespace, threads: int) -> Run:
                 model=options.model,
                 source="bundled",
                 weights="synthetic",
-                image=None,
+                images=(),
                 image_size=None,
                 detections=100,
                 seed=0,

@@ -97,7 +97,7 @@ def compare_all(options: argparse.Namespace, folder: Path) -> List[List[str]]:
             model=options.model,
             source="bundled",
             weights="synthetic",
-            image=None,
+            images=(),
             image_size=options.image_size,
             detections=100,
             seed=0,
