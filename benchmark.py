@@ -118,6 +118,11 @@ class StopRule:
         """Exactly that many rounds, without a budget."""
         return cls(min_rounds=rounds, max_rounds=rounds)
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the number of rounds is set beforehand."""
+        return self.min_rounds == self.max_rounds
+
 
 @dataclass
 class Rounds:
@@ -201,7 +206,7 @@ def _limit_reached(rounds: Rounds, rule: StopRule, elapsed_s: float) -> Optional
     if not rounds.live():
         return "all failed"
     if rounds.rounds >= rule.max_rounds:
-        return "fixed" if rule.min_rounds == rule.max_rounds else "max rounds"
+        return "fixed" if rule.is_fixed else "max rounds"
     if rule.budget_s is not None and rounds.rounds >= LEAST_ROUNDS:
         end_of_next = elapsed_s * (rounds.rounds + 1) / rounds.rounds
         return "time budget" if end_of_next > rule.budget_s else None

@@ -1,10 +1,15 @@
-"""The names of the suite: which test models there are. Imports nothing heavy, for `--help`."""
+"""What the whole suite has to know: which test models there are, and a few defaults.
+
+It imports nothing heavy, for `--help`.
+"""
 
 from dataclasses import dataclass
 from typing import Dict, Tuple
 
 VERSION = "0.1.0"
 
+# Seconds of timed rounds for each process of a group; seven models at two precisions are 14 groups.
+RUN_BUDGET_S = 10.0
 # Names of the inputs that engines are made for; `opt` is timed.
 TUNING = ("min", "opt", "max")
 

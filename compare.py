@@ -6,7 +6,8 @@ Between two invocations a machine's speed drifts, by tens of percent, and not fo
 shared one, whoever moves most memory suffers most from its neighbours. So a run is judged twice: by
 its times, as if the machine were the same, and by its speedups over the baseline, whose calls were
 made in the same rounds, as if both had suffered alike. The truth lies between, and a verdict is one
-that both give. Where one of the two is known to hold, --by time or --by speedup goes by that alone.
+that both give: faster or slower, beyond doubt and by more than the threshold; same, beyond doubt by
+less; else inconclusive. Where one of the two is known to hold, --by goes by that alone.
 
 Exit codes: 0; with --fail-on 3, a run is slower; 4, one finds something else than it did; 5, one
 does not run any more (the largest counts); 2, wrong usage, unreadable file, nothing to compare.
@@ -115,11 +116,20 @@ class Ratio:
     low: Optional[float]
     high: Optional[float]
 
-    def verdict(self, margin: float) -> str:
-        """See `benchmark.verdict`."""
+    def verdict(self, threshold: float) -> str:
+        """What this ratio alone says.
+
+        `slower`: it is below 1 beyond doubt, and by more than the threshold; `faster` likewise;
+        `same`: beyond doubt within the threshold; else `inconclusive`.
+        """
         if self.low is None or self.high is None:
             return "inconclusive"
-        return benchmark.verdict(self.low, self.high, margin)
+        if self.high < 1 and self.ratio < 1 - threshold:
+            return "slower"
+        if self.low > 1 and self.ratio > 1 + threshold:
+            return "faster"
+        is_within = self.low >= 1 - threshold and self.high <= 1 + threshold
+        return "same" if is_within else "inconclusive"
 
 
 @dataclass(frozen=True)
@@ -295,7 +305,11 @@ HEADER = ("Model", "Backend", "precision", "before(ms)", "after(ms)", "by time",
 
 
 def report(
-    before: Dict[str, Any], after: Dict[str, Any], compared: Sequence[Comparison], by: str
+    before: Dict[str, Any],
+    after: Dict[str, Any],
+    compared: Sequence[Comparison],
+    threshold: float,
+    by: str,
 ) -> str:
     """The comparison in Markdown: what differs first, then the runs, then what else there is."""
     lines = ["What differs:", ""]
@@ -312,8 +326,10 @@ def report(
         "by time, by speedup: how much faster it is now, with the 95% interval, and how much its "
         "speedup over the baseline in the same rounds has grown; above 1 is better"
     )
-    if by == "both":
-        below.append("Verdict: what both say; the machine itself may have been slower or faster")
+    whose = "what both say" if by == "both" else f"by {by}"
+    below.append(
+        f"Verdict, {whose}: slower or faster beyond doubt, and by more than {100 * threshold:g}%"
+    )
     for title, own, other in (("missing", before, after), ("new", after, before)):
         names = [" ".join(key) for key in runs_of(own) if key not in runs_of(other)]
         below += [f"{title}: {name}" for name in names]
@@ -367,7 +383,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     except InputError as error:
         print(f"{parse.prog}: error: {error}", file=sys.stderr)
         return 2
-    print(report(before, after, compared, options.by))
+    print(report(before, after, compared, options.threshold, options.by))
     return exit_code(compared, options.fail_on)
 
 

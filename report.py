@@ -219,7 +219,7 @@ def sizes_plot(groups: Sequence[Group], name: str) -> Optional[Drawing]:
         (group, run)
         for group in groups
         for run in group["runs"]
-        if set(TUNING) <= set(run.get("size_seconds") or ())
+        if set(TUNING) <= set(run.get("size_seconds") or ()) & set(group["image_sizes"])
     ]
     if not runs:
         return None
@@ -329,7 +329,13 @@ def page(document: Dict[str, Any], found: Dict[str, Any], images: Dict[str, byte
     names = list(dict.fromkeys(map(_case, document["groups"])))
     tested = list(dict.fromkeys(group["model"] for group in document["groups"]))
     cpu = document["environment"].get("cpu", {})
-    extra = [("Coverage", tables.coverage_table), ("Costs", tables.costs_table)]
+    extra = [
+        ("Where the time goes", tables.stages_table),
+        ("Coverage", tables.coverage_table),
+        ("Costs", tables.costs_table),
+    ]
+    if len(names) > len(tested):
+        extra.insert(0, ("What is in the picture", tables.cases_table))
     return environment.get_template("report.html").render(
         title="run_blade: "
         + (", ".join(map(short_name, tested)) if len(tested) < 4 else f"{len(tested)} test models"),
@@ -346,10 +352,11 @@ def page(document: Dict[str, Any], found: Dict[str, Any], images: Dict[str, byte
         models=[_model(document, name, found.get(name, {}), images) for name in names],
         images=_images(document, found, images),
         tables=[
-            {"title": title, "table": read_table(text, title)[0]}
+            {"title": title, "table": table, "notes": notes}
             for title, make in extra
             for text in [make(document["groups"])]
             if text.startswith("|")
+            for table, notes in [read_table(text, title)]
         ],
         environment=_flat({**document["environment"], "settings": document["settings"]}),
     )
@@ -368,8 +375,9 @@ def _model(
     weights = {group.get("weights") for group in document["groups"]}
     general = [note for note in document["notes"] if note not in weights]
     notes = [*tables.aa_note(document["aa"]), *general]
+    peaks = document.get("peaks") if document["settings"].get("roofline") else None
     table, below = read_table(
-        tables.model_table(groups, rule, notes), f"Results of {short_name(name)}"
+        tables.model_table(groups, rule, notes, peaks), f"Results of {short_name(name)}"
     )
     identifier, image = _identifier(name), found.get("image", IMAGE)
     drawings = [make(groups, identifier) for make in (samples_plot, speedup_plot, sizes_plot)]

@@ -14,12 +14,10 @@ import traceback
 from typing import Callable, Optional, Sequence, Tuple
 
 from backends import base
-from catalog import MODELS
+from catalog import MODELS, RUN_BUDGET_S
 from errors import InputError, Parser
 
 WEIGHTS = ("auto", "zoo", "synthetic")
-# Seconds of timed rounds for each group of runs; seven models at two precisions are 14 groups.
-TIME_BUDGET_S = 40.0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,9 +79,9 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--time-budget",
         type=_seconds,
-        default=TIME_BUDGET_S,
         metavar="S",
-        help=f"seconds of timed rounds per model and precision (default: {TIME_BUDGET_S:g})",
+        help="seconds of timed rounds per model and precision "
+        f"(default: {RUN_BUDGET_S:g} for each process that takes turns)",
     )
     add("--threads", type=_at_least(1), metavar="N", help="CPU threads (default: usable cores)")
     add("--seed", type=_at_least(0), default=0, metavar="N", help="of weights, sizes and order")

@@ -15,7 +15,7 @@ import machine
 import verify
 from backends.base import Backend
 from benchmark import RunFailed, StopRule, WarmUp
-from catalog import MODELS, TUNING
+from catalog import MODELS, RUN_BUDGET_S, TUNING
 from errors import Unsupported
 from progress import Progress
 from worker import CALL_LIMIT_S, PREPARE_LIMIT_S, Job, ModelRequest, Worker
@@ -231,6 +231,8 @@ def measure_group(
                 _prepare_run(run, model, plan, folder, progress)
             gpu = [_gpu(runs, plan)]
             pids = [x.worker.process.pid for x in runs + extras if x.worker is not None]
+            rule = _with_budget(rule, len(pids))
+            group["budget_s"] = rule.budget_s
             before = machine.snapshot(pids)
             _time(runs + extras, rounds, rule, plan.seed, progress, f"{model.name} {precision}")
             group["machine"] = machine.between(before, machine.snapshot(pids))
@@ -342,6 +344,13 @@ def _rule(plan: Plan, same_again: bool) -> StopRule:
     return replace(plan.rule, half_width=min(plan.rule.half_width, AGAIN_HALF_WIDTH))
 
 
+def _with_budget(rule: StopRule, processes: int) -> StopRule:
+    """The rule with a budget that lets every process have its share, unless one was asked for."""
+    if rule.is_fixed or rule.budget_s is not None:
+        return rule
+    return replace(rule, budget_s=RUN_BUDGET_S * processes)
+
+
 def _new_group(name: str, objects: int, precision: str, rule: StopRule) -> Dict[str, Any]:
     return {
         "model": name,
@@ -356,6 +365,7 @@ def _new_group(name: str, objects: int, precision: str, rule: StopRule) -> Dict[
         "rounds": 0,
         "stopped": "interrupted",
         "half_width": rule.half_width,
+        "budget_s": rule.budget_s,
         "stages": None,
         "machine": None,
         "gpu": [],

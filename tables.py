@@ -110,7 +110,11 @@ def _rounds_notes(groups: Sequence[Group], rule: StopRule) -> List[str]:
     for group in groups:
         if group["rounds"]:
             rounds = Rounds(rounds=group["rounds"], stopped=group["stopped"])
-            own = replace(rule, half_width=group.get("half_width", rule.half_width))
+            own = replace(
+                rule,
+                half_width=group.get("half_width", rule.half_width),
+                budget_s=group.get("budget_s", rule.budget_s),
+            )
             notes.append(f"{group['precision']}: {describe_stop(rounds, own)}")
     return notes
 
@@ -302,7 +306,7 @@ def published_table(groups: Sequence[Group]) -> str:
     rows = []
     for group in groups:
         for run in group["runs"]:
-            if run["baseline"]:
+            if run["baseline"] or group.get("image"):
                 continue
             speedup = run["speedup"] or {"ratio": None, "low": None, "high": None}
             rows.append(

@@ -17,6 +17,7 @@ from test_compare import measured
 import models
 import report
 import results
+from stages import STAGES
 
 CHROMIUM = shutil.which("chromium")
 
@@ -81,6 +82,32 @@ def make_found() -> Dict[str, Any]:
     boxes = [[1.0, 2.0, 31.0, 42.0], [70.0, 60.0, 90.0, 90.0]]
     run = {**reference, "boxes": boxes, "agrees": [True, False], "lost": [1]}
     return {"testRetinaNet": {"reference": [reference], "runs": {"fp32": {"OpenVINO": [run]}}}}
+
+
+def page_of(document: Dict[str, Any]) -> str:
+    return " ".join("".join(Page(report.page(document, {}, {})).text).split())
+
+
+def test_where_the_time_goes_is_shown_if_it_is_known():
+    document = make_results()
+    words = ("% of peak", "Where the time goes", "backbone + FPN (ms)")
+    assert not any(word in page_of(document) for word in words)
+    document["settings"]["roofline"] = True
+    document["peaks"] = {"fp32": 1e12}
+    stages = dict.fromkeys(STAGES, 0.1)
+    document["groups"][0].update(flops=10**9, stages=stages)
+    assert all(word in page_of(document) for word in words)
+
+
+def test_several_images_have_a_section_each():
+    document = make_results()
+    (group,) = document["groups"]
+    one = {**group, "image": "a.jpg", "image_sizes": {"image 2": [[96, 128]]}}
+    document["groups"] = [group, one]
+    text = page_of(document)
+    assert text.startswith("run_blade: RetinaNet :root")
+    assert "RetinaNet on a.jpg" in text
+    assert "What is in the picture" in text
 
 
 @pytest.fixture

@@ -207,6 +207,12 @@ def test_an_interruption_keeps_the_samples(model, leaves_no_process):
     assert [len(run["samples_s"]) for run in groups[0]["runs"]] == [2, 2]
 
 
+def test_the_budget_grows_with_the_processes():
+    assert suite._with_budget(StopRule(), 4).budget_s == 40
+    assert suite._with_budget(StopRule(budget_s=5.0), 4).budget_s == 5
+    assert suite._with_budget(StopRule.fixed(9), 4).budget_s is None
+
+
 def test_files_that_a_backend_wants_kept(tmp_path):
     keep: Callable[..., List[str]] = suite._keep
     assert keep({"a.txt": "one", "b.txt": "two"}, tmp_path) == ["a.txt", "b.txt"]
