@@ -243,8 +243,7 @@ def _changes(pair: Pair) -> Tuple[List[str], Tuple[str, ...]]:
     changes: List[str] = []
     failures: Tuple[str, ...] = ()
     if old["status"] != new["status"]:
-        reason = f" ({new['reason']})" if new["reason"] else ""
-        changes.append(f"{old['status']} before, {new['status']} after{reason}")
+        changes.append(f"{old['status']} before, {new['status']} after")
         if new["status"] == "mismatch":
             failures = ("wrong",)
         elif new["status"] in ("failed", "unsupported"):
@@ -319,9 +318,11 @@ def report(
     grid, below = [[*HEADER, "Verdict", "Detections and status"]], []
     for comparison in compared:
         grid.append(_cells(comparison))
-        if comparison.pair.obstacle:
-            name = " ".join(grid[-1][:3])
-            below.append(f"{name}: times not compared, as {comparison.pair.obstacle}")
+        pair, name = comparison.pair, " ".join(grid[-1][:3])
+        if pair.obstacle:
+            below.append(f"{name}: times not compared, as {pair.obstacle}")
+        if comparison.changes and pair.after["reason"]:
+            below.append(f"{name}: {pair.after['reason']}")
     below.append(
         "by time, by speedup: how much faster it is now, with the 95% interval, and how much its "
         "speedup over the baseline in the same rounds has grown; above 1 is better"

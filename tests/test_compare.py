@@ -130,7 +130,7 @@ FAIL_ON_ALL = ("--fail-on", "slower,wrong,broken")
     [
         (SAME[1], 0, "| unchanged "),
         (SLOWER[0], 3, "| slower "),
-        (WRONG[0], 4, "ok before, mismatch after (at min: of 100 detections 100 are lost"),
+        (WRONG[0], 4, "- RetinaNet OpenVINO fp32: at min: of 100 detections 100 are lost"),
     ],
     ids=lambda value: value.stem if isinstance(value, Path) else None,
 )
@@ -288,6 +288,12 @@ def test_fewer_detections_are_shown(command):
         document["groups"][0]["runs"][1]["detections"] = {"opt": found}
     _, printed = command(before, after)
     assert "detections: opt 100/100 before, opt 97/100 after" in printed.out
+
+
+def test_a_changed_status_is_shown_with_its_reason(command):
+    _, printed = command(measured(0), spoil(measured(1), "failed", samples_s=[]))
+    assert "| ok before, failed after |" in printed.out
+    assert "- RetinaNet Openvino fp32: a reason" in printed.out
 
 
 @pytest.mark.parametrize(
