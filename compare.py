@@ -5,9 +5,10 @@ A run of one file is paired with that of the same test model, backend and precis
 Between two invocations a machine's speed drifts, by tens of percent, and not for all alike: on a
 shared one, whoever moves most memory suffers most from its neighbours. So a run is judged twice: by
 its times, as if the machine were the same, and by its speedups over the baseline, whose calls were
-made in the same rounds, as if both had suffered alike. The truth lies between, and a verdict is one
-that both give: faster or slower, beyond doubt and by more than the threshold; same, beyond doubt by
-less; else inconclusive. Where one of the two is known to hold, --by goes by that alone.
+made in the same rounds, as if both had suffered alike. The truth lies between as long as the
+baseline suffers most, and a verdict is one that both give: faster or slower, if the ratio exceeds
+the threshold and its interval excludes 1; same, if its interval lies within the threshold; else
+inconclusive. Where one of the two is known to hold, --by goes by that alone.
 
 Exit codes: 0; with --fail-on 3, a run is slower; 4, one finds something else than it did; 5, one
 does not run any more (the largest counts); 2, wrong usage, unreadable file, nothing to compare.
@@ -119,8 +120,8 @@ class Ratio:
     def verdict(self, threshold: float) -> str:
         """What this ratio alone says.
 
-        `slower`: it is below 1 beyond doubt, and by more than the threshold; `faster` likewise;
-        `same`: beyond doubt within the threshold; else `inconclusive`.
+        `slower`: its interval lies below 1, and it by more than the threshold; `faster` likewise;
+        `same`: its interval lies within the threshold; else `inconclusive`.
         """
         if self.low is None or self.high is None:
             return "inconclusive"
@@ -232,7 +233,7 @@ def _verdict(pair: Pair, time: Ratio, speedup: Optional[Ratio], threshold: float
         return by_time
     if speedup is None:
         # The run, or the machine? Nothing in the files can tell.
-        return "same" if by_time == "same" else "inconclusive"
+        return "same" if by_time == "same" and by == "both" else "inconclusive"
     by_speedup = speedup.verdict(threshold)
     return by_speedup if by == "speedup" or by_speedup == by_time else "inconclusive"
 
@@ -329,7 +330,8 @@ def report(
     )
     whose = "what both say" if by == "both" else f"by {by}"
     below.append(
-        f"Verdict, {whose}: slower or faster beyond doubt, and by more than {100 * threshold:g}%"
+        f"Verdict, {whose}: slower or faster by more than {100 * threshold:g}%, with an interval "
+        "that excludes 1"
     )
     for title, own, other in (("missing", before, after), ("new", after, before)):
         names = [" ".join(key) for key in runs_of(own) if key not in runs_of(other)]

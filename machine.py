@@ -85,7 +85,7 @@ def general_warnings(environment: Dict[str, Any]) -> List[str]:
     governor = environment.get("cpu", {}).get("governor")
     if governor in (None, "performance"):
         return []
-    return [f"the CPU's frequency changes with its load (governor {governor}, not performance)"]
+    return [f"the CPU's frequency may change or be held low (governor {governor})"]
 
 
 def warnings(group: Dict[str, Any], least_rounds: int) -> List[str]:
@@ -94,8 +94,6 @@ def warnings(group: Dict[str, Any], least_rounds: int) -> List[str]:
     Args:
         least_rounds: that were wanted in any case.
     """
-    if group.get("image"):
-        return []  # All is said of the group of all images, whose rounds are the same.
     where = f"{results.case_name(results.case(group))} {group['precision']}"
     found = []
     for run in group["runs"]:
@@ -103,6 +101,8 @@ def warnings(group: Dict[str, Any], least_rounds: int) -> List[str]:
         if spread and spread > MOST_IQR:
             share = f"{100 * spread:.0f}% of the median"
             found.append(f"{where}, {run['label']}: the middle half of its calls spans {share}")
+    if group.get("image"):
+        return found  # All else is said of the group of all images, whose rounds are the same.
     machine = group.get("machine") or {}
     if machine.get("steal_share", 0) > MOST_STEAL:
         share = f"{100 * machine['steal_share']:.0f}%"

@@ -59,8 +59,12 @@ class Export:
         kind: `traced` or `scripted`.
         eager: module in eval mode; takes the images of a call and gives the flat tuple.
         tuning_inputs: `min`, `opt`, `max` -> the images of a call, float tensors 3 x H x W.
+        other_inputs: images of calls that are timed besides `opt`, for backends that compile when
+            they first see a size.
         fields: names of the tensors that the flat tuple has for each image.
     """
+
+    other_inputs: Sequence[Tuple[Tensor, ...]] = ()
 
     def __init__(
         self, model: TestModel, eager: nn.Module, tuning_inputs: Dict[str, Tuple[Tensor, ...]]

@@ -266,7 +266,7 @@ def pictures(groups: Sequence[Group], found: Dict[str, Any], image: Optional[str
         found: of the test model, see docs/results.md.
         image: id of the image on the page, or None.
     """
-    if not found or not found["reference"]:
+    if not found or not found["reference"] or not groups[0]["image_sizes"]:
         return []
     height, width = timed_size(groups[0])
     reference = found["reference"][0]
@@ -279,8 +279,7 @@ def pictures(groups: Sequence[Group], found: Dict[str, Any], image: Optional[str
         }
     ]
     for precision, runs in found["runs"].items():
-        for label, images in runs.items():
-            own = images[0]
+        for label, (own, *_) in runs.items():
             kinds = ["matched" if agrees else "spurious" for agrees in own["agrees"]]
             lost = {key: [reference[key][n] for n in own["lost"]] for key in reference}
             boxes = _boxes(own, kinds) + _boxes(lost, ["lost"] * len(own["lost"]))
@@ -374,7 +373,9 @@ def _model(
     # What is said of the weights is in the groups, too, where it belongs.
     weights = {group.get("weights") for group in document["groups"]}
     general = [note for note in document["notes"] if note not in weights]
-    notes = [*tables.aa_note(document["aa"]), *general]
+    # Torch was timed against itself on all images together.
+    aa = [] if groups[0].get("image") else tables.aa_note(document["aa"])
+    notes = [*aa, *general]
     peaks = document.get("peaks") if document["settings"].get("roofline") else None
     table, below = read_table(
         tables.model_table(groups, rule, notes, peaks), f"Results of {short_name(name)}"
@@ -392,7 +393,8 @@ def _model(
 
 
 def _identifier(name: str) -> str:
-    return re.sub(r"\W", "-", name)
+    """A name that a page may use as an id; two that differ stay different."""
+    return re.sub(r"[^\w.]", lambda match: f"-{ord(match[0]):x}-", name)
 
 
 def _images(

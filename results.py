@@ -101,6 +101,10 @@ _SPEEDUP_KEYS = {
 }
 
 
+_DRAWN_KEYS = {"boxes": list, "scores": list, "classes": list}
+_DRAWN_RUN_KEYS = {**_DRAWN_KEYS, "agrees": list, "lost": list}
+
+
 def _read_text(path: Path) -> Optional[str]:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
@@ -484,10 +488,24 @@ def read_found(folder: Path) -> Dict[str, Any]:
         return {}
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{folder / FOUND} cannot be read: {error}") from error
-    cases = found.values() if isinstance(found, dict) else [None]
-    if any(_flaw(case, {"reference": list, "runs": dict}, FOUND) for case in cases):
+    if not isinstance(found, dict) or any(map(_found_flaw, found.values())):
         raise InputError(f"{folder / FOUND} is not what run_blade.py writes")
     return found
+
+
+def _found_flaw(case: Any) -> Optional[str]:
+    """What is wrong with an entry of `detections.json`; None if it can be drawn."""
+    flaw = _flaw(case, {"reference": list, "runs": dict}, "it")
+    if flaw or not isinstance(case.get("image", ""), str):
+        return flaw or "'image' is no text"
+    drawn = [(image, _DRAWN_KEYS) for image in case["reference"]]
+    for runs in case["runs"].values():
+        for images in runs.values() if isinstance(runs, dict) else [None]:
+            if not isinstance(images, list) or not images:
+                return "a run has no images"
+            drawn += [(image, _DRAWN_RUN_KEYS) for image in images]
+    flaws = (_flaw(image, keys, "an image") for image, keys in drawn)
+    return next((flaw for flaw in flaws if flaw), None)
 
 
 def prepare_directory(path: Union[str, Path], what: str = "output") -> Path:

@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
         type=_seconds,
         metavar="S",
         help="seconds of timed rounds per model and precision "
-        f"(default: {RUN_BUDGET_S:g} for each process that takes turns)",
+        f"(default: {RUN_BUDGET_S:g} for each process that takes turns, and for each image)",
     )
     add("--threads", type=_at_least(1), metavar="N", help="CPU threads (default: usable cores)")
     add("--seed", type=_at_least(0), default=0, metavar="N", help="of weights, sizes and order")

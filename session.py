@@ -15,6 +15,7 @@ import models
 import results
 import suite
 import tables
+import worker
 from backends import base
 from benchmark import RunFailed, StopRule, WarmUp
 from catalog import MODELS, VERSION
@@ -145,8 +146,9 @@ def _document(plan: suite.Plan, options: argparse.Namespace, notes: List[str]) -
     settings = dict(vars(options))
     for name in ("weights", "output", "cache"):
         settings[name] = settings[name] and Path(settings[name]).name
+    names = [Path(image).name for image in plan.images]
     settings.update(
-        image=[Path(image).name for image in plan.images] or None,
+        image=names[0] if len(names) == 1 else names or None,
         model=list(plan.models),
         backend=[backend.name for backend in plan.backends],
         precision=list(plan.precisions),
@@ -199,7 +201,9 @@ class Session:
         if not (output / "results.json").exists():
             return
         earlier = results.load(output / "results.json")
-        differing = results.differences(earlier, self.document, ("gpu", "memory_mb", "kernel"))
+        ignored = ("gpu", "memory_mb", "kernel", "cpu.governor")
+        differing = results.differences(earlier, self.document, ignored)
+        differing += self._other_images(earlier["groups"])
         if differing:
             # What was asked for comes before what follows from it.
             differing.sort(key=lambda line: not line.startswith("--"))
@@ -212,6 +216,15 @@ class Session:
         self.document.update(groups=kept, aa=earlier["aa"], peaks=earlier.get("peaks", {}))
         self.notes += [note for note in earlier["notes"] if note not in self.notes]
         self.found = results.read_found(output)
+
+    def _other_images(self, groups: Sequence[Dict[str, Any]]) -> List[str]:
+        """Whether groups were measured on other images, by whatever name, in words."""
+        for group in groups:
+            count, known = group["images_per_call"], group.get("image_digest")
+            digests = [worker.digest([picture] * count) for picture in self.plan.pictures]
+            if known and not group.get("image") and known != " ".join(digests):
+                return ["--image: another image of the same name"]
+        return []
 
     def run(self) -> int:
         """Measures everything, printing a table after each test model; returns the exit code."""
@@ -228,7 +241,7 @@ class Session:
         self.document["complete"] = True
         self._save()
         self._write_page()
-        if len(self.plan.detections) > 1 or len(self.plan.images) > 1:
+        if len(self.plan.detections) > 1:
             print("\n" + tables.cases_table(self.document["groups"]))
         if self.options.coverage:
             print("\n" + tables.coverage_table(self.document["groups"]))
@@ -257,6 +270,10 @@ class Session:
             if results.case(group) == (name, objects, None) and group["precision"] == precision
         ]
 
+    def _cases_of(self, name: str, objects: int) -> List[Dict[str, Any]]:
+        """The same, with each image."""
+        return [x for x in self.document["groups"] if results.case(x)[:2] == (name, objects)]
+
     def _run_model(self, name: str, objects: int, folder: Path) -> None:
         """Measures one test model; an interruption still prints and keeps what there is."""
         kept = [group["precision"] for group in self._groups_of(name, objects)]
@@ -280,6 +297,8 @@ class Session:
                 peaks = self.document["peaks"] if self.options.roofline else {}
                 text = tables.model_table(groups, self.plan.rule, notes, peaks)
                 print(text + "\n", flush=True)
+                if len(self.plan.images) > 1:
+                    print(tables.cases_table(self._cases_of(name, objects)) + "\n", flush=True)
 
     def _measure(self, name: str, objects: int, precisions: Sequence[str], folder: Path) -> None:
         model = suite.prepare_model(name, objects, self.plan, folder, self.progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from contextlib import contextmanager
@@ -187,7 +188,8 @@ def prepare_model(
         prepared=str(prepared),
     )
     try:
-        answer = worker.ask("prepare_model", request, PREPARE_LIMIT_S)
+        limit_s = PREPARE_LIMIT_S * max(1, len(plan.images))
+        answer = worker.ask("prepare_model", request, limit_s)
     except RunFailed:
         if plan.debug:
             progress.say(worker.log.read_text(errors="replace"))
@@ -231,10 +233,11 @@ def measure_group(
                 _prepare_run(run, model, plan, folder, progress)
             gpu = [_gpu(runs, plan)]
             pids = [x.worker.process.pid for x in runs + extras if x.worker is not None]
-            rule = _with_budget(rule, len(pids))
+            rule = _with_budget(rule, len(pids) * len(model.timed))
             group["budget_s"] = rule.budget_s
             before = machine.snapshot(pids)
-            _time(runs + extras, rounds, rule, plan.seed, progress, f"{model.name} {precision}")
+            title = f"{model.name} {precision}"
+            _time(runs + extras, rounds, rule, plan.seed, progress, title, len(model.timed))
             group["machine"] = machine.between(before, machine.snapshot(pids))
             group["gpu"] = [state for state in (*gpu, _gpu(runs, plan)) if state]
             if plan.stages:
@@ -254,7 +257,8 @@ def measure_group(
                 groups += _one_by_one(group, model, runs, extras, plan)
         for run in runs if found is not None else ():
             for name, images in run.found.items():
-                found.setdefault(name, {})[run.record["label"]] = images
+                if images:
+                    found.setdefault(name, {})[run.record["label"]] = images
     samples = [rounds.samples.get(key, []) for key in (runs[0].key, AGAIN)]
     return _same_against_same(group, samples, plan) if all(samples) else None
 
@@ -271,7 +275,8 @@ def image_names(plan: Plan, model: Prepared) -> Dict[str, Optional[str]]:
     """Timed input -> the name of its image; None where there is but one image."""
     if len(model.timed) == 1:
         return {model.timed[0]: None}
-    names = [Path(path).name for path in plan.images]
+    # They are to stand in a cell of a Markdown table.
+    names = [re.sub(r"[|\s]+", " ", Path(path).name) for path in plan.images]
     return {
         key: name if names.count(name) == 1 else f"{name} ({place})"
         for place, (key, name) in enumerate(zip(model.timed, names), start=1)
@@ -312,11 +317,14 @@ def _one_by_one(
 
 def _of_inputs(run: Run, inputs: Sequence[str]) -> Run:
     """What a run did with some of its inputs."""
-    record = {**run.record, "prepare": {}, "coverage": {}, "artifacts": [], "break_even": None}
-    for key in ("size_seconds", "detections"):
-        known = record[key] or {}
-        record[key] = {name: known[name] for name in inputs if name in known} or None
-    record["size_seconds"] = record["size_seconds"] or {}
+
+    def of_these(known: Dict[str, Any]) -> Dict[str, Any]:
+        return {name: known[name] for name in inputs if name in known}
+
+    record = {**run.record, "warmup_s": [], "prepare": {}, "coverage": {}, "artifacts": []}
+    record["break_even"] = None
+    record["size_seconds"] = of_these(record["size_seconds"])
+    record["detections"] = record["detections"] and of_these(record["detections"])
     if record["status"] == "mismatch":
         worst = verify.worst({name: run.agreements[name] for name in inputs})
         matches = worst.verdict == "match"
@@ -344,11 +352,11 @@ def _rule(plan: Plan, same_again: bool) -> StopRule:
     return replace(plan.rule, half_width=min(plan.rule.half_width, AGAIN_HALF_WIDTH))
 
 
-def _with_budget(rule: StopRule, processes: int) -> StopRule:
-    """The rule with a budget that lets every process have its share, unless one was asked for."""
+def _with_budget(rule: StopRule, calls: int) -> StopRule:
+    """The rule with a budget that grows with the calls of a round, unless one was asked for."""
     if rule.is_fixed or rule.budget_s is not None:
         return rule
-    return replace(rule, budget_s=RUN_BUDGET_S * processes)
+    return replace(rule, budget_s=RUN_BUDGET_S * calls)
 
 
 def _new_group(name: str, objects: int, precision: str, rule: StopRule) -> Dict[str, Any]:
@@ -438,7 +446,8 @@ def _prepare_run(run: Run, model: Prepared, plan: Plan, folder: Path, progress: 
         description = run.worker.ask("prepare", job, PREPARE_LIMIT_S)
         artifacts = description.pop("artifacts")
         run.record.update(description, artifacts=_keep(artifacts, plan.output))
-        run.record["warmup_s"] = run.worker.ask("warm_up", plan.warm_up, PREPARE_LIMIT_S)
+        limit_s = PREPARE_LIMIT_S * len(model.timed)
+        run.record["warmup_s"] = run.worker.ask("warm_up", plan.warm_up, limit_s)
     except Unsupported as error:
         run.give_up("unsupported", str(error))
     except RunFailed as error:
@@ -460,8 +469,14 @@ def _time(
     seed: int,
     progress: Progress,
     title: str,
+    images: int,
 ) -> None:
-    calls = {run.key: _timed_call(run) for run in runs if run.worker is not None}
+    """Makes the rounds.
+
+    Args:
+        images: calls that a turn has.
+    """
+    calls = {run.key: _timed_call(run, images) for run in runs if run.worker is not None}
     if not calls:
         return
     with progress.rounds(title, rule) as advance:
@@ -507,11 +522,11 @@ def measure_peaks(precisions: Sequence[str], plan: Plan, folder: Path) -> Dict[s
     return {precision: peak for precision, peak in peaks.items() if peak}
 
 
-def _timed_call(run: Run) -> Callable[[], float]:
+def _timed_call(run: Run, images: int) -> Callable[[], float]:
     """A turn of a run: a call for each image. With several, their mean is what counts."""
 
     def call() -> float:
-        run.calls_s.append(run.worker.ask("timed_calls", (), CALL_LIMIT_S))
+        run.calls_s.append(run.worker.ask("timed_calls", (), CALL_LIMIT_S * images))
         return fmean(run.calls_s[-1])
 
     return call
@@ -525,7 +540,9 @@ def _check(run: Run, model: Prepared, plan: Plan, progress: Progress) -> None:
         run.record.update(run.worker.ask("peak_memory"))
         run.record["coverage"] = run.worker.ask("coverage")
         progress.say(f"{model.name} {run.record['requested_precision']}: checking {run.key}")
-        answers = {name: run.worker.ask("detect", (name,)) for name in model.sizes}
+        # Those that it was just timed on come first, as it has kernels for them.
+        names = sorted(model.sizes, key=lambda name: name not in model.timed)
+        answers = {name: run.worker.ask("detect", (name,)) for name in names}
         run.record["size_seconds"] = {name: x["seconds"] for name, x in answers.items()}
         run.record["artifact_mb"] = run.worker.ask("artifact_mb")
         # Last, as PyTorch's profiler slows a process down.

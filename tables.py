@@ -96,8 +96,9 @@ def _check_note(group: Group) -> List[str]:
     if sizes:
         several = ", ".join([timed, *sizes.values()])
         return [
-            f"timed on {1 + len(sizes)} images in turn ({several}), of which the mean counts; "
-            f"Detections: against Torch fp32 on each, and at {small} and {large}, the worst of all"
+            f"timed on {1 + len(sizes)} images in turn ({several}), the mean of a round is what "
+            f"counts; Detections: against Torch fp32 on each, and at {small} and {large}, the "
+            "worst of all"
         ]
     return [
         f"timed at {timed}; Detections: against Torch fp32 at {small}, {timed} and {large}, "
@@ -115,7 +116,10 @@ def _rounds_notes(groups: Sequence[Group], rule: StopRule) -> List[str]:
                 half_width=group.get("half_width", rule.half_width),
                 budget_s=group.get("budget_s", rule.budget_s),
             )
-            notes.append(f"{group['precision']}: {describe_stop(rounds, own)}")
+            made = describe_stop(rounds, own)
+            if group.get("image"):
+                made = f"{rounds.rounds} rounds, those of all images together"
+            notes.append(f"{group['precision']}: {made}")
     return notes
 
 

@@ -19,6 +19,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 from benchmark import RunFailed, WarmUp, warm_up
@@ -102,8 +103,8 @@ def prepare_model(request: ModelRequest) -> Dict[str, Any]:
         "sizes": models.describe_sizes(inputs),
         "timed": timed,
         "flops": {name: count_flops(export.eager, inputs[name]) for name in timed},
-        "image_digests": {name: _digest(inputs[name]) for name in timed},
-        "weights_digest": _digest([weights.state[name] for name in sorted(weights.state)]),
+        "image_digests": {name: digest(inputs[name]) for name in timed},
+        "weights_digest": digest([weights.state[name] for name in sorted(weights.state)]),
         "fields": export.fields,
         "note": weights.note,
     }
@@ -132,6 +133,7 @@ class Run:
         self.export = models.build(
             MODELS[job.model], kept["state"], kept["name"], tuning, job.source
         )
+        self.export.other_inputs = [self.inputs[name] for name in self.timed if name != "opt"]
         self.export.eager.to(device)
         backend = base.load(job.backend)
         run = (self.export, job.precision, job.device)
@@ -177,8 +179,8 @@ class Run:
         return [self._timed(self.inputs[name])[0] for name in self.timed]
 
     def warm_up(self, rule: WarmUp) -> List[float]:
-        """Seconds of the rounds of `timed_calls` until it is warm."""
-        return warm_up(lambda: sum(self.timed_calls()), rule)
+        """Seconds of calls until it is warm; with several inputs, means over them."""
+        return warm_up(lambda: fmean(self.timed_calls()), rule)
 
     def _timed(self, images: Tuple[Any, ...]) -> Tuple[float, Any]:
         self.synchronize()
@@ -253,7 +255,7 @@ class Run:
         return memory
 
 
-def _digest(tensors: Iterable[Any]) -> str:
+def digest(tensors: Iterable[Any]) -> str:
     """Tells one image, or one set of weights, from another: 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for tensor in tensors:

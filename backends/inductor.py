@@ -100,6 +100,8 @@ def _warm(call: Callable, export: Export) -> None:
     """Code is made when a size is first seen, and once more for what turns out to be dynamic."""
     for which in ("opt", "min", "max", "opt"):
         call(*export.tuning_inputs[which])
+    for images in export.other_inputs:
+        call(*images)
 
 
 def _own_outputs(call: Callable) -> Callable[..., Tuple[Any, ...]]:
@@ -157,7 +159,7 @@ def _declare_dynamic(export: Export) -> None:
     import torch._dynamo
 
     smallest, largest = export.tuning_inputs["min"], export.tuning_inputs["max"]
-    for images in export.tuning_inputs.values():
+    for images in (*export.tuning_inputs.values(), *export.other_inputs):
         for image, low, high in zip(images, smallest, largest):
             for side in (1, 2):
                 if low.shape[side] < high.shape[side]:

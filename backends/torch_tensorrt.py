@@ -230,6 +230,8 @@ def _torch_compile(export: Export, precision: str, device: str, cache: Optional[
             # At other sizes, engines are built anew where a guard of a graph does not hold.
             for which in ("min", "max", "opt"):
                 call(*export.tuning_inputs[which])
+            for images in export.other_inputs:
+                call(*images)
     if not built.engines:
         raise Unsupported(built.first_problem())
     prepared = built.graphs

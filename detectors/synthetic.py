@@ -64,6 +64,8 @@ SHORTEST_SIDE_CELLS = 2
 LEVEL_MARGIN = 0.07
 # Proposals that the mask head is scaled on.
 MASK_SAMPLE = 32
+# Classifiers whose responses to all regions are in memory together.
+FILTERS_AT_ONCE = 64
 # Objects of one class overlap less than this, well below the 0.5 of non-maximum suppression.
 SAME_CLASS_IOU = 0.1
 
@@ -267,10 +269,8 @@ class _Discriminant:
             C x D weights and C biases.
         """
         filters = [self._filters(rows) for rows in groups]
-        responses = torch.cat(filters) @ self.centered.T
-        sizes = [len(rows) for rows in groups]
         weights, biases = [], []
-        for rows, wanted, own, heard in zip(groups, logits, filters, responses.split(sizes)):
+        for rows, wanted, own, heard in zip(groups, logits, filters, self._responses(filters)):
             slack = 1 - heard.sum(dim=0)
             bases = (BACKGROUND_LOGIT - wanted @ heard) / slack
             bases[slack < 1 - LARGEST_RIVAL] = BACKGROUND_LOGIT
@@ -279,6 +279,13 @@ class _Discriminant:
             weights.append((wanted - base) @ own)
             biases.append(base - weights[-1] @ self.mean)
         return torch.stack(weights), torch.stack(biases)
+
+    def _responses(self, filters: Sequence[Tensor]) -> Iterator[Tensor]:
+        """What each of some filters, T x D, hears of all regions, T x N; not all at once."""
+        for first in range(0, len(filters), FILTERS_AT_ONCE):
+            some = filters[first : first + FILTERS_AT_ONCE]
+            heard = torch.cat(some) @ self.centered.T
+            yield from heard.split([len(x) for x in some])
 
     def _filters(self, rows: Tensor) -> Tensor:
         """T x D filters for T regions: each responds with 1 to its own and 0 to the others."""

@@ -594,6 +594,7 @@ def test_several_images_are_reported_one_by_one_and_together(two_images, tmp_pat
         ["part.png (2)", "20"],
         ["together", "40"],
     ]
+    assert outcome.out.index("| RetinaNet") < outcome.out.index("together")
     text = (output / "report.html").read_text(encoding="utf-8")
     assert "RetinaNet with 20 objects on part.png (2)" in text
     assert text.count("data:image/png;base64,") == 2
@@ -607,6 +608,14 @@ def test_an_image_that_engines_are_not_made_for(main, two_images, tmp_path):
     Image.new("RGB", (128, 400)).save(large)
     outcome = main("--model", "testRetinaNet", "--image", two_images[0], large)
     assert_refused(outcome, "large.png has 400x128 pixels", "after the first image", "--image-size")
+
+
+def test_another_image_of_the_same_name_is_not_mixed(main, two_images, tmp_path):
+    output = tmp_path / "output"
+    arguments = [x for x in FINISHED if x not in ("--image-size", "96x128")]
+    arguments += ["--backend", "torch", "--output", output, "--image"]
+    assert script(*arguments, two_images[0]).code == 0
+    assert_refused(main(*arguments, two_images[1]), "another image of the same name", "--rerun")
 
 
 def test_a_trace_needs_a_place(main):

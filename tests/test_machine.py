@@ -118,3 +118,12 @@ def test_the_governor_is_read_where_there_is_one(tmp_path, monkeypatch):
     (tmp_path / "cpufreq").mkdir()
     (tmp_path / "cpufreq" / "scaling_governor").write_text("schedutil\n")
     assert results.environment({})["cpu"]["governor"] == "schedutil"
+
+
+def test_of_one_image_only_its_own_unrest_is_said():
+    unrest = {"label": "OpenVINO", "statistics": {"relative_iqr": 0.2}}
+    found = machine.warnings(
+        group(image="a.jpg", runs=[unrest], rounds=3, stopped="time budget"), 15
+    )
+    assert len(found) == 1
+    assert found[0].startswith("testRetinaNet on a.jpg fp32, OpenVINO: the middle half")

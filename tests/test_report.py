@@ -99,6 +99,36 @@ def test_where_the_time_goes_is_shown_if_it_is_known():
     assert all(word in page_of(document) for word in words)
 
 
+def test_each_image_is_below_its_own_boxes():
+    document, found = make_results(), make_found()
+    (group,) = document["groups"]
+    one = {**group, "image": "a.jpg", "image_sizes": {"image 2": [[77, 55]]}}
+    document["groups"] = [{**group, "image": "b.jpg"}, one]
+    (drawn,) = found.values()
+    found = {
+        "testRetinaNet on b.jpg": {**drawn, "image": "image.png"},
+        "testRetinaNet on a.jpg": {**drawn, "image": "image2.png"},
+    }
+    images = {"image.png": b"first", "image2.png": b"second"}
+    page = Page(report.page(document, found, images))
+    uses = [x["href"] for x in page.all("use") if "href" in x]
+    assert uses == ["#image.png"] * 2 + ["#image2.png"] * 2
+    sizes = {x["id"]: (x["height"], x["width"]) for x in page.all("image")}
+    assert sizes == {"image.png": ("96", "128"), "image2.png": ("77", "55")}
+
+
+def test_names_that_are_alike_have_ids_of_their_own():
+    assert report._identifier("on a b.jpg") != report._identifier("on a-b.jpg")
+
+
+def test_nothing_is_drawn_of_a_run_that_found_nothing_sensible():
+    document, found = make_results(), make_found()
+    found["testRetinaNet"]["runs"]["fp32"] = {}
+    assert "Torch fp32, the reference" in report.page(document, found, {})
+    document["groups"][0]["image_sizes"] = {}  # Preparing failed, when it was started again.
+    assert "Torch fp32, the reference" not in report.page(document, found, {})
+
+
 def test_several_images_have_a_section_each():
     document = make_results()
     (group,) = document["groups"]
@@ -176,7 +206,7 @@ def test_the_pictures_say_what_is_lost(page):
     assert kinds == ["matched", "matched", "matched", "spurious", "lost"]
     text = "".join(page.text)
     assert "OpenVINO fp32: 1 agree, 1 lost, 1 spurious" in text
-    assert [x["href"] for x in page.all("use") if "href" in x] == ["#image-png"] * 2
+    assert [x["href"] for x in page.all("use") if "href" in x] == ["#image.png"] * 2
 
 
 def test_its_words(page):
@@ -221,7 +251,10 @@ def test_an_older_result_file():
         ("results.json", '{"tool": "other"}', "not a result file"),
         (results.FOUND, '{"testRetinaNet": ', "cannot be read"),
         (results.FOUND, "[1, 2]", "is not what run_blade.py writes"),
-        (results.FOUND, '{"testRetinaNet": {"runs": {}}}', "is not what run_blade.py writes"),
+        (results.FOUND, '{"a": {"runs": {}}}', "is not what run_blade.py writes"),
+        (results.FOUND, '{"a": {"reference": [], "runs": {}, "image": 1}}', "is not what run_bl"),
+        (results.FOUND, '{"a": {"reference": [5], "runs": {}}}', "is not what run_blade.py writ"),
+        (results.FOUND, '{"a": {"reference": [], "runs": {"fp32": {"x": []}}}}', "is not what r"),
     ],
 )
 def test_a_bad_file_leaves_the_old_page(folder, capsys, name, content, words):

@@ -12,6 +12,7 @@ from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
 
+import models
 import suite
 from backends import base
 from benchmark import StopRule, WarmUp
@@ -167,6 +168,54 @@ def test_what_finds_something_else_is_a_mismatch(model, leaves_no_process):
     verdicts = {size: x["verdict"] for size, x in torchscript["detections"].items()}
     assert verdicts == {"min": "match", "opt": "match", "max": "mismatch"}
     assert torchscript["speedup"] is not None
+
+
+@pytest.fixture(scope="module")
+def two_images(tmp_path_factory) -> Tuple[suite.Plan, suite.Prepared]:
+    """A plan with two images, of the same file name, and RetinaNet made ready for it."""
+    folder = tmp_path_factory.mktemp("two")
+    paths = []
+    for name, shape in (("a", (96, 128)), ("b", (128, 96))):
+        (folder / name).mkdir()
+        paths.append(str(folder / name / "p|1.png"))
+        models.write_image(models.read_image(None, shape), Path(paths[-1]))
+    plan = make_plan(images=tuple(paths), image_size=None)
+    return plan, suite.prepare_model("testRetinaNet", 20, plan, folder, Progress())
+
+
+def measure_all(model: suite.Prepared, plan: suite.Plan, progress: Progress) -> List[Any]:
+    groups: List[Dict[str, Any]] = []
+    suite.measure_group(model, "fp32", plan, progress, groups, False)
+    return groups
+
+
+def test_one_image_of_several_may_mismatch(two_images, leaves_no_process):
+    plan, model = two_images
+    wrong = {name: list(outputs) for name, outputs in model.reference.items()}
+    wrong["image 2"][1] = wrong["image 2"][1] + 1
+    groups = measure_all(dataclasses.replace(model, reference=wrong), plan, Progress())
+    assert [group["image"] for group in groups] == [None, "p 1.png (1)", "p 1.png (2)"]
+    together, first, second = (group["runs"][1] for group in groups)
+    assert [run["status"] for run in (together, first, second)] == ["mismatch", "ok", "mismatch"]
+    assert together["reason"].startswith("at image 2: of 20 detections 20 are lost")
+    assert first["reason"] is None
+    assert second["reason"] == together["reason"]
+    assert set(first["detections"]) == {"min", "opt", "max"}
+    assert set(second["detections"]) == {"image 2"}
+    # What is not of one image is said once.
+    assert together["prepare"]["total"] > 0
+    assert together["break_even"] is not None
+    assert first["prepare"] == first["coverage"] == {}
+    assert first["break_even"] is None
+
+
+def test_a_run_that_is_killed_between_several_images(two_images, leaves_no_process):
+    groups = measure_all(two_images[1], two_images[0], Killing(victim=1, after_rounds=2))
+    for group in groups:
+        torch_run, torchscript = group["runs"]
+        assert (torchscript["status"], len(torchscript["samples_s"])) == ("failed", 2)
+        assert torchscript["detections"] is None
+        assert (torch_run["status"], len(torch_run["samples_s"])) == ("ok", 6)
 
 
 def test_a_baseline_without_the_precision_runs_at_fp32():

@@ -151,7 +151,7 @@ def test_images_have_a_line_each_and_one_together():
 def test_what_several_images_were_timed_on_is_said():
     sizes = {"min": [[40, 60]], "opt": [[70, 90]], "max": [[150, 200]], "image 2": [[80, 80]]}
     text = tables.model_table([group(run("Torch", {}), image_sizes=sizes)], StopRule())
-    assert "- timed on 2 images in turn (70x90, 80x80), of which the mean counts;" in text
+    assert "- timed on 2 images in turn (70x90, 80x80), the mean of a round is what counts" in text
     assert "Torch fp32 on each, and at 40x60 and 150x200, the worst of all" in text
     one = group(run("Torch", {}), image_sizes={"image 2": [[80, 80]]})
     assert "- timed at 80x80\n" in tables.model_table([one], StopRule())
