@@ -224,6 +224,7 @@ def sizes_plot(groups: Sequence[Group], name: str) -> Optional[Drawing]:
     if not runs:
         return None
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     figure = Figure(figsize=(WIDTH, 3.4 + 0.1 * len(runs)), layout="constrained")
     axes = figure.subplots()
@@ -247,6 +248,9 @@ def sizes_plot(groups: Sequence[Group], name: str) -> Optional[Drawing]:
     axes.grid(axis="y", color=LINE)
     axes.tick_params(axis="y", labelcolor=SOFT)
     axes.set_xticks(sorted(ticks), labels=[f"{area:.2g}" for area in sorted(ticks)])
+    # On a logarithmic axis Matplotlib labels powers of ten only, which may be but one.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.minorticks_off()
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9, labelcolor=INK)
     caption = (

@@ -257,7 +257,7 @@ def test_an_interruption_keeps_the_samples(model, leaves_no_process):
 
 
 def test_the_budget_grows_with_the_processes():
-    assert suite._with_budget(StopRule(), 4).budget_s == 40
+    assert suite._with_budget(StopRule(), 4).budget_s == 60
     assert suite._with_budget(StopRule(budget_s=5.0), 4).budget_s == 5
     assert suite._with_budget(StopRule.fixed(9), 4).budget_s is None
 
