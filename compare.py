@@ -8,7 +8,8 @@ its times, as if the machine were the same, and by its speedups over the baselin
 made in the same rounds, as if both had suffered alike. The truth lies between as long as the
 baseline suffers most, and a verdict is one that both give: faster or slower, if the ratio exceeds
 the threshold and its interval excludes 1; same, if its interval lies within the threshold; else
-inconclusive. Where one of the two is known to hold, --by goes by that alone.
+inconclusive, as also where the baseline itself has changed by a quarter. Where one of the two is
+known to hold, --by goes by that alone.
 
 Exit codes: 0; with --fail-on 3, a run is slower; 4, one finds something else than it did; 5, one
 does not run any more (the largest counts); 2, wrong usage, unreadable file, nothing to compare.
@@ -31,6 +32,9 @@ from errors import InputError, Parser
 FAILURES = {"slower": 3, "wrong": 4, "broken": 5}
 RESAMPLES = 4000
 BY = ("both", "time", "speedup")
+# Where the baseline itself has changed by more than this factor, it is another machine in all but
+# name: on one that took twice as long, an engine was seen to suffer more than the baseline.
+MOST_DRIFT = 1.25
 # Where one of these differs it is another machine, or another task.
 DECISIVE = (
     *("cpu.model", "cpu.usable_cores", "gpu", "--device", "--source", "--threads"),
@@ -235,7 +239,23 @@ def _verdict(pair: Pair, time: Ratio, speedup: Optional[Ratio], threshold: float
         # The run, or the machine? Nothing in the files can tell.
         return "same" if by_time == "same" and by == "both" else "inconclusive"
     by_speedup = speedup.verdict(threshold)
+    if by == "both" and _drift(pair) > MOST_DRIFT:
+        return "inconclusive"
     return by_speedup if by == "speedup" or by_speedup == by_time else "inconclusive"
+
+
+def _drift(pair: Pair) -> float:
+    """By what factor, at least 1, the baseline's median differs; 1 where one was not measured."""
+    samples = [_baseline(group) for group in pair.groups]
+    if not all(samples):
+        return 1.0
+    before, after = (float(np.median(x)) for x in samples)
+    return max(before / after, after / before)
+
+
+def _baseline(group: Dict[str, Any]) -> List[float]:
+    """Seconds of the calls of a group's baseline."""
+    return next(run["samples_s"] for run in group["runs"] if run["baseline"])
 
 
 def _changes(pair: Pair) -> Tuple[List[str], Tuple[str, ...]]:
@@ -250,19 +270,20 @@ def _changes(pair: Pair) -> Tuple[List[str], Tuple[str, ...]]:
         elif new["status"] in ("failed", "unsupported"):
             failures = ("broken",)
     counts = [_matched(run) for run in (old, new)]
-    if None not in counts and counts[0] != counts[1]:
-        changes.append(f"detections: {counts[0]} before, {counts[1]} after")
+    changes += [
+        f"detections at {size}: {counts[0][size]} before, {counts[1][size]} after"
+        for size in counts[1]
+        if counts[0].get(size, counts[1][size]) != counts[1][size]
+    ]
     return changes, failures
 
 
-def _matched(run: Dict[str, Any]) -> Optional[str]:
+def _matched(run: Dict[str, Any]) -> Dict[str, str]:
     """Matched of expected detections at each size."""
-    if not run["detections"]:
-        return None
-    return ", ".join(
-        f"{size} {found['matched']}/{found['expected']}"
-        for size, found in run["detections"].items()
-    )
+    return {
+        size: f"{found['matched']}/{found['expected']}"
+        for size, found in (run["detections"] or {}).items()
+    }
 
 
 def _ratios(pair: Pair) -> Tuple[Ratio, Optional[Ratio]]:
@@ -270,7 +291,7 @@ def _ratios(pair: Pair) -> Tuple[Ratio, Optional[Ratio]]:
     own = [np.array([run["samples_s"]]) for run in (pair.before, pair.after)]
     with_baseline = []
     for group, (samples,) in zip(pair.groups, own):
-        baseline = next(run["samples_s"] for run in group["runs"] if run["baseline"])
+        baseline = _baseline(group)
         shared = min(len(baseline), len(samples))
         with_baseline.append(np.array([samples[:shared], baseline[:shared]]))
     if pair.after["baseline"] or not all(side.size for side in with_baseline):
@@ -322,6 +343,11 @@ def report(
         pair, name = comparison.pair, " ".join(grid[-1][:3])
         if pair.obstacle:
             below.append(f"{name}: times not compared, as {pair.obstacle}")
+        elif by == "both" and pair.after["baseline"] and _drift(pair) > MOST_DRIFT:
+            below.append(
+                f"{name}: the baseline itself changed by a factor of {_drift(pair):.2f}, so that "
+                "nothing is said of what ran beside it; --by decides what to go by"
+            )
         if comparison.changes and pair.after["reason"]:
             below.append(f"{name}: {pair.after['reason']}")
     below.append(

@@ -160,18 +160,18 @@ def test_verdict_of_a_ratio(ratio, verdict):
 def test_time_and_speedup_have_a_ratio_each():
     before = measured(0, {"torch": 0.4, "openvino": 0.2})
     after = copy.deepcopy(before)
-    torch_run, openvino = after["groups"][0]["runs"]  # The machine has become half as fast.
-    torch_run["samples_s"] = [2 * x for x in torch_run["samples_s"]]
-    openvino["samples_s"] = [3 * x for x in openvino["samples_s"]]
+    torch_run, openvino = after["groups"][0]["runs"]  # The machine has become slower.
+    torch_run["samples_s"] = [1.2 * x for x in torch_run["samples_s"]]
+    openvino["samples_s"] = [1.8 * x for x in openvino["samples_s"]]
     torch_run, openvino = (
         compare.compare(pair, 0.05, "both") for pair in compare.pairs(before, after)
     )
     assert openvino.speedup.ratio == pytest.approx(2 / 3)
     assert openvino.speedup.low < 2 / 3 < openvino.speedup.high
-    assert openvino.time.ratio == pytest.approx(1 / 3)
+    assert openvino.time.ratio == pytest.approx(1 / 1.8)
     assert openvino.verdict == "slower"
     # Of the baseline nobody knows whether it is that or the machine.
-    assert torch_run.time.ratio == pytest.approx(1 / 2)
+    assert torch_run.time.ratio == pytest.approx(1 / 1.2)
     assert torch_run.speedup is None
     assert torch_run.verdict == "inconclusive"
     assert verdicts(before, after, by="time") == {"torch": "slower", "openvino": "slower"}
@@ -185,6 +185,21 @@ def test_a_slower_machine_is_no_slower_engine(by, verdict):
     for run in after["groups"][0]["runs"]:
         run["samples_s"] = [1.2 * x for x in run["samples_s"]]
     assert verdicts(before, after, by=by)["openvino"] == verdict
+
+
+@pytest.mark.parametrize("drift", [1.2, 0.7, 2.0])
+def test_on_a_machine_that_is_another_nothing_is_said(command, drift):
+    """Twice as slow an engine is, on a machine of the same name that is much slower or faster."""
+    before, after = measured(0), measured(0)
+    for run, factor in zip(after["groups"][0]["runs"], (1.0, 2.0)):
+        run["samples_s"] = [drift * factor * x for x in run["samples_s"]]
+    said = "the baseline itself changed by a factor of"
+    is_another = drift != 1.2
+    assert verdicts(before, after)["openvino"] == ("inconclusive" if is_another else "slower")
+    assert (said in command(before, after)[1].out) == is_another
+    for by in ("time", "speedup"):
+        assert verdicts(before, after, by=by)["openvino"] == "slower"
+        assert said not in command(before, after, "--by", by)[1].out
 
 
 def test_few_rounds_are_inconclusive():
@@ -287,7 +302,15 @@ def test_fewer_detections_are_shown(command):
         found = {"matched": matched, "expected": 100}
         document["groups"][0]["runs"][1]["detections"] = {"opt": found}
     _, printed = command(before, after)
-    assert "detections: opt 100/100 before, opt 97/100 after" in printed.out
+    assert "| detections at opt: 100/100 before, 97/100 after |" in printed.out
+
+
+def test_the_order_of_the_sizes_is_no_change(command):
+    before, after = measured(0), measured(1)
+    found = {size: {"matched": 9, "expected": 9} for size in ("min", "opt", "max")}
+    before["groups"][0]["runs"][1]["detections"] = found
+    after["groups"][0]["runs"][1]["detections"] = dict(reversed(found.items()))
+    assert "detections at" not in command(before, after)[1].out
 
 
 def test_a_changed_status_is_shown_with_its_reason(command):
