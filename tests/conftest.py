@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 from pathlib import Path
 from typing import Callable
 
@@ -15,6 +16,9 @@ from models import Export
 
 # At these sizes a second thread gains nothing, and on a busy machine two wait for each other.
 torch.set_num_threads(1)
+
+# What a shell starts in the background has Ctrl-C ignored, and so have its children; it is tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Height and width of `opt`. Neither is a multiple of 32, and none of the sizes scaled from them.
 SMALL = (100, 130)

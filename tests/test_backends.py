@@ -466,7 +466,7 @@ def run_inductor(cache: Path) -> Tuple[bool, bool]:
         "torch.set_num_threads(1)\n"
         "images = {k: (torch.zeros(3, n, n),) for k, n in dict(min=32, opt=40, max=64).items()}\n"
         "export = SimpleNamespace(name='net', eager=lambda x: (x.exp() + x.sum(0),),"
-        " tuning_inputs=images, inputs=images['opt'])\n"
+        " tuning_inputs=images, inputs=images['opt'], other_inputs=())\n"
         "done = base.load('inductor').optimize(export, 'fp32', 'cpu', Path(sys.argv[1]))\n"
         "print(done.cached, done.read_artifact_bytes() > 0)\n"
     )

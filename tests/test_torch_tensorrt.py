@@ -80,6 +80,7 @@ class Export:
     eager: nn.Module
     tuning_inputs: Dict[str, Tuple[torch.Tensor, ...]]
     kind: str = "traced"
+    other_inputs: Tuple[Tuple[torch.Tensor, ...], ...] = ()
 
     @property
     def inputs(self) -> Tuple[torch.Tensor, ...]:
