@@ -680,7 +680,11 @@ class Interruptible:
         children = psutil.Process(self.process.pid).children(recursive=True)
         start = time.monotonic()
         os.killpg(self.process.pid, signal.SIGINT)
-        out, err = self.process.communicate(timeout=60)
+        try:
+            out, err = self.process.communicate(timeout=60)
+        finally:
+            if self.process.poll() is None:  # It would keep the machine busy for all that follows.
+                os.killpg(self.process.pid, signal.SIGKILL)
         _, alive = psutil.wait_procs(children, timeout=10)
         assert not alive
         assert time.monotonic() - start < 20  # A second or two, on a machine that is not busy.
