@@ -366,17 +366,13 @@ def speedup(
     return Speedup(ratio, low, high, verdict(low, high))
 
 
-def verdict(low: float, high: float, margin: float = MARGIN) -> str:
-    """What a speedup's confidence interval says of it: see `Speedup`.
-
-    Args:
-        margin: a difference of less than this share is none.
-    """
-    if low > 1 + margin:
+def verdict(low: float, high: float) -> str:
+    """What a speedup's confidence interval says of it: see `Speedup`."""
+    if low > 1 + MARGIN:
         return "faster"
-    if high < 1 - margin:
+    if high < 1 - MARGIN:
         return "slower"
-    return "same" if low >= 1 - margin and high <= 1 + margin else "inconclusive"
+    return "same" if low >= 1 - MARGIN and high <= 1 + MARGIN else "inconclusive"
 
 
 @dataclass(frozen=True)

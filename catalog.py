@@ -4,7 +4,7 @@ It imports nothing heavy, for `--help`.
 """
 
 from dataclasses import dataclass
-from typing import Dict, Tuple
+from typing import Dict, Iterable, List, Tuple
 
 VERSION = "0.1.0"
 
@@ -59,3 +59,8 @@ MODELS: Dict[str, TestModel] = {
         TestModel("testRetinaNet_scripted", _RETINANET, kind="scripted"),
     )
 }
+
+
+def timed(inputs: Iterable[str]) -> List[str]:
+    """Of the names of a test model's inputs, those that are timed: `opt` and the further images."""
+    return [name for name in inputs if name not in ("min", "max")]

@@ -6,7 +6,7 @@ import importlib.util
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -269,11 +269,6 @@ def inputs(
         for place, image in enumerate(images[1:], start=2)
     }
     return {**tuning_inputs(images[0], images_per_call, seed), **others}
-
-
-def timed(names: Iterable[str]) -> List[str]:
-    """Of the names of `inputs`, those that are timed: all but the other sizes of the first."""
-    return [name for name in names if name not in ("min", "max")]
 
 
 def _scale(image: Tensor, factor: float) -> Tensor:

@@ -26,7 +26,7 @@ import published
 import results
 import tables
 from benchmark import StopRule, short_name
-from catalog import TUNING
+from catalog import TUNING, timed
 from errors import InputError, Parser
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -298,7 +298,7 @@ def pictures(groups: Sequence[Group], found: Dict[str, Any], image: Optional[str
 def timed_size(group: Group) -> Tuple[int, int]:
     """Height and width of the image that a group was timed on."""
     sizes = group["image_sizes"]
-    return tuple(next(sizes[name] for name in sizes if name not in ("min", "max"))[0])
+    return tuple(sizes[timed(sizes)[0]][0])
 
 
 def _boxes(found: Dict[str, Any], kinds: Sequence[str]) -> List[Dict[str, Any]]:

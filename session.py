@@ -219,10 +219,14 @@ class Session:
 
     def _other_images(self, groups: Sequence[Dict[str, Any]]) -> List[str]:
         """Whether groups were measured on other images, by whatever name, in words."""
-        for group in groups:
-            count, known = group["images_per_call"], group.get("image_digest")
+        known = {
+            (group["images_per_call"], group["image_digest"])
+            for group in groups
+            if group.get("image_digest") and not group.get("image")
+        }
+        for count, before in known:
             digests = [worker.digest([picture] * count) for picture in self.plan.pictures]
-            if known and not group.get("image") and known != " ".join(digests):
+            if before != " ".join(digests):
                 return ["--image: another image of the same name"]
         return []
 

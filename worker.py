@@ -86,13 +86,13 @@ def prepare_model(request: ModelRequest) -> Dict[str, Any]:
 
     import models
     from backends.torch import count_flops
-    from catalog import MODELS
+    from catalog import MODELS, timed
 
     model = MODELS[request.model]
     paths = [Path(path) for path in request.images]
     images = models.read_images(paths, request.image_size, request.seed)
     inputs = models.inputs(images, model.images_per_call, request.seed)
-    timed = models.timed(inputs)
+    names = timed(inputs)
     weights = models.find_weights(model, request.weights, inputs, request.detections, request.seed)
     torch.save({"state": weights.state, "name": weights.name, "inputs": inputs}, request.prepared)
     export = models.build(model, weights.state, weights.name, inputs, request.source)
@@ -101,9 +101,9 @@ def prepare_model(request: ModelRequest) -> Dict[str, Any]:
     return {
         "reference": reference,
         "sizes": models.describe_sizes(inputs),
-        "timed": timed,
-        "flops": {name: count_flops(export.eager, inputs[name]) for name in timed},
-        "image_digests": {name: digest(inputs[name]) for name in timed},
+        "timed": names,
+        "flops": {name: count_flops(export.eager, inputs[name]) for name in names},
+        "image_digests": {name: digest(inputs[name]) for name in names},
         "weights_digest": digest([weights.state[name] for name in sorted(weights.state)]),
         "fields": export.fields,
         "note": weights.note,
@@ -118,7 +118,7 @@ class Run:
 
         import models
         from backends import base
-        from catalog import MODELS, TUNING
+        from catalog import MODELS, TUNING, timed
 
         start = time.perf_counter()
         kept = torch.load(job.prepared, **({"weights_only": True} if _has_weights_only() else {}))
@@ -127,7 +127,7 @@ class Run:
             name: tuple(image.to(device) for image in images)
             for name, images in kept["inputs"].items()
         }
-        self.timed = models.timed(self.inputs)
+        self.timed = timed(self.inputs)
         self.device = job.device
         tuning = {name: self.inputs[name] for name in TUNING}
         self.export = models.build(
@@ -257,10 +257,10 @@ class Run:
 
 def digest(tensors: Iterable[Any]) -> str:
     """Tells one image, or one set of weights, from another: 16 hexadecimal digits."""
-    digest = hashlib.sha256()
+    hasher = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+        hasher.update(tensor.cpu().contiguous().numpy().tobytes())
+    return hasher.hexdigest()[:16]
 
 
 def _arrays(outputs: Any) -> List[Any]:
