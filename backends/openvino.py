@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
@@ -99,6 +100,7 @@ def quantize(model: Any, export: Export) -> Any:
     ranges = nncf.AdvancedQuantizationParameters(
         activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
     )
+    _core()  # Before those that NNCF makes for itself.
     dataset = nncf.Dataset(calls, lambda images: [image.numpy() for image in images])
     try:
         return nncf.quantize(
@@ -201,8 +203,6 @@ def compile_model(model: Any, precision: str, threads: int, cache: Optional[Path
     Args:
         cache: directory that compiled models are kept in and taken from.
     """
-    import openvino
-
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": HINTS[precision],
@@ -210,7 +210,22 @@ def compile_model(model: Any, precision: str, threads: int, cache: Optional[Path
     }
     if cache is not None:
         settings["CACHE_DIR"] = str(cache)
-    return openvino.Core().compile_model(model, "CPU", settings)
+    return _core().compile_model(model, "CPU", settings)
+
+
+@functools.lru_cache(maxsize=None)
+def _core() -> Any:
+    """The one of this process, for good.
+
+    Each loads a CPU plugin, which gives the thread an alternate stack for signals, and, when it is
+    destroyed, the one that was there before. Where that went first (seen with OpenVINO 2026.4), the
+    next signal that Python handles ends the process, without a word from faulthandler.
+    """
+    import openvino
+
+    core = openvino.Core()
+    core.get_property("CPU", "FULL_DEVICE_NAME")  # It loads the plugin when it first needs it.
+    return core
 
 
 def _check_precision(compiled: Any, precision: str, heavy_layers: Dict[str, int]) -> None:
