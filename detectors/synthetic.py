@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
-from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torchvision.ops import box_iou
 import detectors
 from detectors import boxes as box_ops
 from detectors.images import batch_images, image_size
-from detectors.layers import FrozenBatchNorm2d
+from detectors.layers import Bottleneck, FrozenBatchNorm2d
 from detectors.rcnn import GeneralizedRCNN
 from detectors.retinanet import RetinaNet
 from detectors.roi_heads import BoxPredictor, CascadeROIHeads, Res5ROIHeads
@@ -467,10 +467,11 @@ def _fit_rcnn(
         objects: List[_Objects] = []
         for embed, predictor in _box_stages(heads):
             hidden = [embed(view.features, regions) for view, regions in zip(views, boxes)]
-            errors = [
-                _rounded(embed, view.rounded, regions) - x
-                for view, regions, x in zip(views, boxes, hidden)
-            ]
+            with _rounding(detector):
+                errors = [
+                    embed(view.rounded, regions) - x
+                    for view, regions, x in zip(views, boxes, hidden)
+                ]
             discriminant = _Discriminant(torch.cat(hidden), torch.cat(errors))
             if not objects:
                 stride = detector.proposal_generator.anchor_generator.strides[0]
@@ -494,16 +495,41 @@ def _view(detector: GeneralizedRCNN, image: Tensor, generator: torch.Generator) 
     )
     features = detector.backbone(batch)
     size = image_size(image)
-    # As fp32 numbers: torchvision's pooling has no kernel for others before PyTorch 2.0.
-    rounded = [x.float() for x in _rounded(detector.backbone, batch)]
+    with _rounding(detector.backbone):
+        rounded = detector.backbone(batch)
     proposals, unsteady = _propose(detector.proposal_generator, features, size, generator)
     return _View(size, features, rounded, proposals, unsteady)
 
 
-def _rounded(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns when it is computed in bfloat16, as autocast does."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        return function(*arguments)
+@contextmanager
+def _rounding(detector: nn.Module) -> Iterator[None]:
+    """While it lasts, the layers compute what they do under autocast to bfloat16.
+
+    As a CPU with instructions for it does: products of rounded numbers, summed in float32. On any
+    other PyTorch's own kernels for bfloat16 take up to 160 times as long as those for float32.
+    """
+    handles = []
+    weights = []
+    for module in detector.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            weights += [(weight, weight.clone()) for weight in module.parameters(recurse=False)]
+        elif not isinstance(module, (FrozenBatchNorm2d, Bottleneck)):
+            continue
+        handles.append(module.register_forward_pre_hook(lambda _, inputs: _round(inputs[0])))
+        handles.append(module.register_forward_hook(lambda _, inputs, output: _round(output)))
+    try:
+        for weight, _ in weights:
+            weight.copy_(_round(weight))
+        yield
+    finally:
+        for weight, exact in weights:
+            weight.copy_(exact)
+        for handle in handles:
+            handle.remove()
+
+
+def _round(x: Tensor) -> Tensor:
+    return x.bfloat16().float()
 
 
 def _propose(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import models
+import results
 from catalog import MODELS
 from models import Export
 
@@ -22,6 +23,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Height and width of `opt`. Neither is a multiple of 32, and none of the sizes scaled from them.
 SMALL = (100, 130)
+
+needs_bf16 = pytest.mark.skipif(
+    not results.has_native_bf16(results.cpu_flags()), reason="this CPU has no native bf16"
+)
 
 
 @functools.lru_cache(maxsize=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import itertools
 import os
 import subprocess
@@ -14,12 +15,11 @@ from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import pytest
 import torch
-from conftest import small_export
+from conftest import needs_bf16, small_export
 from torch import Tensor, nn
 
 import detectors.boxes
 import models
-import results
 from backends import base
 from backends.base import Backend, Optimized, check_sizes
 from backends.torch import autocast, count_flops, effective_precision
@@ -39,9 +39,6 @@ def needs(backend: str) -> Any:
 
 
 needs_openvino, needs_onnxruntime = needs("openvino"), needs("onnxruntime")
-needs_bf16 = pytest.mark.skipif(
-    not results.has_native_bf16(results.cpu_flags()), reason="this CPU has no native bf16"
-)
 ENGINES = [
     pytest.param(backend, precision, marks=[needs(backend)] + [needs_bf16] * (precision == "bf16"))
     for backend, precisions in (
@@ -178,6 +175,15 @@ def reference(name: str) -> Dict[str, Tuple[Tensor, ...]]:
 @functools.lru_cache(maxsize=None)
 def engine(name: str, backend: str, precision: str) -> Optimized:
     return base.load(backend).optimize(small_export(name), precision, "cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def freed():
+    """Engines take gigabytes, which the processes of later tests need."""
+    yield
+    engine.cache_clear()
+    reference.cache_clear()
+    gc.collect()
 
 
 def compare(name: str, call: Callable, precision: str) -> Dict[str, Agreement]:

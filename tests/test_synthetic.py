@@ -6,11 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import needs_bf16
 
 import detectors
 import models
 import verify
 from catalog import MODELS
+from detectors import synthetic
 from detectors.synthetic import synthesize
 
 RETINANET = MODELS["testRetinaNet"]
@@ -73,8 +75,20 @@ def test_objects_differ_in_size_and_place(model):
     assert len(np.unique(found.classes)) > 50
 
 
-@pytest.mark.parametrize("model", [RETINANET, MASK_RCNN], ids=lambda model: model.name)
-@pytest.mark.parametrize("which", SIZES)
+@pytest.mark.parametrize(
+    ("model", "which"),
+    [
+        # Without instructions for it, bfloat16 takes minutes at these.
+        pytest.param(
+            model,
+            which,
+            marks=[needs_bf16] * (which == "max" or (model is MASK_RCNN and which == "opt")),
+            id=f"{model.name}-{which}",
+        )
+        for model in (RETINANET, MASK_RCNN)
+        for which in SIZES
+    ],
+)
 def test_a_healthy_engine_at_bfloat16_agrees(model, which):
     ready = export(model, 100)
     images = ready.tuning_inputs[which]
@@ -87,6 +101,28 @@ def test_a_healthy_engine_at_bfloat16_agrees(model, which):
     assert agreement.matched >= 0.97 * agreement.expected
     # It is not the same computation: the check above could fail.
     assert agreement.score_drift > 0
+
+
+def test_rounding_makes_the_errors_that_bfloat16_makes():
+    detector = detectors.build(MASK_RCNN.config, False).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.empty(1, 3, 64, 96).uniform_(-2, 2, generator=generator)
+    with torch.no_grad():
+        synthetic._initialize(detector, generator)
+        with synthetic._scaling(detector):
+            detector.backbone(batch)
+        exact = detector.backbone(batch)
+        with synthetic._rounding(detector):
+            rounded = detector.backbone(batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            computed = detector.backbone(batch)
+        again = detector.backbone(batch)
+    for level in range(len(exact)):
+        assert torch.equal(exact[level], again[level])  # It is over when it is over.
+        errors = rounded[level] - exact[level]
+        theirs = computed[level].float() - exact[level]
+        assert 0.8 < errors.norm() / theirs.norm() < 1.25
+        assert (errors - theirs).norm() < 0.75 * theirs.norm()
 
 
 @pytest.mark.parametrize("model", [MASK_RCNN], ids=lambda model: model.name)
