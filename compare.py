@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Collection, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -35,11 +35,10 @@ BY = ("both", "time", "speedup")
 # Where the baseline itself has changed by more than this factor, it is another machine in all but
 # name: on one that took twice as long, an engine was seen to suffer more than the baseline.
 MOST_DRIFT = 1.25
-# Where one of these differs it is another machine, or another task.
-DECISIVE = (
-    *("cpu.model", "cpu.usable_cores", "gpu", "--device", "--source", "--threads"),
-    *("--image", "--image-size", "--weights", "--detections", "--seed"),
-)
+# Where one of these differs, times are those of another machine; what is found may be compared.
+MACHINE = ("cpu.model", "cpu.usable_cores", "gpu", "--device", "--threads")
+# Where one of these differs, nothing can be compared: it is another task.
+TASK = ("--source", "--image", "--image-size", "--weights", "--detections", "--seed")
 
 Key = Tuple[str, str, str]
 
@@ -100,6 +99,7 @@ class Pair:
         before, after: records of the run, as in the result file.
         groups: that they belong to.
         obstacle: why their times cannot be compared, in words; None where they can.
+        same_task: whether what they find can be compared.
     """
 
     key: Key
@@ -107,6 +107,7 @@ class Pair:
     after: Dict[str, Any]
     groups: Tuple[Dict[str, Any], Dict[str, Any]]
     obstacle: Optional[str]
+    same_task: bool
 
 
 @dataclass(frozen=True)
@@ -177,40 +178,69 @@ def pairs(before: Dict[str, Any], after: Dict[str, Any]) -> List[Pair]:
     both = [key for key in old if key in new]
     if not both:
         raise InputError("the two files have no run in common: nothing to compare")
-    general = _general_obstacle(before, after)
-    return [
-        Pair(
-            key=key,
-            before=old[key][1],
-            after=new[key][1],
-            groups=(old[key][0], new[key][0]),
-            obstacle=general or _obstacle(old[key], new[key]),
+    differing = results.differing(before, after)
+    machine, task = (_first_of(names, differing) for names in (MACHINE, TASK))
+    made = []
+    for key in both:
+        (old_group, old_run), (new_group, new_run) = old[key], new[key]
+        other_task = task or _other_task(old_group, new_group, machine is not None)
+        made.append(
+            Pair(
+                key=key,
+                before=old_run,
+                after=new_run,
+                groups=(old_group, new_group),
+                obstacle=other_task or machine or _other_run(old_run, new_run),
+                same_task=other_task is None,
+            )
         )
-        for key in both
-    ]
+    return made
 
 
-def _general_obstacle(before: Dict[str, Any], after: Dict[str, Any]) -> Optional[str]:
-    """What makes no run of two files comparable: another machine, or another task."""
-    names = results.differing(before, after)
-    return next((f"{name} differs" for name in DECISIVE if name in names), None)
+def left_out(before: Dict[str, Any], after: Dict[str, Any]) -> Dict[Key, str]:
+    """Runs of before whose backend cannot be had after, though their group was measured: why."""
+    old, new = runs_of(before), runs_of(after)
+    groups = {(case, precision) for case, _, precision in new}
+    reasons = {}
+    for note in after["notes"]:
+        label, said, _ = note.partition(" left out: ")
+        for (case, backend, precision), (_, run) in old.items():
+            key = (case, backend, precision)
+            # What executes a backend is part of its runs' label.
+            is_its = bool(said) and run["label"].split("-")[0] == label.split("-")[0]
+            if is_its and key not in new and (case, precision) in groups and _has_run(run):
+                reasons[key] = note
+    return reasons
 
 
-def _obstacle(
-    before: Tuple[Dict[str, Any], Dict[str, Any]], after: Tuple[Dict[str, Any], Dict[str, Any]]
+def _has_run(run: Dict[str, Any]) -> bool:
+    return run["status"] in ("ok", "mismatch")
+
+
+def _first_of(names: Sequence[str], differing: Collection[str]) -> Optional[str]:
+    return next((f"{name} differs" for name in names if name in differing), None)
+
+
+def _other_task(
+    before: Dict[str, Any], after: Dict[str, Any], other_machine: bool
 ) -> Optional[str]:
-    (old_group, old), (new_group, new) = before, after
-    for name in ("export", "images_per_call", "image_sizes", "image_digest", "weights_digest"):
-        if old_group.get(name) != new_group.get(name) and None not in (
-            old_group.get(name),
-            new_group.get(name),
-        ):
+    """What makes the groups of two runs another task, in words."""
+    names = ["export", "images_per_call", "image_sizes", "image_digest", "weights_digest"]
+    if other_machine and "synthetic" in (before.get("weights") or ""):
+        names.remove("weights_digest")  # They are the same but for rounding.
+    for name in names:
+        known = (before.get(name), after.get(name))
+        if None not in known and known[0] != known[1]:
             return f"{name.replace('_', ' ')} differs"
-    if not old["samples_s"] or not new["samples_s"]:
-        return "it was not measured " + ("before" if not old["samples_s"] else "after")
+    return None
+
+
+def _other_run(before: Dict[str, Any], after: Dict[str, Any]) -> Optional[str]:
+    if not before["samples_s"] or not after["samples_s"]:
+        return "it was not measured " + ("before" if not before["samples_s"] else "after")
     for name in ("effective_precision", "label"):
-        if old[name] != new[name]:
-            return f"it ran as {old[name]} before, and as {new[name]} after"
+        if before[name] != after[name]:
+            return f"it ran as {before[name]} before, and as {after[name]} after"
     return None
 
 
@@ -221,7 +251,7 @@ def compare(pair: Pair, threshold: float, by: str) -> Comparison:
         threshold: differences below this share do not matter.
         by: one of `BY`.
     """
-    changes, failures = _changes(pair)
+    changes, failures = _changes(pair) if pair.same_task else ([], ())
     if pair.obstacle is not None:
         return Comparison(pair, None, None, "-", changes, failures)
     time, speedup = _ratios(pair)
@@ -265,15 +295,17 @@ def _changes(pair: Pair) -> Tuple[List[str], Tuple[str, ...]]:
     failures: Tuple[str, ...] = ()
     if old["status"] != new["status"]:
         changes.append(f"{old['status']} before, {new['status']} after")
-        if new["status"] == "mismatch":
+        if old["status"] == "ok" and new["status"] == "mismatch":
             failures = ("wrong",)
-        elif new["status"] in ("failed", "unsupported"):
+        elif _has_run(old) and not _has_run(new):
             failures = ("broken",)
-    counts = [_matched(run) for run in (old, new)]
+    if not _has_run(new):
+        return changes, failures
+    before, after = _matched(old), _matched(new)
     changes += [
-        f"detections at {size}: {counts[0][size]} before, {counts[1][size]} after"
-        for size in counts[1]
-        if counts[0].get(size, counts[1][size]) != counts[1][size]
+        f"detections at {size}: {before[size]} before, {after.get(size, 'not checked')} after"
+        for size in before
+        if before[size] != after.get(size)
     ]
     return changes, failures
 
@@ -334,15 +366,18 @@ def report(
 ) -> str:
     """The comparison in Markdown: what differs first, then the runs, then what else there is."""
     lines = ["What differs:", ""]
-    lines += [
-        f"- {line}" for line in results.differences(before, after) or ["nothing that is recorded"]
-    ]
+    differences = results.differences(before, after) or ["nothing that is recorded"]
+    for name, document in (("before", before), ("after", after)):
+        if not document["complete"]:
+            differences.append(f"{name} was interrupted: not all of it was measured")
+    lines += [f"- {line}" for line in differences]
     grid, below = [[*HEADER, "Verdict", "Detections and status"]], []
     for comparison in compared:
         grid.append(_cells(comparison))
         pair, name = comparison.pair, " ".join(grid[-1][:3])
         if pair.obstacle:
-            below.append(f"{name}: times not compared, as {pair.obstacle}")
+            what = "times not compared" if pair.same_task else "not compared"
+            below.append(f"{name}: {what}, as {pair.obstacle}")
         elif by == "both" and pair.after["baseline"] and _drift(pair) > MOST_DRIFT:
             below.append(
                 f"{name}: the baseline itself changed by a factor of {_drift(pair):.2f}, so that "
@@ -359,9 +394,12 @@ def report(
         f"Verdict, {whose}: slower or faster by more than {100 * threshold:g}%, with an interval "
         "that excludes 1"
     )
+    reasons = left_out(before, after)
     for title, own, other in (("missing", before, after), ("new", after, before)):
-        names = [" ".join(key) for key in runs_of(own) if key not in runs_of(other)]
-        below += [f"{title}: {name}" for name in names]
+        for key in runs_of(own):
+            if key not in runs_of(other):
+                reason = f" ({reasons[key]})" if key in reasons else ""
+                below.append(f"{title}: {' '.join(key)}{reason}")
     rights = [False] * 3 + [True] * 4 + [False] * 2
     lines += ["", *benchmark.markdown(grid, rights), "", *(f"- {line}" for line in below)]
     return "\n".join(lines)
@@ -382,7 +420,7 @@ def _cells(comparison: Comparison) -> List[str]:
         _ratio_cell(comparison.time),
         _ratio_cell(comparison.speedup),
         comparison.verdict,
-        "; ".join(comparison.changes) or "unchanged",
+        "; ".join(comparison.changes) or ("unchanged" if pair.same_task else "-"),
     ]
 
 
@@ -394,9 +432,14 @@ def _ratio_cell(ratio: Optional[Ratio]) -> str:
     return f"{ratio.ratio:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
 
 
-def exit_code(compared: Sequence[Comparison], fail_on: Sequence[str]) -> int:
-    """The largest code of what happened and was asked for; else 0."""
+def exit_code(compared: Sequence[Comparison], fail_on: Sequence[str], left_out: bool) -> int:
+    """The largest code of what happened and was asked for; else 0.
+
+    Args:
+        left_out: whether there are runs that cannot be had any more.
+    """
     happened = {failure for comparison in compared for failure in comparison.failures}
+    happened |= {"broken"} if left_out else set()
     return max((FAILURES[name] for name in happened if name in fail_on), default=0)
 
 
@@ -413,7 +456,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         print(f"{parse.prog}: error: {error}", file=sys.stderr)
         return 2
     print(report(before, after, compared, options.threshold, options.by))
-    return exit_code(compared, options.fail_on)
+    return exit_code(compared, options.fail_on, bool(left_out(before, after)))
 
 
 if __name__ == "__main__":

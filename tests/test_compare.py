@@ -238,6 +238,43 @@ def test_what_is_not_comparable_is_refused(command, change, words):
     assert words in printed.err
 
 
+FOUND = {size: {"matched": 100, "expected": 100} for size in ("min", "opt", "max")}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d["groups"][0].update(image_digest="b"),
+        lambda d: d["groups"][0].update(weights_digest="b"),
+        lambda d: d["settings"].update(seed=9),
+    ],
+)
+def test_what_is_found_in_another_task_is_not_compared(command, change):
+    """Neither counts nor a mismatch there say anything of what was before."""
+    before, after = measured(0), measured(1)
+    for document in (before, after):
+        document["groups"][0].update(image_digest="a", weights_digest="a")
+        document["groups"][0]["runs"][1]["detections"] = FOUND
+    spoil(after, "mismatch", detections={"opt": {"matched": 20, "expected": 40}})
+    change(after)
+    code, printed = command(before, after, *FAIL_ON_ALL)
+    assert (code, printed.out) == (2, "")
+
+
+def test_what_is_found_on_another_machine_is_compared(command):
+    before, after = measured(0), spoil(measured(1), "mismatch")
+    after["environment"]["cpu"]["model"] = "B"
+    for document, digest in ((before, "a"), (after, "b")):
+        # Other kernels round the same synthetic weights in another way.
+        document["groups"][0].update(weights="weights: synthetic", weights_digest=digest)
+    code, printed = command(before, after, *FAIL_ON_ALL)
+    assert code == 4
+    assert "times not compared, as cpu.model differs" in printed.out
+    for document in (before, after):
+        document["groups"][0]["weights"] = "weights: model_final.pth"
+    assert command(before, after, *FAIL_ON_ALL)[0] == 2
+
+
 def test_one_run_that_is_not_comparable_is_named(command):
     before, after = measured(0), measured(1)
     after["groups"][0]["runs"][1]["effective_precision"] = "bf16"
@@ -289,6 +326,39 @@ SLOW = {"torch": 0.4, "openvino": 0.5}
 def test_exit_codes(command, after, fail_on, code):
     assert command(measured(0), after)[0] == 0
     assert command(measured(0), after, "--fail-on", fail_on)[0] == code
+
+
+@pytest.mark.parametrize("before", ["failed", "unsupported"])
+@pytest.mark.parametrize("after", ["failed", "unsupported", "mismatch", "ok"])
+def test_what_never_ran_is_not_broken(command, before, after):
+    documents = spoil(measured(0), before, samples_s=[]), spoil(measured(1), after)
+    assert command(*documents, *FAIL_ON_ALL)[0] == 0
+
+
+def test_a_backend_that_cannot_be_had_any_more_is_broken(command):
+    before, after = measured(0), measured(1, {"torch": 0.4})
+    assert command(before, after, *FAIL_ON_ALL)[0] == 0  # It was not asked for.
+    after["notes"] = ["Openvino left out: it is not usable here"]
+    code, printed = command(before, after, *FAIL_ON_ALL)
+    assert code == 5
+    assert "- missing: testRetinaNet openvino fp32 (Openvino left out: it is not" in printed.out
+    assert command(before, after, "--fail-on", "slower,wrong")[0] == 0
+    after["groups"][0]["model"] = "testMaskRCNNFPN"  # That model was not measured.
+    after["groups"].append(measured(1, {"torch": 0.4})["groups"][0])
+    after["groups"][1]["precision"] = "bf16"
+    before["groups"].append(after["groups"][1])
+    assert command(before, after, *FAIL_ON_ALL)[0] == 0
+
+
+def test_what_was_not_checked_is_not_unchanged(command):
+    before, after = measured(0), measured(1)
+    before["groups"][0]["runs"][1]["detections"] = FOUND
+    after["groups"][0]["runs"][1]["detections"] = None
+    after["complete"] = False
+    _, printed = command(before, after)
+    assert "detections at opt: 100/100 before, not checked after" in printed.out
+    assert "- after was interrupted: not all of it was measured\n" in printed.out
+    assert "before was interrupted" not in printed.out
 
 
 def test_what_was_wrong_before_is_no_news(command):
