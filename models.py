@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import warnings
 from dataclasses import dataclass
@@ -276,6 +277,10 @@ def _scale(image: Tensor, factor: float) -> Tensor:
     return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
+# What `--weights` knows besides files.
+NAMED_WEIGHTS = ("auto", "zoo", "synthetic")
+
+
 @dataclass(frozen=True)
 class Weights:
     """Parameters of a test model.
@@ -328,6 +333,17 @@ def find_weights(
     state = synthesize(model.config, images, detections, seed)
     note = f"weights: synthetic, made to find {detections} objects{reason}"
     return Weights(state, "synthetic weights", note)
+
+
+def checkpoint_digest(weights: str) -> Optional[str]:
+    """Tells a checkpoint from another of the same name: 16 hexadecimal digits, or None.
+
+    Args:
+        weights: as for `find_weights`; what has no file of the user's has no digest.
+    """
+    if weights in NAMED_WEIGHTS:
+        return None
+    return hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:16]
 
 
 def check_weights(models: Sequence[TestModel], weights: str) -> None:

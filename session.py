@@ -107,7 +107,8 @@ def _plan(options: argparse.Namespace, notes: List[str]) -> suite.Plan:
     backends = _backends(options.backend, device, notes)
     precisions = _precisions(options.precision, device, backends, notes)
     names = tuple(MODELS) if options.all else tuple(dict.fromkeys(options.model))
-    models.check_weights([MODELS[name] for name in names], options.weights)
+    weights = _weights(options)
+    models.check_weights([MODELS[name] for name in names], weights)
     return suite.Plan(
         models=names,
         backends=backends,
@@ -117,7 +118,7 @@ def _plan(options: argparse.Namespace, notes: List[str]) -> suite.Plan:
         images=images,
         image_size=options.image_size,
         pictures=pictures,
-        weights=options.weights,
+        weights=weights,
         detections=options.detections,
         warm_up=WarmUp.on(device) if options.warmup is None else WarmUp.fixed(options.warmup),
         rule=_stop_rule(options, device),
@@ -129,6 +130,21 @@ def _plan(options: argparse.Namespace, notes: List[str]) -> suite.Plan:
         trace=options.trace,
         cache=results.prepare_directory(options.cache, "cache") if options.cache else None,
     )
+
+
+def _weights(options: argparse.Namespace) -> str:
+    """What `--weights` comes to: how many objects are found is to be had of synthetic ones only.
+
+    Raises:
+        errors.InputError: a number of objects was asked for of others.
+    """
+    if options.detections == (results.OBJECTS,) or options.weights == "synthetic":
+        return options.weights
+    if options.weights != "auto":
+        raise InputError(
+            f"--detections makes synthetic weights: it does not go with --weights {options.weights}"
+        )
+    return "synthetic"
 
 
 def _stop_rule(options: argparse.Namespace, device: str) -> StopRule:
@@ -148,6 +164,7 @@ def _document(plan: suite.Plan, options: argparse.Namespace, notes: List[str]) -
         settings[name] = settings[name] and Path(settings[name]).name
     names = [Path(image).name for image in plan.images]
     settings.update(
+        weights_digest=models.checkpoint_digest(plan.weights),
         image=names[0] if len(names) == 1 else names or None,
         model=list(plan.models),
         backend=[backend.name for backend in plan.backends],
@@ -189,6 +206,8 @@ class Session:
         self.plan_notes = list(self.notes)
         self.document = _document(self.plan, options, self.notes)
         self.found: Dict[str, Any] = {}
+        # Of general warnings: where groups are kept, the file's environment is that of theirs.
+        self.environments = [self.document["environment"]]
         if self.plan.output is not None and not options.rerun:
             self._resume(self.plan.output)
 
@@ -203,6 +222,7 @@ class Session:
         earlier = results.load(output / "results.json")
         ignored = ("gpu", "memory_mb", "kernel", "cpu.governor")
         differing = results.differences(earlier, self.document, ignored)
+        differing += self._other_weights(earlier["settings"])
         differing += self._other_images(earlier["groups"])
         if differing:
             # What was asked for comes before what follows from it.
@@ -214,8 +234,18 @@ class Session:
         unfinished = ("interrupted", "all failed")
         kept = [group for group in earlier["groups"] if group["stopped"] not in unfinished]
         self.document.update(groups=kept, aa=earlier["aa"], peaks=earlier.get("peaks", {}))
+        if kept:
+            self.document["environment"] = earlier["environment"]
+            self.environments.insert(0, earlier["environment"])
         self.notes += [note for note in earlier["notes"] if note not in self.notes]
         self.found = results.read_found(output)
+
+    def _other_weights(self, settings: Dict[str, Any]) -> List[str]:
+        """Whether the checkpoint is another file than that of earlier settings, in words."""
+        digests = [x.get("weights_digest") for x in (settings, self.document["settings"])]
+        if None in digests or digests[0] == digests[1]:
+            return []
+        return ["--weights: another file of the same name"]
 
     def _other_images(self, groups: Sequence[Dict[str, Any]]) -> List[str]:
         """Whether groups were measured on other images, by whatever name, in words."""
@@ -234,17 +264,20 @@ class Session:
         """Measures everything, printing a table after each test model; returns the exit code."""
         for note in self.notes:
             print(note, file=sys.stderr)
-        for warning in machine.general_warnings(self.document["environment"]):
+        for warning in self._general_warnings():
             self.progress.say(f"warning: {warning}")
-        with suite.scratch_folder() as folder:
-            if self.options.roofline and not self.document["peaks"]:
-                self._measure_peaks(folder)
-            for name in self.plan.models:
-                for objects in self.plan.detections:
-                    self._run_model(name, objects, folder)
-        self.document["complete"] = True
-        self._save()
-        self._write_page()
+        try:
+            with suite.scratch_folder() as folder:
+                if self.options.roofline and not self.document["peaks"]:
+                    self._measure_peaks(folder)
+                for name in self.plan.models:
+                    for objects in self.plan.detections:
+                        self._run_model(name, objects, folder)
+            self.document["complete"] = True
+        finally:
+            # An interrupted run has its page, too.
+            self._save()
+            self._write_page()
         if len(self.plan.detections) > 1:
             print("\n" + tables.cases_table(self.document["groups"]))
         if self.options.coverage:
@@ -256,6 +289,10 @@ class Session:
         if self.options.compare_published:
             print("\n" + tables.published_table(self.document["groups"]))
         return exit_code(self.document["groups"], self.options.fail_on)
+
+    def _general_warnings(self) -> List[str]:
+        found = [x for known in self.environments for x in machine.general_warnings(known)]
+        return list(dict.fromkeys(found))
 
     def _measure_peaks(self, folder: Path) -> None:
         self.progress.say("how fast this machine multiplies matrices, at most")
@@ -308,10 +345,25 @@ class Session:
         model = suite.prepare_model(name, objects, self.plan, folder, self.progress)
         if model.note not in self.notes:
             self.notes.append(model.note)
+        self._check_weights(model)
         self._keep_reference(model)
         for precision in precisions:
             self._run_group(model, precision)
         model.file.unlink()
+
+    def _check_weights(self, model: suite.Prepared) -> None:
+        """Weights may be had now that an earlier run, whose groups are kept, had to do without.
+
+        Raises:
+            errors.InputError: they are not those of the groups.
+        """
+        for group in self._groups_of(model.name, model.objects):
+            if group.get("weights_digest") not in (None, model.weights_digest):
+                raise InputError(
+                    f"{model.name} was measured at {group['precision']} with other weights "
+                    f"({group.get('weights')}): choose another --output, or measure all again with "
+                    "--rerun"
+                )
 
     def _keep_reference(self, model: suite.Prepared) -> None:
         """What Torch fp32 found, for drawing it."""
@@ -351,7 +403,7 @@ class Session:
     def _save(self) -> None:
         groups, least = self.document["groups"], self.plan.rule.min_rounds
         self.document["warnings"] = [
-            *machine.general_warnings(self.document["environment"]),
+            *self._general_warnings(),
             *(x for group in groups for x in machine.warnings(group, least)),
         ]
         if self.plan.output is not None and self.document["groups"]:
@@ -361,7 +413,7 @@ class Session:
                 models.write_image(picture, self.plan.output / name)
 
     def _write_page(self) -> None:
-        if self.plan.output is not None:
+        if self.plan.output is not None and self.document["groups"]:
             try:
                 import report  # Drawing takes a second to import, and only this needs it.
             except ImportError as error:

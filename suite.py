@@ -13,6 +13,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 
 import benchmark
 import machine
+import results
 import verify
 from backends.base import Backend
 from benchmark import RunFailed, StopRule, WarmUp
@@ -227,6 +228,7 @@ def measure_group(
     runs = plan.runs_for(precision)
     extras = _extra_runs(runs[0], same_again)
     rounds = benchmark.Rounds()
+    complete = False
     try:
         with scratch_folder() as folder:
             for run in runs + extras:
@@ -247,9 +249,13 @@ def measure_group(
             _report(runs, plan, progress)
             for run in runs + extras:
                 run.end(politely=True)
+        complete = True
     finally:
         for run in runs + extras:
             run.end()
+        if not complete:
+            # Also where the rounds were made: what was not checked is measured again.
+            rounds.stopped = "interrupted"
         if rounds.rounds or any(run.record["status"] != "ok" for run in runs):
             _conclude(group, runs, rounds, plan)
             groups.append(group)
@@ -445,6 +451,7 @@ def _prepare_run(run: Run, model: Prepared, plan: Plan, folder: Path, progress: 
     try:
         description = run.worker.ask("prepare", job, PREPARE_LIMIT_S)
         artifacts = description.pop("artifacts")
+        artifacts = {_file_name(model, name): text for name, text in artifacts.items()}
         run.record.update(description, artifacts=_keep(artifacts, plan.output))
         limit_s = PREPARE_LIMIT_S * len(model.timed)
         run.record["warmup_s"] = run.worker.ask("warm_up", plan.warm_up, limit_s)
@@ -452,6 +459,11 @@ def _prepare_run(run: Run, model: Prepared, plan: Plan, folder: Path, progress: 
         run.give_up("unsupported", str(error))
     except RunFailed as error:
         run.give_up("failed", str(error))
+
+
+def _file_name(model: Prepared, name: str) -> str:
+    """The name of a run's file in the output directory, of a model that finds so many objects."""
+    return name if model.objects == results.OBJECTS else f"{model.objects}-objects.{name}"
 
 
 def _keep(artifacts: Dict[str, str], output: Optional[Path]) -> List[str]:
@@ -549,6 +561,7 @@ def _check(run: Run, model: Prepared, plan: Plan, progress: Progress) -> None:
         run.record["effective_precision"] = run.worker.ask("precision")
         if plan.trace and run.backend.in_pytorch:
             name = f"{model.name}.{run.backend.name}.{run.record['requested_precision']}.trace.json"
+            name = _file_name(model, name)
             run.worker.ask("trace", (str(plan.output / name),))
             run.record["artifacts"].append(name)
     except RunFailed as error:

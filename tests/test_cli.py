@@ -481,6 +481,62 @@ def test_what_was_interrupted_is_measured_again(finished, tmp_path):
     assert measured["runs"][0]["samples_s"] != group["runs"][0]["samples_s"]
 
 
+def test_what_is_kept_has_its_own_environment(finished, tmp_path):
+    """Its date, and what it was warned of."""
+    output = tmp_path / "results"
+    shutil.copytree(finished[1], output)
+    document = results.load(output / "results.json")
+    document["environment"].update(time="2001-01-01T00:00:00+00:00")
+    document["environment"]["cpu"]["governor"] = "powersave"
+    results.save(document, output / "results.json")
+    again = script(*FINISHED, "--output", output)
+    assert again.code == 0, again.err
+    after = results.load(output / "results.json")
+    assert after["environment"] == document["environment"]
+    assert "the CPU's frequency may change or be held low (governor powersave)" in after["warnings"]
+
+
+def test_another_checkpoint_of_the_same_name_is_not_mixed(main, exports, finished, tmp_path):
+    output, checkpoint = tmp_path / "results", tmp_path / "model_final.pth"
+    shutil.copytree(finished[1], output)
+    torch.save({"model": exports("testRetinaNet").eager.detector.state_dict()}, checkpoint)
+    document = results.load(output / "results.json")
+    assert document["settings"]["weights_digest"] is None
+    document["settings"].update(weights="model_final.pth", weights_digest="0123456789abcdef")
+    results.save(document, output / "results.json")
+    arguments = [*FINISHED, "--weights", checkpoint, "--output", output]
+    assert_refused(main(*arguments), "another file of the same name", "--rerun")
+    document["settings"]["weights_digest"] = models.checkpoint_digest(str(checkpoint))
+    results.save(document, output / "results.json")
+    assert main(*arguments).code == 0
+
+
+def test_groups_of_other_weights_are_not_mixed(finished, tmp_path):
+    """As where an earlier run had to do without the model zoo."""
+    output = tmp_path / "results"
+    shutil.copytree(finished[1], output)
+    document = results.load(output / "results.json")
+    document["settings"]["precision"] = ["fp32", "bf16"]
+    document["groups"][0]["weights_digest"] = "0123456789abcdef"
+    results.save(document, output / "results.json")
+    outcome = script(*FINISHED, "--precision", "fp32", "bf16", "--output", output)
+    assert outcome.code == 2
+    assert "was measured at fp32 with other weights" in outcome.err.splitlines()[-1]
+    assert results.load(output / "results.json")["groups"] == document["groups"]
+
+
+@pytest.mark.parametrize("weights", ["zoo", "mine.pth"])
+def test_how_many_objects_trained_weights_find_is_not_ours_to_say(main, weights):
+    outcome = main("--model", "testRetinaNet", "--weights", weights, "--detections", "5")
+    assert_refused(outcome, "--detections", f"--weights {weights}")
+
+
+def test_a_number_of_objects_asks_for_synthetic_weights():
+    for arguments, weights in (([], "auto"), (["--detections", "0,100"], "synthetic")):
+        options = run_blade.parser().parse_args(["--model", "testRetinaNet", *arguments])
+        assert session._weights(options) == weights
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -530,11 +586,14 @@ def test_stages_roofline_and_trace(tmp_path):
 
 
 def test_several_counts_of_objects(tmp_path):
-    counts = ["--backend", "torch", "--detections", "0,10", "--output", tmp_path]
+    counts = ["--backend", "torch", "--detections", "0,10", "--trace", "--output", tmp_path]
     outcome = script(*FINISHED, *counts)
     assert outcome.code == 0, outcome.err
     groups = results.load(tmp_path / "results.json")["groups"]
     assert [(group["objects"], group["found"]) for group in groups] == [(0, 0), (10, 10)]
+    traces = [run["artifacts"] for group in groups for run in group["runs"]]
+    assert traces == [[f"{n}-objects.testRetinaNet.torch.fp32.trace.json"] for n in (0, 10)]
+    assert all((tmp_path / name).exists() for (name,) in traces)
     lines = [line for line in outcome.out.splitlines() if line.startswith("| RetinaNet | Torch")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [line[3:5] for line in cells if len(line) == 8] == [["0", "0"], ["10", "10"]]
@@ -729,6 +788,21 @@ def test_interrupted_while_timing(tmp_path):
     assert group["rounds"] > 0
     assert 0 <= len(run["samples_s"]) - group["rounds"] <= 1
     assert "until it was interrupted" in outcome.out
+    assert "This run was interrupted" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_interrupted_while_checking(tmp_path):
+    """All rounds are made; what is not checked is not complete."""
+    running = Interruptible(
+        *["--model", "testRetinaNet", "--backend", "torchscript", "--precision", "fp32"],
+        *[*QUICK, "--iterations", "5", "--output", tmp_path],
+    )
+    running.wait_for("checking torch")
+    outcome = running.interrupt()
+    assert_interrupted(outcome)
+    (group,) = results.load(tmp_path / "results.json")["groups"]
+    assert (group["rounds"], group["stopped"]) == (5, "interrupted")
+    assert group["runs"][1]["detections"] is None
 
 
 def test_an_interruption_keeps_the_finished_groups(tmp_path):
