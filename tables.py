@@ -137,6 +137,11 @@ def _fp32_notes(groups: Sequence[Group]) -> List[str]:
     return notes
 
 
+def _name(group: Group) -> str:
+    """What the group measures, for tables in which several of a test model may stand."""
+    return short_name(results.case_name(results.case(group)))
+
+
 # Columns of the table of coverage: heading, key in a run's coverage.
 COVERAGE = (
     ("operators", "operators"),
@@ -162,8 +167,7 @@ def coverage_table(groups: Sequence[Group]) -> str:
                 for key, value in coverage.items()
                 if key not in [known for _, known in COVERAGE]
             ]
-            model = short_name(group["model"])
-            cells = [model, run["label"], _precision(run), run["provider"] or "-", *counts]
+            cells = [_name(group), run["label"], _precision(run), run["provider"] or "-", *counts]
             grid.append([*cells, "; ".join(more)])
     rights = [False] * 4 + [True] * len(COVERAGE) + [False]
     return "\n".join(markdown(grid, rights)) if len(grid) > 1 else "no coverage is known"
@@ -198,8 +202,7 @@ def costs_table(groups: Sequence[Group]) -> str:
     for group in groups:
         for run in group["runs"]:
             if run["prepare"]:
-                model = short_name(group["model"])
-                grid.append([model, run["label"], _precision(run), *_cost_cells(run)])
+                grid.append([_name(group), run["label"], _precision(run), *_cost_cells(run)])
     rights = [False] * 3 + [True] * (len(grid[0]) - 4) + [False]
     return "\n".join(markdown(grid, rights)) if len(grid) > 1 else "no run was prepared"
 
@@ -266,7 +269,7 @@ def stages_table(groups: Sequence[Group]) -> str:
         cells = [f"{1000 * seconds[name]:.1f}" if seconds[name] else "-" for name in names]
         total = f"{1000 * sum(seconds.values()):.1f}"
         most = f"{ceiling(seconds):.2f}x"
-        grid.append([short_name(group["model"]), group["precision"], *cells, total, most])
+        grid.append([_name(group), group["precision"], *cells, total, most])
     lines = markdown(grid, [False] * 2 + [True] * (len(names) + 2))
     note = "ceiling: the speedup of an engine that takes backbone + FPN only, and no time for them"
     return "\n".join([*lines, "", f"- {note}"])
@@ -322,6 +325,7 @@ def published_table(groups: Sequence[Group]) -> str:
                     ratio=speedup["ratio"],
                     low=speedup["low"],
                     high=speedup["high"],
+                    name=_name(group),
                 )
             )
     return published.comparison(rows)

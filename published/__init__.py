@@ -69,6 +69,7 @@ class Measured(NamedTuple):
         backend: the backend's label.
         ratio: speedup over Torch; None where the run failed.
         low, high: its 95% interval.
+        name: what the table calls it; empty for the test model's own name.
     """
 
     model: str
@@ -78,6 +79,7 @@ class Measured(NamedTuple):
     ratio: Optional[float]
     low: Optional[float]
     high: Optional[float]
+    name: str = ""
 
 
 def torchblade() -> List[PublishedRow]:
@@ -131,7 +133,8 @@ def comparison(ours: Iterable[Tuple]) -> str:
         "| :-- | :-- | :-- | :-- | --: | --: |",
     ]
     for row in (Measured(*values) for values in ours):
-        cells = [row.model[len("test") :], row.export, row.precision, row.backend]
+        name = row.name or row.model[len("test") :]
+        cells = [name, row.export, row.precision, row.backend]
         cells += [_measured_cell(row), _published_cell(row.model, row.precision, published)]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [

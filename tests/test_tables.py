@@ -6,6 +6,7 @@ from typing import Any, Dict, Optional
 
 import tables
 from benchmark import StopRule
+from stages import STAGES
 
 
 def run(backend: str, coverage: Dict[str, Any], **changes: Any) -> Dict[str, Any]:
@@ -131,6 +132,20 @@ def test_counts_of_objects_have_a_line_each():
         ["OpenVINO", "fp32", "0", "0", "100.0"],
         ["OpenVINO", "fp32", "30", "29", "130.0"],
     ]
+
+
+def test_rows_say_which_number_of_objects_they_are_of():
+    """With --detections, each table has several groups of the same test model and precision."""
+    seconds = {**dict.fromkeys(STAGES, 0.0), "backbone + FPN": 0.3, "rest": 0.1}
+    engine = {**prepared("OpenVINO"), "coverage": {"segments": 1}}
+    groups = [group(engine, objects=objects, stages=seconds) for objects in (0, 30, 100)]
+    for make in (
+        *(tables.coverage_table, tables.costs_table, tables.stages_table),
+        tables.published_table,
+    ):
+        lines = [line for line in make(groups).splitlines() if line.startswith("|")]
+        names = [cells(line)[0] for line in lines[2:]]
+        assert names == ["RetinaNet with 0 objects", "RetinaNet with 30 objects", "RetinaNet"], make
 
 
 def test_images_have_a_line_each_and_one_together():
