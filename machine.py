@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterable, List
+from typing import Any, Dict, Iterable, List, Optional
 
 import psutil
 
@@ -25,14 +26,16 @@ class Snapshot:
         total: of all cores together, idle or not.
         busy: of these, spent on anything.
         steal: spent by a hypervisor on other machines.
-        own: spent by the processes that are being measured.
+        own: pid -> spent by a process that is being measured; only those that live.
+        ended: spent by processes that this one has started and that have ended.
         throttled: how often cores were slowed down for their temperature.
     """
 
     total: float
     busy: float
     steal: float
-    own: float
+    own: Dict[int, float]
+    ended: float
     throttled: int
 
 
@@ -40,23 +43,28 @@ def snapshot(pids: Iterable[int]) -> Snapshot:
     """Reads the counters.
 
     Args:
-        pids: of the processes that are being measured, which have no children that compute.
+        pids: of the processes that are being measured, started by this one, which have no children
+            that compute.
     """
     times = psutil.cpu_times()
     idle = times.idle + getattr(times, "iowait", 0.0)
     steal = getattr(times, "steal", 0.0)
     # Guests' time is in user time, too.
     total = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
-    own = sum(_cpu_seconds(pid) for pid in pids)
-    return Snapshot(total, total - idle - steal, steal, own, _throttle_count())
+    seconds = {pid: _cpu_seconds(pid) for pid in pids}
+    own = {pid: spent for pid, spent in seconds.items() if spent is not None}
+    of_ours = os.times()
+    ended = of_ours.children_user + of_ours.children_system
+    return Snapshot(total, total - idle - steal, steal, own, ended, _throttle_count())
 
 
-def _cpu_seconds(pid: int) -> float:
+def _cpu_seconds(pid: int) -> Optional[float]:
+    """Of a process and of its children that have ended, which the system adds to `ended`, too."""
     try:
         times = psutil.Process(pid).cpu_times()
     except psutil.Error:  # It died: that is told elsewhere.
-        return 0.0
-    return times.user + times.system
+        return None
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def _throttle_count() -> int:
@@ -72,12 +80,24 @@ def between(before: Snapshot, after: Snapshot) -> Dict[str, Any]:
         other processes, 0 to 1; `thermal_throttles`: how often cores were slowed down.
     """
     total = max(after.total - before.total, 1e-9)
-    others = after.busy - before.busy - (after.own - before.own)
+    others = after.busy - before.busy - _own_seconds(before, after)
     return {
         "steal_share": max(0.0, after.steal - before.steal) / total,
         "others_share": min(1.0, max(0.0, others / total)),
         "thermal_throttles": after.throttled - before.throttled,
     }
+
+
+def _own_seconds(before: Snapshot, after: Snapshot) -> float:
+    """What the processes that are being measured have spent meanwhile.
+
+    The system no longer counts one that died, but has added all of its time, that of preparation
+    included, to what has ended. Where it does not, nothing is known of what it spent meanwhile.
+    """
+    lived = [after.own[pid] - seconds for pid, seconds in before.own.items() if pid in after.own]
+    gone = [seconds for pid, seconds in before.own.items() if pid not in after.own]
+    died = after.ended - before.ended - sum(gone) if gone else 0.0
+    return sum(max(0.0, seconds) for seconds in (*lived, died))
 
 
 def general_warnings(environment: Dict[str, Any]) -> List[str]:

@@ -15,9 +15,14 @@ import results
 from machine import Snapshot
 
 
+def snapshot(**changes: Any) -> Snapshot:
+    quiet = {"total": 100.0, "busy": 0.0, "steal": 0.0, "own": {}, "ended": 0.0, "throttled": 0}
+    return Snapshot(**{**quiet, **changes})
+
+
 def test_what_happened_between_two_snapshots():
-    before = Snapshot(total=100.0, busy=50.0, steal=1.0, own=10.0, throttled=3)
-    after = Snapshot(total=120.0, busy=68.0, steal=2.0, own=25.0, throttled=5)
+    before = snapshot(total=100.0, busy=50.0, steal=1.0, own={1: 4.0, 2: 6.0}, throttled=3)
+    after = snapshot(total=120.0, busy=68.0, steal=2.0, own={1: 9.0, 2: 16.0}, throttled=5)
     assert machine.between(before, after) == {
         "steal_share": pytest.approx(1 / 20),
         "others_share": pytest.approx((18 - 15) / 20),
@@ -27,10 +32,39 @@ def test_what_happened_between_two_snapshots():
 
 def test_shares_are_shares():
     """Counters are read one after the other, and a process may end in between."""
-    before = Snapshot(total=100.0, busy=50.0, steal=1.0, own=10.0, throttled=0)
-    found = machine.between(before, Snapshot(100.0, 50.1, 0.9, 0.0, 0))
+    before = snapshot(total=100.0, busy=50.0, steal=1.0, own={1: 10.0})
+    found = machine.between(before, snapshot(total=100.0, busy=50.1, steal=0.9, own={1: 9.9}))
     assert 0 <= found["steal_share"] <= 1
     assert 0 <= found["others_share"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("ended", "others"),
+    # It spent 40 s before and 3 s meanwhile; where the system does not tell, these 3 s are others'.
+    [(43.0, 0.0), (0.0, 3 / 20)],
+)
+def test_a_process_that_dies_does_not_make_its_past_that_of_others(ended, others):
+    before = snapshot(total=100.0, busy=50.0, own={1: 40.0, 2: 40.0})
+    after = snapshot(total=120.0, busy=68.0, own={1: 55.0}, ended=ended)
+    assert machine.between(before, after)["others_share"] == pytest.approx(others)
+
+
+def test_a_process_that_was_killed_is_not_another():
+    """A real one, which has computed before, and goes on doing so until it is killed."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(1.5)
+        before = machine.snapshot([process.pid])
+        time.sleep(0.5)
+        alive = machine.snapshot([process.pid])
+    finally:
+        process.kill()
+        process.wait()
+    after = machine.snapshot([process.pid])
+    assert after.own == {}
+    # To hundredths of a second, in which the system counts.
+    spent = alive.own[process.pid] - before.own[process.pid]
+    assert machine._own_seconds(before, after) >= spent - 0.05 > 0
 
 
 def test_a_process_of_our_own_is_not_another():
@@ -50,7 +84,7 @@ def test_a_process_of_our_own_is_not_another():
 
 
 def test_a_process_that_is_gone_has_no_time():
-    assert machine.snapshot([2**22 + 1]).own == 0
+    assert machine.snapshot([2**22 + 1]).own == {}
 
 
 def group(**changes: Any) -> Dict[str, Any]:
