@@ -189,6 +189,23 @@ def test_drawings_have_words_for_those_who_cannot_see_them(page):
     assert "Openvino fp32: 2.00x (TorchBlade, fp32: 1.48x)" in drawings[1]["aria-label"]
 
 
+def test_sizes_are_plotted_with_the_median_of_the_table(page):
+    """At `opt` there are timed calls; the one or two of the check may say something else."""
+    drawing = page.all("svg")[-3]["aria-label"]
+    assert drawing.startswith("Medians; at opt of all timed calls, at min and max of the few that")
+    for run in make_results()["groups"][0]["runs"][:2]:
+        median = f"{run['statistics']['median_ms']:.4g} ms"
+        assert f"{run['label']} fp32: 150 ms, {median}, 1000 ms" in drawing
+    assert "Inductor" not in drawing  # It was not timed.
+
+
+def test_sizes_are_not_plotted_of_several_images_together():
+    (group,) = make_results()["groups"]
+    assert report.sizes_plot([group], "a") is not None
+    several = {**group, "image_sizes": {**group["image_sizes"], "image 2": [[77, 55]]}}
+    assert report.sizes_plot([several], "a") is None
+
+
 def test_all_samples_are_plotted(page):
     group = make_results()["groups"][0]
     samples = sum(len(run["samples_s"]) for run in group["runs"])
