@@ -132,6 +132,10 @@ def warnings(group: Dict[str, Any], least_rounds: int) -> List[str]:
         found.append(f"{where}: other processes took {share} of the cores")
     if machine.get("thermal_throttles"):
         found.append(f"{where}: the CPU was slowed down for its temperature")
+    reasons = [reason for state in group.get("gpu", ()) for reason in state.get("throttled", ())]
+    if reasons:
+        why = ", ".join(dict.fromkeys(reasons))
+        found.append(f"{where}: the GPU was throttled ({why})")
     if group["stopped"] == "time budget" and group["rounds"] < least_rounds:
         found.append(
             f"{where}: {group['rounds']} rounds fit in the time budget, {least_rounds} were wanted"

@@ -46,7 +46,7 @@ def model_table(
     facts = [*_check_note(groups[0]), *_rounds_notes(groups, rule), *_fp32_notes(groups)]
     if peaks:
         facts.append(_peak_note(groups, peaks))
-    facts += [*_recompilation_notes(groups), *_throttle_notes(groups)]
+    facts += _recompilation_notes(groups)
     weights = dict.fromkeys(group["weights"] for group in groups if group.get("weights"))
     return table(rows, [*facts, *notes, *weights])
 
@@ -284,17 +284,6 @@ def _recompilation_notes(groups: Sequence[Group]) -> List[str]:
         for count in [run["coverage"].get("recompilations_while_timed")]
         if count
     ]
-
-
-def _throttle_notes(groups: Sequence[Group]) -> List[str]:
-    """Groups before or after whose rounds the GPU was held back."""
-    notes = []
-    for group in groups:
-        reasons = [x for state in group.get("gpu", ()) for x in state.get("throttled", ())]
-        if reasons:
-            why = ", ".join(dict.fromkeys(reasons))
-            notes.append(f"{group['precision']}: the GPU was throttled ({why})")
-    return notes
 
 
 def aa_note(aa: Optional[Dict[str, Any]]) -> List[str]:

@@ -103,6 +103,8 @@ def group(**changes: Any) -> Dict[str, Any]:
 def test_a_quiet_machine_is_not_warned_of():
     assert machine.warnings(group(), 15) == []
     assert machine.warnings(group(machine=None), 15) == []
+    # NVML is installed, and its second answer did not come.
+    assert machine.warnings(group(gpu=[{"throttled": []}, {"name": "Some GPU"}]), 15) == []
 
 
 @pytest.mark.parametrize(
@@ -123,6 +125,10 @@ def test_a_quiet_machine_is_not_warned_of():
         (
             {"machine": {"thermal_throttles": 4}},
             "testRetinaNet fp32: the CPU was slowed down for its temperature",
+        ),
+        (
+            {"gpu": [{"throttled": ["power brake", "software power cap"]}] * 2},
+            "testRetinaNet fp32: the GPU was throttled (power brake, software power cap)",
         ),
         (
             {"rounds": 8, "stopped": "time budget"},

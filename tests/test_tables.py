@@ -185,13 +185,10 @@ def test_stages_say_where_the_time_goes():
     assert tables.stages_table([group(run("Torch", {}))]) == "no stages were timed"
 
 
-def test_a_throttled_gpu_is_said():
-    states = [{"throttled": []}, {"throttled": ["power brake"]}, {"throttled": ["power brake"]}]
+def test_a_throttled_gpu_is_a_warning_and_not_said_again():
+    states = [{"throttled": ["power brake"]}]
     text = tables.model_table([group(run("Torch", {}), gpu=states)], StopRule())
-    assert "- fp32: the GPU was throttled (power brake)" in text
-    assert "throttled" not in tables.model_table(
-        [group(run("Torch", {}), gpu=states[:1])], StopRule()
-    )
+    assert "throttled" not in text
 
 
 def test_a_recompilation_while_timed_is_said():
