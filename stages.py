@@ -1,7 +1,9 @@
 """Where the time of an eager detector goes, and what that leaves an engine to gain.
 
 Times are exclusive: non-maximum suppression inside of the ROI heads counts as suppression. They are
-taken by hooks around the detector's parts, by the names that Detectron2 gives them.
+taken by hooks around the detector's parts, by the names that Detectron2 gives them. What comes
+after the last part is postprocessing: the decoding of RetinaNet's predictions, fitting boxes to the
+image, pasting masks into it. What comes before is the rest: normalising and padding the image.
 """
 
 from __future__ import annotations
@@ -10,15 +12,16 @@ import time
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
-# Names of the parts, as attributes of a detector -> what tables call them.
+# Names of the parts, as attributes of a detector -> what tables call them; in the order in which a
+# detector calls those that it has.
 PARTS = {
     "backbone": "backbone + FPN",
     "proposal_generator": "proposals",
     "head": "head",
     "roi_heads": "ROI heads",
 }
-NMS, REST = "NMS", "rest"
-STAGES = (*PARTS.values(), NMS, REST)
+NMS, POSTPROCESSING, REST = "NMS", "postprocessing", "rest"
+STAGES = (*PARTS.values(), NMS, POSTPROCESSING, REST)
 
 
 class Stopwatch:
@@ -41,6 +44,11 @@ class Stopwatch:
     def leave(self) -> None:
         self._charge()
         self._stack.pop()
+
+    def end_of_parts(self) -> None:
+        """From here on, what lies in no other stage is postprocessing."""
+        self._charge()
+        self._stack[0] = POSTPROCESSING
 
     def _charge(self) -> None:
         now = self.clock()
@@ -86,10 +94,13 @@ def time_stages(
 def _watched(eager: Any, watch: Stopwatch) -> Iterator[Stopwatch]:
     """While it lasts, the parts of a module and non-maximum suppression tell the stopwatch."""
     handles = []
-    for attribute, part in _parts(eager).items():
+    parts = _parts(eager)
+    for attribute, part in parts.items():
         stage = PARTS[attribute]
         handles.append(part.register_forward_pre_hook(lambda *args, s=stage: watch.enter(s)))
         handles.append(part.register_forward_hook(lambda *args: watch.leave()))
+    for last in sorted(parts, key=list(PARTS).index)[-1:]:
+        handles.append(parts[last].register_forward_hook(lambda *args: watch.end_of_parts()))
     try:
         with _suppression(watch):
             yield watch

@@ -262,11 +262,12 @@ def stages_table(groups: Sequence[Group]) -> str:
     known = [group for group in groups if group.get("stages")]
     if not known:
         return "no stages were timed"
-    names = [stage for stage in STAGES if any(group["stages"][stage] for group in known)]
+    # Files from before there was postprocessing have it in the rest.
+    names = [stage for stage in STAGES if any(group["stages"].get(stage) for group in known)]
     grid = [["Model", "precision", *(f"{name} (ms)" for name in names), "total (ms)", "ceiling"]]
     for group in known:
         seconds = group["stages"]
-        cells = [f"{1000 * seconds[name]:.1f}" if seconds[name] else "-" for name in names]
+        cells = [f"{1000 * seconds[name]:.1f}" if seconds.get(name) else "-" for name in names]
         total = f"{1000 * sum(seconds.values()):.1f}"
         most = f"{ceiling(seconds):.2f}x"
         grid.append([_name(group), group["precision"], *cells, total, most])

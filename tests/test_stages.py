@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 
 import pytest
@@ -10,7 +11,7 @@ import torchvision
 from conftest import small_export
 
 from roofline import measure_peak
-from stages import NMS, REST, STAGES, Stopwatch, ceiling, time_stages
+from stages import NMS, POSTPROCESSING, REST, STAGES, Stopwatch, _watched, ceiling, time_stages
 
 
 def test_time_belongs_to_the_innermost_stage():
@@ -29,12 +30,15 @@ def test_time_belongs_to_the_innermost_stage():
     assert sum(seconds.values()) == 15
 
 
+OTHERS = (NMS, POSTPROCESSING, REST)
+
+
 @pytest.mark.parametrize(
     ("name", "present"),
     [
-        ("testRetinaNet", {"backbone + FPN", "head", NMS, REST}),
-        ("testMaskRCNNFPN", {"backbone + FPN", "proposals", "ROI heads", NMS, REST}),
-        ("testMaskRCNNC4", {"backbone + FPN", "proposals", "ROI heads", NMS, REST}),
+        ("testRetinaNet", {"backbone + FPN", "head", *OTHERS}),
+        ("testMaskRCNNFPN", {"backbone + FPN", "proposals", "ROI heads", *OTHERS}),
+        ("testMaskRCNNC4", {"backbone + FPN", "proposals", "ROI heads", *OTHERS}),
     ],
 )
 def test_the_stages_of_a_detector(name, present):
@@ -52,6 +56,81 @@ def test_the_stages_of_a_detector(name, present):
     # Nothing is left behind.
     assert torchvision.ops.batched_nms is torchvision.ops.boxes.batched_nms is suppress
     assert not any(module._forward_hooks for module in export.eager.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "function", "stage"),
+    [
+        ("testMaskRCNNFPN", "detectors.rcnn", "paste_masks", POSTPROCESSING),
+        ("testMaskRCNNFPN", "detectors.rcnn", "batch_images", REST),
+        ("testMaskRCNNFPN", "detectors.roi_heads", "detections_of_images", "ROI heads"),
+        ("testRetinaNet", "detectors.boxes", "apply_deltas", POSTPROCESSING),
+        ("testRetinaNet", "detectors.boxes", "nonempty", POSTPROCESSING),
+        ("testRetinaNet", "detectors.retinanet", "batch_images", REST),
+    ],
+)
+def test_where_a_function_counts(name, module, function, stage, monkeypatch):
+    """What seems to take longer takes it from the stage that it is of."""
+    export = small_export(name)
+    # As in testMaskRCNNFPN_pproc, which has the same weights; RetinaNet has it anyway.
+    monkeypatch.setattr(export.eager.detector, "postprocess", True)
+    module = importlib.import_module(module)
+    original = getattr(module, function)
+
+    def slow(*args):
+        late[0] += 1000.0
+        return original(*args)
+
+    late = [0.0]
+    clock = time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + late[0])
+    monkeypatch.setattr(module, function, slow)
+    (seconds,) = time_stages(export.eager, export.eager, export.inputs, lambda: None, calls=1)
+    assert {name for name, spent in seconds.items() if spent > 900} == {stage}
+    assert sum(seconds.values()) > late[0] > 0
+
+
+def test_a_detector_of_detectron2():
+    """As its adapters call it: parts of the same names, inside of one more module."""
+
+    class Detector(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.proposal_generator, self.roi_heads = map(Part, (2, 3, 4))
+
+        def forward(self, image):
+            work(1)
+            self.roi_heads(self.proposal_generator(self.backbone(image)))
+            work(5)
+
+    class Part(torch.nn.Module):
+        def __init__(self, seconds):
+            super().__init__()
+            self.seconds = seconds
+
+        def forward(self, x):
+            work(self.seconds)
+            return x
+
+    class Adapter(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = Detector()
+
+        def forward(self, image):
+            self.model(image)
+            work(6)
+
+    def work(seconds):
+        now[0] += seconds
+
+    now = [0.0]
+    eager = Adapter()
+    with _watched(eager, Stopwatch(lambda: now[0])) as watch:
+        eager(torch.zeros(1))
+        seconds = watch.total()
+    parts = {"backbone + FPN": 2, "proposals": 3, "ROI heads": 4}
+    assert seconds == {**dict.fromkeys(STAGES, 0), **parts, REST: 1, POSTPROCESSING: 5 + 6}
 
 
 def test_the_ceiling_is_amdahls():

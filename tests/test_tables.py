@@ -185,6 +185,18 @@ def test_stages_say_where_the_time_goes():
     assert tables.stages_table([group(run("Torch", {}))]) == "no stages were timed"
 
 
+def test_stages_of_a_file_without_postprocessing():
+    old = {"backbone + FPN": 0.3, "NMS": 0.01, "rest": 0.09}
+    new = {"backbone + FPN": 0.3, "NMS": 0.01, "postprocessing": 0.07, "rest": 0.02}
+    lines = tables.stages_table([group(run("Torch", {}), stages=x) for x in (old, new)])
+    header, _, *rows = map(cells, lines.splitlines()[:4])
+    assert header[4:6] == ["postprocessing (ms)", "rest (ms)"]
+    assert [row[4:] for row in rows] == [
+        ["-", "90.0", "400.0", "4.00x"],
+        ["70.0", "20.0", "400.0", "4.00x"],
+    ]
+
+
 def test_a_throttled_gpu_is_a_warning_and_not_said_again():
     states = [{"throttled": ["power brake"]}]
     text = tables.model_table([group(run("Torch", {}), gpu=states)], StopRule())
