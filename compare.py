@@ -36,7 +36,7 @@ BY = ("both", "time", "speedup")
 # name: on one that took twice as long, an engine was seen to suffer more than the baseline.
 MOST_DRIFT = 1.25
 # Where one of these differs, times are those of another machine; what is found may be compared.
-MACHINE = ("cpu.model", "cpu.usable_cores", "gpu", "--device", "--threads")
+MACHINE = ("cpu.model", "cpu.flags", "cpu.usable_cores", "gpu", "--device", "--threads")
 # Where one of these differs, nothing can be compared: it is another task.
 TASK = ("--source", "--image", "--image-size", "--weights", "--detections", "--seed")
 

@@ -1,4 +1,4 @@
-"""What an NVIDIA GPU says of itself through NVML: what it is, its clocks, and what holds it back.
+"""What an NVIDIA GPU says of itself: what it is and, by NVML, its clocks and what holds it back.
 
 Written against nvidia-ml-py 13; not run on a GPU yet. Everything here is for the reader of a
 result: where NVML cannot be had, there is nothing to read and nothing fails.
@@ -17,6 +17,13 @@ THROTTLE_REASONS = {
     0x0040: "hardware thermal slowdown",
     0x0080: "power brake",
 }
+
+
+def name() -> Optional[str]:
+    """The name of the GPU that PyTorch uses, which takes no NVML; None where there is none."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def describe() -> Optional[Dict[str, Any]]:

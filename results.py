@@ -247,12 +247,13 @@ def _variables() -> Dict[str, str]:
     }
 
 
-def environment(distributions: Dict[str, str]) -> Dict[str, Any]:
+def environment(distributions: Dict[str, str], gpu: Optional[str] = None) -> Dict[str, Any]:
     """What a result was measured on, without host name, user name or paths.
 
     Args:
         distributions: distribution -> version of what the backends stand on, added to those that
             every run uses.
+        gpu: name of the GPU that is measured on, if it is one.
     """
     fields = _cpuinfo()
     return {
@@ -266,6 +267,7 @@ def environment(distributions: Dict[str, str]) -> Dict[str, Any]:
             "logical_cores": psutil.cpu_count(logical=True),
             "usable_cores": usable_cores(),
         },
+        "gpu": gpu,
         "load_average": [round(load, 2) for load in psutil.getloadavg()],
         "memory_mb": _memory_mb(),
         "os": _operating_system(),
@@ -361,13 +363,10 @@ def facts(document: Dict[str, Any]) -> Dict[str, Any]:
     """What was measured on and how, as in a result file, by name; what is not recorded is None."""
     environment, settings = document["environment"], document["settings"]
     commit = environment.get("commit")
-    named = {
-        f"cpu.{name}": value
-        for name, value in environment.get("cpu", {}).items()
-        if name != "flags"
-    }
+    named = {f"cpu.{name}": value for name, value in environment.get("cpu", {}).items()}
+    # Files from before the environment had it may have it from NVML.
     states = [state for group in document["groups"] for state in group.get("gpu", ())]
-    named["gpu"] = states[0].get("name") if states else None
+    named["gpu"] = environment.get("gpu") or (states[0].get("name") if states else None)
     named.update({name: environment.get(name) for name in ("memory_mb", "os", "kernel", "python")})
     named.update(environment.get("versions", {}))
     named.update(environment.get("variables", {}))
@@ -383,7 +382,13 @@ def differing(before: Dict[str, Any], after: Dict[str, Any]) -> List[str]:
     """Names of the `facts` in which two result files differ."""
     old, new = facts(before), facts(after)
     names = dict.fromkeys([*old, *new])
-    return [name for name in names if _shown(old.get(name)) != _shown(new.get(name))]
+    return [name for name in names if _differs(name, old.get(name), new.get(name))]
+
+
+def _differs(name: str, old: Any, new: Any) -> bool:
+    if name == "cpu.flags" and not (old and new):
+        return False  # One of them was not told them, which does not make it another CPU.
+    return _shown(old) != _shown(new)
 
 
 def differences(
@@ -392,10 +397,22 @@ def differences(
     """What differs between the `facts` of two result files, in words."""
     old, new = facts(before), facts(after)
     return [
-        f"{name}: {_shown(old.get(name))} before, {_shown(new.get(name))} now"
+        f"{name}: {_difference(name, old.get(name), new.get(name))}"
         for name in differing(before, after)
         if name not in ignored
     ]
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    if name != "cpu.flags":
+        return f"{_shown(old)} before, {_shown(new)} now"
+    # There are many, and they are mostly the same.
+    before, after = _shown(old).split(), _shown(new).split()
+    only = (
+        ("before", [flag for flag in before if flag not in after]),
+        ("now", [flag for flag in after if flag not in before]),
+    )
+    return ", ".join(f"{' '.join(flags)} only {when}" for when, flags in only if flags)
 
 
 def _shown(value: Any) -> str:

@@ -177,7 +177,7 @@ def _document(plan: suite.Plan, options: argparse.Namespace, notes: List[str]) -
         "schema": results.SCHEMA,
         "tool": results.TOOL,
         "version": VERSION,
-        "environment": results.environment(versions),
+        "environment": results.environment(versions, suite.gpu_name(plan)),
         "settings": settings,
         "groups": [],
         "aa": None,
@@ -220,7 +220,7 @@ class Session:
         if not (output / "results.json").exists():
             return
         earlier = results.load(output / "results.json")
-        ignored = ("gpu", "memory_mb", "kernel", "cpu.governor")
+        ignored = ("memory_mb", "kernel", "cpu.governor")
         differing = results.differences(earlier, self.document, ignored)
         differing += self._other_weights(earlier["settings"])
         differing += self._other_images(earlier["groups"])

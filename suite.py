@@ -522,6 +522,23 @@ def _stages(baseline: Run, precision: str) -> Optional[Dict[str, float]]:
     return {stage: median(call[stage] for call in calls) for stage in calls[0]}
 
 
+def gpu_name(plan: Plan) -> Optional[str]:
+    """What PyTorch calls the GPU that is measured on; None on a CPU, and where it cannot be had.
+
+    In a process of its own, as this one must not take memory and time of the GPU for itself.
+    """
+    if plan.device != "cuda":
+        return None
+    with scratch_folder() as folder:
+        worker = Worker(folder / "gpu.log", plan.threads)
+        try:
+            return worker.ask("gpu_name")
+        except RunFailed:
+            return None  # Why, the runs will say.
+        finally:
+            worker.kill()
+
+
 def measure_peaks(precisions: Sequence[str], plan: Plan, folder: Path) -> Dict[str, float]:
     """Operations per second that PyTorch reaches, by precision, where it has such kernels."""
     worker = Worker(folder / "peak.log", plan.threads)

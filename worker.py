@@ -303,6 +303,10 @@ def _main(connection: Any, log: str, threads: int) -> None:
 
                     _use_threads(threads)
                     answer = measure_peak(*argument)
+                elif name == "gpu_name":
+                    import gpu
+
+                    answer = gpu.name()
                 elif name == "warm_up":
                     answer = run.warm_up(argument)
                 else:

@@ -553,6 +553,20 @@ def test_other_settings_are_not_mixed(main, finished, change, words):
     assert (output / "results.json").read_text() == before
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda environment: environment["cpu"]["flags"].append("new"), "cpu.flags: new only bef"),
+        (lambda environment: environment.update(gpu="Some GPU"), "gpu: Some GPU before, none now"),
+    ],
+)
+def test_another_machine_is_not_mixed(main, finished, tmp_path, change, words):
+    document = results.load(finished[1] / "results.json")
+    change(document["environment"])
+    results.save(document, tmp_path / "results.json")
+    assert_refused(main(*FINISHED, "--output", tmp_path), words, "--rerun")
+
+
 def test_what_is_no_result_file_is_not_overwritten(main, tmp_path):
     kept = tmp_path / "results.json"
     kept.write_text("precious")

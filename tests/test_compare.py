@@ -220,6 +220,9 @@ def test_without_a_baseline_times_are_compared():
     ("change", "words"),
     [
         (lambda d: d["environment"]["cpu"].update(model="B"), "cpu.model differs"),
+        (lambda d: d["environment"]["cpu"].update(flags=["fma", "avx2"]), "cpu.flags differs"),
+        (lambda d: d["environment"].update(gpu="B"), "gpu differs"),
+        (lambda d: d["groups"][0].update(gpu=[{"name": "B"}]), "gpu differs"),
         (lambda d: d["settings"].update(threads=4), "--threads differs"),
         (lambda d: d["settings"].update(device="cuda"), "--device differs"),
         (lambda d: d["settings"].update(weights="mine.pth"), "--weights differs"),
@@ -229,7 +232,9 @@ def test_without_a_baseline_times_are_compared():
 )
 def test_what_is_not_comparable_is_refused(command, change, words):
     before, after = measured(0), measured(1)
-    before["groups"][0]["image_digest"] = after["groups"][0]["image_digest"] = "a"
+    for document in (before, after):
+        document["groups"][0]["image_digest"] = "a"
+        document["environment"]["cpu"]["flags"] = ["fma", "avx2", "avx512f"]
     change(after)
     code, printed = command(before, after)
     assert code == 2
@@ -281,6 +286,16 @@ def test_one_run_that_is_not_comparable_is_named(command):
     code, printed = command(before, after, "--fail-on", "slower,wrong,broken")
     assert code == 0
     assert "times not compared, as it ran as fp32 before, and as bf16 after" in printed.out
+
+
+@pytest.mark.parametrize("flags", [None, []])
+def test_a_file_without_flags_is_not_of_another_machine(command, flags):
+    before, after = measured(0), measured(1)
+    after["environment"]["cpu"]["flags"] = ["fma", "avx2"]
+    before["environment"]["cpu"].update({} if flags is None else {"flags": flags})
+    code, printed = command(before, after)
+    assert code == 0
+    assert "What differs:\n\n- nothing that is recorded\n" in printed.out
 
 
 def test_what_differs_is_named_first(command):

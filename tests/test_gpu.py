@@ -66,6 +66,15 @@ def test_what_it_is_and_how_it_is(nvml):
     assert nvml.opened == 0
 
 
+def test_its_name_takes_no_nvml(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # import raises ImportError
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    assert gpu.name() == "Some GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.name() is None
+
+
 def test_an_idle_gpu_is_not_throttled():
     assert gpu.throttle_reasons(0x1 | 0x2 | 0x10 | 0x100) == []
 
@@ -89,5 +98,6 @@ def test_without_nvml_there_is_nothing(function, monkeypatch, nvml):
 def test_a_real_gpu():
     pytest.importorskip("pynvml")
     torch.zeros(1, device="cuda")
+    assert gpu.name() == gpu.describe()["name"]
     assert gpu.describe()["memory_mb"] > 1000
     assert 0 < gpu.state()["sm_clock_mhz"] <= gpu.describe()["max_sm_clock_mhz"]

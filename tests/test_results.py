@@ -300,6 +300,27 @@ def test_environment_describes_this_machine(monkeypatch):
     assert set(environment["cpu"]["flags"]) <= set(results.RELEVANT_FLAGS)
 
 
+def test_of_flags_only_those_that_differ_are_shown():
+    before, after = make_document(), make_document()
+    before["environment"] = {"cpu": {"flags": ["fma", "avx2", "avx512f", "avx512_vnni"]}}
+    after["environment"] = {"cpu": {"flags": ["fma", "avx2", "avx_vnni"]}}
+    line = "cpu.flags: avx512f avx512_vnni only before, avx_vnni only now"
+    assert results.differences(before, after) == [line]
+    after["environment"]["cpu"]["flags"].pop()
+    assert results.differences(before, after) == ["cpu.flags: avx512f avx512_vnni only before"]
+    del after["environment"]["cpu"]["flags"]
+    assert results.differences(before, after) == []
+
+
+def test_the_gpu_is_named_by_the_environment_or_else_by_nvml():
+    document = make_document()
+    assert results.facts(document)["gpu"] is None
+    document["groups"][0]["gpu"] = [{"name": "A"}]
+    assert results.facts(document)["gpu"] == "A"
+    document["environment"] = results.environment({}, "B")
+    assert results.facts(document)["gpu"] == "B"
+
+
 def test_environment_is_not_private():
     text = json.dumps(results.environment({}))
     words = {word.strip('",:{}[]()') for word in text.split()}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
+import torch
 
 import models
 import suite
@@ -216,6 +217,15 @@ def test_a_run_that_is_killed_between_several_images(two_images, leaves_no_proce
         assert (torchscript["status"], len(torchscript["samples_s"])) == ("failed", 2)
         assert torchscript["detections"] is None
         assert (torch_run["status"], len(torch_run["samples_s"])) == ("ok", 6)
+
+
+def test_the_gpu_is_named_by_a_process_of_its_own(monkeypatch, leaves_no_process):
+    assert suite.gpu_name(make_plan(device="cpu")) is None
+    # Here, or by the process, where there is no GPU.
+    known = torch.cuda.is_available()
+    assert (suite.gpu_name(make_plan(device="cuda")) is not None) == known
+    monkeypatch.setattr(suite, "Worker", Dying)
+    assert suite.gpu_name(make_plan(device="cuda")) is None
 
 
 def test_a_baseline_without_the_precision_runs_at_fp32():
