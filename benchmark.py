@@ -8,6 +8,7 @@ speed drifts by tens of percent within minutes, and only calls made next to each
 from __future__ import annotations
 
 import math
+import re
 import time
 from dataclasses import dataclass, field
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
@@ -516,17 +517,16 @@ def table(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
             share = row.peak_share
             cells[-1].append("-" if share is None else f"{100 * share:.1f}%")
         if row.status:
-            status = " ".join(row.status.split())
-            below.append(f"[{len(below) + 1}] {row.backend} {row.precision}: {status}")
+            below.append(f"[{len(below) + 1}] {row.backend} {row.precision}: {row.status}")
     lines = markdown([header] + cells, rights)
     if any(row.statistics is not None and row.statistics.p99_ms is None for row in rows):
         below.append(
             "(max): the longest call, in place of a 99th percentile, which takes "
             f"{samples_to_bound(0.99)} calls to bound with 95% confidence"
         )
-    below += [" ".join(note.split()) for note in notes]
+    below += notes
     if below:
-        lines += [""] + [f"- {line}" for line in below]
+        lines += [""] + [f"- {' '.join(line.split())}" for line in below]
     return "\n".join(lines)
 
 
@@ -600,9 +600,10 @@ def markdown(grid: Sequence[Sequence[str]], rights: Sequence[bool]) -> List[str]
     """Lines of a Markdown table, padded so that the text itself reads well.
 
     Args:
-        grid: cells, the header first.
+        grid: cells, the header first; what would end one becomes a space.
         rights: for each column, whether it is right-aligned.
     """
+    grid = [[re.sub(r"[|\s]+", " ", cell) for cell in line] for line in grid]
     widths = [max(len(line[column]) for line in grid) for column in range(len(rights))]
     rule = ["-" * (width - 1) + (":" if right else "-") for width, right in zip(widths, rights)]
     padded = [

@@ -19,6 +19,7 @@ from catalog import TUNING, TestModel
 from detectors.checkpoint import CheckpointUnavailable, load_into, read, zoo_checkpoint
 from detectors.instances import Instances, flatten
 from errors import InputError
+from results import file_name
 
 # The images that TorchBlade's benchmark tunes for are smaller and larger by factors from here.
 MIN_SCALE = (0.5, 0.7)
@@ -317,13 +318,13 @@ def find_weights(
     if weights in ("auto", "zoo"):
         try:
             path = zoo_checkpoint(model.config)
-            return Weights(read(path), str(path), f"weights: {path.name} of the model zoo")
+            return Weights(read(path), str(path), f"weights: {file_name(path)} of the model zoo")
         except CheckpointUnavailable as error:
             if weights == "zoo":
                 raise
             reason = f" ({error})"
     elif weights != "synthetic":
-        return Weights(read(Path(weights)), weights, f"weights: {Path(weights).name}")
+        return Weights(read(Path(weights)), weights, f"weights: {file_name(weights)}")
     else:
         reason = ""
     from detectors.synthetic import synthesize

@@ -59,6 +59,8 @@ STYLE = {
     "ytick.labelcolor": INK,
     "figure.facecolor": "none",
 }
+# Of the detections in an image, what is drawn.
+DRAWN = ("boxes", "scores", "classes")
 # The first image, beside the result file.
 IMAGE = results.image_files([None])[0]
 # Inches. Narrow, so that letters keep a size on a phone, where a drawing is scaled to its width.
@@ -148,9 +150,14 @@ def _names(runs: Sequence[Tuple[Group, Dict[str, Any]]]) -> List[str]:
     return [f"{run['label']} {run['effective_precision'] or ''}".strip() for _, run in runs]
 
 
+def _literal(text: str) -> str:
+    """The text for Matplotlib, which takes what is between dollars for mathematics."""
+    return text.replace("$", r"\$")
+
+
 def _rows(axes: Any, names: Sequence[str]) -> None:
     """One line of the plot for each name, the first on top."""
-    axes.set_yticks(range(len(names)), labels=names)
+    axes.set_yticks(range(len(names)), labels=[_literal(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
 
@@ -245,7 +252,11 @@ def sizes_plot(groups: Sequence[Group], name: str) -> Optional[Drawing]:
         )
         colour = ACCENT if run["baseline"] else (POINTS, PUBLISHED)[number // len(styles) % 2]
         axes.plot(
-            *zip(*points), styles[number % len(styles)], marker=".", color=colour, label=label
+            *zip(*points),
+            styles[number % len(styles)],
+            marker=".",
+            color=colour,
+            label=_literal(label),
         )
         facts.append(f"{label}: " + ", ".join(f"{ms:.4g} ms" for _, ms in points))
         ticks.update(area for area, _ in points)
@@ -291,7 +302,7 @@ def pictures(groups: Sequence[Group], found: Dict[str, Any], image: Optional[str
     for precision, runs in found["runs"].items():
         for label, (own, *_) in runs.items():
             kinds = ["matched" if agrees else "spurious" for agrees in own["agrees"]]
-            lost = {key: [reference[key][n] for n in own["lost"]] for key in reference}
+            lost = {key: [reference[key][n] for n in own["lost"]] for key in DRAWN}
             boxes = _boxes(own, kinds) + _boxes(lost, ["lost"] * len(own["lost"]))
             caption = f"{label} {precision}: {kinds.count('matched')} agree, "
             caption += f"{len(own['lost'])} lost, {kinds.count('spurious')} spurious"
@@ -453,7 +464,7 @@ def write(path: Path, to: Path) -> None:
     found = results.read_found(path.parent)
     images = {}
     for name in {case.get("image", IMAGE) for case in found.values()}:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # The latter, where it cannot be the name of a file.
             images[name] = (path.parent / Path(name).name).read_bytes()
     results.write_text(to, page(document, found, images))
 

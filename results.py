@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import re
@@ -19,6 +18,7 @@ from typing import Any, Collection, Dict, Iterator, List, Optional, Sequence, Tu
 
 import psutil
 
+import schema
 from errors import InputError
 
 SCHEMA = 1
@@ -27,7 +27,8 @@ TOOL = "run_blade"
 # Beside the result file: what the runs found, to draw it.
 FOUND = "detections.json"
 
-STATUSES = ("ok", "failed", "unsupported", "mismatch")
+# No number of a file is larger, so that no product of two is beyond what a float can hold.
+LARGEST = 1e100
 
 # CPU features that decide which kernels an engine picks: x86, then ARM.
 RELEVANT_FLAGS = (
@@ -44,65 +45,6 @@ RELEVANT_VARIABLES = (
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _CPU0 = Path("/sys/devices/system/cpu/cpu0")
-
-_NUMBER = (int, float)
-_OPTIONAL_NUMBER = (int, float, type(None))
-_OPTIONAL_DICT = (dict, type(None))
-
-_DOCUMENT_KEYS = {
-    "schema": int,
-    "tool": str,
-    "version": str,
-    "environment": dict,
-    "settings": dict,
-    "groups": list,
-    "aa": _OPTIONAL_DICT,
-    "notes": list,
-    "complete": bool,
-}
-_GROUP_KEYS = {
-    "model": str,
-    "export": str,
-    "precision": str,
-    "images_per_call": int,
-    "image_sizes": dict,
-    "rounds": int,
-    "stopped": str,
-    "runs": list,
-}
-_RUN_KEYS = {
-    "backend": str,
-    "label": str,
-    "baseline": bool,
-    "requested_precision": str,
-    "effective_precision": (str, type(None)),
-    "status": str,
-    "reason": (str, type(None)),
-    "samples_s": list,
-    "statistics": _OPTIONAL_DICT,
-    "speedup": _OPTIONAL_DICT,
-    "detections": _OPTIONAL_DICT,
-}
-_STATISTICS_KEYS = {
-    "samples": int,
-    "median_ms": _NUMBER,
-    "mean_ms": _NUMBER,
-    "std_dev_ms": _NUMBER,
-    "max_ms": _NUMBER,
-    "p99_ms": _OPTIONAL_NUMBER,
-    "median_fps": _NUMBER,
-    "mean_fps": _NUMBER,
-}
-_SPEEDUP_KEYS = {
-    "ratio": _NUMBER,
-    "low": _OPTIONAL_NUMBER,
-    "high": _OPTIONAL_NUMBER,
-    "verdict": str,
-}
-
-
-_DRAWN_KEYS = {"boxes": list, "scores": list, "classes": list}
-_DRAWN_RUN_KEYS = {**_DRAWN_KEYS, "agrees": list, "lost": list}
 
 
 def _read_text(path: Path) -> Optional[str]:
@@ -238,10 +180,23 @@ def _versions(names: Collection[str]) -> Dict[str, str]:
     return versions
 
 
+def readable(text: str) -> str:
+    """The text with what cannot be encoded spelled out: `caf\\udce9`.
+
+    Such are the bytes of file names and environment variables that are no UTF-8.
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def file_name(path: Union[str, Path]) -> str:
+    """The last part of a path, the only one that is not private, for text that is printed."""
+    return readable(Path(path).name)
+
+
 def _variables() -> Dict[str, str]:
     """Environment variables that matter; a path is private and only said to be one."""
     return {
-        name: "(path)" if "/" in value or "\\" in value else value
+        readable(name): "(path)" if "/" in value or "\\" in value else readable(value)
         for name, value in sorted(os.environ.items())
         if name.startswith(RELEVANT_VARIABLES)
     }
@@ -300,6 +255,8 @@ def save(document: Dict[str, Any], path: Union[str, Path]) -> None:
 def write_text(path: Union[str, Path], text: str) -> None:
     """Writes a file; whatever happens, `path` has the old content or the whole new one.
 
+    What cannot be encoded is spelled out, as `readable` does: no measurement is lost for a name.
+
     Raises:
         InputError: the file system refuses.
     """
@@ -308,7 +265,7 @@ def write_text(path: Union[str, Path], text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         try:
-            with open(temporary, "w", encoding="utf-8") as file:
+            with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -421,8 +378,39 @@ def _shown(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
+def _parsed(text: str) -> Any:
+    """The value of a JSON text, which can be computed with and printed.
+
+    Raises:
+        ValueError: it is no JSON, or has a number above `LARGEST`.
+        RecursionError: it is nested too deeply.
+    """
+    value = json.loads(
+        text,
+        parse_constant=_refuse_constant,
+        parse_int=lambda digits: _in_range(int(digits), digits),
+        parse_float=lambda digits: _in_range(float(digits), digits),
+    )
+    return _printable(value)
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number")
+
+
+def _in_range(number: float, digits: str) -> float:
+    if abs(number) > LARGEST:
+        raise ValueError(f"{digits[:10]}... is too large a number")
+    return number
+
+
+def _printable(value: Any) -> Any:
+    """The same with all texts `readable`: JSON can hold halves of characters."""
+    if isinstance(value, dict):
+        return {readable(key): _printable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_printable(item) for item in value]
+    return readable(value) if isinstance(value, str) else value
 
 
 def load(path: Union[str, Path]) -> Dict[str, Any]:
@@ -442,7 +430,7 @@ def load(path: Union[str, Path]) -> Dict[str, Any]:
     if not text.strip():
         raise InputError(f"{path} is empty")
     try:
-        document = json.loads(text, parse_constant=_refuse_constant)
+        document = _parsed(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON, or it is cut short: {error}") from error
     problem = _problem(document)
@@ -460,37 +448,8 @@ def _problem(document: Any) -> Optional[str]:
         return f"has schema {schema} and this version reads up to {SCHEMA}: update run_blade"
     if schema != SCHEMA:
         return f"is damaged: its schema is {schema!r}"
-    flaw = _flaw(document, _DOCUMENT_KEYS, "the document")
-    for i, group in enumerate(document["groups"] if not flaw else ()):
-        flaw = flaw or _flaw(group, _GROUP_KEYS, f"group {i}")
-        for j, run in enumerate(group["runs"] if not flaw else ()):
-            flaw = flaw or _run_flaw(run, f"group {i}, run {j}")
+    flaw = schema.document_flaw(document)
     return f"is damaged: {flaw}" if flaw else None
-
-
-def _flaw(value: Any, keys: Dict[str, Any], where: str) -> Optional[str]:
-    if not isinstance(value, dict):
-        return f"{where} is not an object"
-    for key, types in keys.items():
-        if key not in value:
-            return f"{where} has no '{key}'"
-        if not isinstance(value[key], types):
-            return f"'{key}' of {where} is of the wrong type"
-    return None
-
-
-def _run_flaw(run: Any, where: str) -> Optional[str]:
-    flaw = _flaw(run, _RUN_KEYS, where)
-    if flaw:
-        return flaw
-    if run["status"] not in STATUSES:
-        return f"'status' of {where} is none of {', '.join(STATUSES)}"
-    if not all(isinstance(s, _NUMBER) and math.isfinite(s) and s > 0 for s in run["samples_s"]):
-        return f"'samples_s' of {where} has something that is not a positive number"
-    for key, keys in (("statistics", _STATISTICS_KEYS), ("speedup", _SPEEDUP_KEYS)):
-        if run[key] is not None:
-            flaw = flaw or _flaw(run[key], keys, f"'{key}' of {where}")
-    return flaw
 
 
 def read_found(folder: Path) -> Dict[str, Any]:
@@ -500,29 +459,15 @@ def read_found(folder: Path) -> Dict[str, Any]:
         errors.InputError: it is damaged.
     """
     try:
-        found = json.loads((folder / FOUND).read_text(encoding="utf-8"))
+        found = _parsed((folder / FOUND).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{folder / FOUND} cannot be read: {error}") from error
-    if not isinstance(found, dict) or any(map(_found_flaw, found.values())):
-        raise InputError(f"{folder / FOUND} is not what run_blade.py writes")
+    flaw = schema.found_flaw(found)
+    if flaw:
+        raise InputError(f"{folder / FOUND} is not what run_blade.py writes: {flaw}")
     return found
-
-
-def _found_flaw(case: Any) -> Optional[str]:
-    """What is wrong with an entry of `detections.json`; None if it can be drawn."""
-    flaw = _flaw(case, {"reference": list, "runs": dict}, "it")
-    if flaw or not isinstance(case.get("image", ""), str):
-        return flaw or "'image' is no text"
-    drawn = [(image, _DRAWN_KEYS) for image in case["reference"]]
-    for runs in case["runs"].values():
-        for images in runs.values() if isinstance(runs, dict) else [None]:
-            if not isinstance(images, list) or not images:
-                return "a run has no images"
-            drawn += [(image, _DRAWN_RUN_KEYS) for image in images]
-    flaws = (_flaw(image, keys, "an image") for image, keys in drawn)
-    return next((flaw for flaw in flaws if flaw), None)
 
 
 def prepare_directory(path: Union[str, Path], what: str = "output") -> Path:

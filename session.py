@@ -161,8 +161,8 @@ def _document(plan: suite.Plan, options: argparse.Namespace, notes: List[str]) -
         versions.update(backend.versions())
     settings = dict(vars(options))
     for name in ("weights", "output", "cache"):
-        settings[name] = settings[name] and Path(settings[name]).name
-    names = [Path(image).name for image in plan.images]
+        settings[name] = settings[name] and results.file_name(settings[name])
+    names = [results.file_name(image) for image in plan.images]
     settings.update(
         weights_digest=models.checkpoint_digest(plan.weights),
         image=names[0] if len(names) == 1 else names or None,

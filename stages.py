@@ -146,5 +146,5 @@ def ceiling(seconds: Dict[str, float], stages: Sequence[str] = ("backbone + FPN"
     G. M. Amdahl, Validity of the single processor approach to achieving large scale computing
     capabilities, AFIPS 1967.
     """
-    total = sum(seconds.values())
-    return total / (total - sum(seconds[stage] for stage in stages))
+    others = sum(taken for stage, taken in seconds.items() if stage not in stages)
+    return sum(seconds.values()) / others

@@ -282,7 +282,7 @@ def image_names(plan: Plan, model: Prepared) -> Dict[str, Optional[str]]:
     if len(model.timed) == 1:
         return {model.timed[0]: None}
     # They are to stand in a cell of a Markdown table.
-    names = [re.sub(r"[|\s]+", " ", Path(path).name) for path in plan.images]
+    names = [re.sub(r"[|\s]+", " ", results.file_name(path)) for path in plan.images]
     return {
         key: name if names.count(name) == 1 else f"{name} ({place})"
         for place, (key, name) in enumerate(zip(model.timed, names), start=1)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from dataclasses import fields, replace
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, TypeVar
 
 import published
 import results
@@ -26,6 +26,7 @@ from stages import STAGES, ceiling
 from verify import Agreement, worst
 
 Group = Dict[str, Any]
+T = TypeVar("T")
 
 
 def model_table(
@@ -51,6 +52,12 @@ def model_table(
     return table(rows, [*facts, *notes, *weights])
 
 
+def _known(kind: Type[T], record: Dict[str, Any]) -> T:
+    """A dataclass from a record, which may have keys that were added later."""
+    names = [field.name for field in fields(kind)]
+    return kind(**{name: record[name] for name in names if name in record})
+
+
 def _row(group: Group, run: Dict[str, Any], peaks: Dict[str, float]) -> Row:
     statistics, speedup = run["statistics"], run["speedup"]
     peak = peaks.get(run["effective_precision"] or "")
@@ -60,8 +67,8 @@ def _row(group: Group, run: Dict[str, Any], peaks: Dict[str, float]) -> Row:
         kind=group["export"],
         backend=run["label"],
         precision=_precision(run),
-        statistics=statistics and Statistics(**statistics),
-        speedup=speedup and Speedup(**speedup),
+        statistics=statistics and _known(Statistics, statistics),
+        speedup=speedup and _known(Speedup, speedup),
         baseline=run["baseline"],
         detections=_detections(run),
         status=run["reason"] or "",
@@ -76,8 +83,7 @@ def _detections(run: Dict[str, Any]) -> str:
         unchecked = "-" if is_reference else "not checked"
         return unchecked if run["status"] == "ok" else run["status"]
     agreements = {
-        size: Agreement(**{name: value for name, value in agreement.items() if name != "text"})
-        for size, agreement in run["detections"].items()
+        size: _known(Agreement, agreement) for size, agreement in run["detections"].items()
     }
     return worst(agreements).text
 
@@ -128,7 +134,7 @@ def _fp32_notes(groups: Sequence[Group]) -> List[str]:
     notes = []
     for group in groups:
         known = [
-            f"{run['label']} {describe_speedup(Speedup(**run['speedup_over_fp32']))}"
+            f"{run['label']} {describe_speedup(_known(Speedup, run['speedup_over_fp32']))}"
             for run in group["runs"]
             if run.get("speedup_over_fp32")
         ]
@@ -218,7 +224,7 @@ def _cost_cells(run: Dict[str, Any]) -> List[str]:
         *seconds,
         f"{prepare['total'] - prepare['build']:.1f}",
         *("-" if size is None else f"{size:.0f}" for size in memory),
-        "-" if paid_back is None else describe_break_even(BreakEven(**paid_back)),
+        "-" if paid_back is None else describe_break_even(_known(BreakEven, paid_back)),
     ]
 
 
@@ -247,7 +253,7 @@ def cases_table(groups: Sequence[Group]) -> str:
         cells += [case[name] for name in several]
         cells += ["-" if found is None else str(found)]
         cells += [f"{statistics['median_ms']:.1f}" if statistics else "-"]
-        cells += [describe_speedup(Speedup(**speedup)) if speedup else "-", _detections(run)]
+        cells += [describe_speedup(_known(Speedup, speedup)) if speedup else "-", _detections(run)]
         grid.append(cells)
     rights = [False] * 3 + [name == "objects" for name in several] + [True] * 2 + [False] * 2
     return "\n".join(markdown(grid, rights))
@@ -266,8 +272,8 @@ def stages_table(groups: Sequence[Group]) -> str:
     names = [stage for stage in STAGES if any(group["stages"].get(stage) for group in known)]
     grid = [["Model", "precision", *(f"{name} (ms)" for name in names), "total (ms)", "ceiling"]]
     for group in known:
-        seconds = group["stages"]
-        cells = [f"{1000 * seconds[name]:.1f}" if seconds.get(name) else "-" for name in names]
+        seconds = {name: group["stages"].get(name, 0.0) for name in STAGES}
+        cells = [f"{1000 * seconds[name]:.1f}" if seconds[name] else "-" for name in names]
         total = f"{1000 * sum(seconds.values()):.1f}"
         most = f"{ceiling(seconds):.2f}x"
         grid.append([_name(group), group["precision"], *cells, total, most])
@@ -289,7 +295,7 @@ def _recompilation_notes(groups: Sequence[Group]) -> List[str]:
 
 def aa_note(aa: Optional[Dict[str, Any]]) -> List[str]:
     """What difference the machine can resolve, in a sentence, if that was measured."""
-    if aa is None or aa["resolution"] is None:
+    if aa is None or None in (aa["resolution"], aa["low"], aa["high"]):
         return []
     return [
         f"A/A, Torch against itself in two processes ({aa['model']} {aa['precision']}): "

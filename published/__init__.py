@@ -104,7 +104,7 @@ def speedups() -> Dict[Tuple[str, str, str], float]:
 
 def _published_cell(model: str, precision: str, published: Dict) -> str:
     counterpart = COUNTERPART.get(precision)
-    ratio = published.get((*PUBLISHED_AS[model], counterpart))
+    ratio = published.get((*PUBLISHED_AS.get(model, ("", "")), counterpart))
     if ratio is None:
         return "-"
     return f"{ratio:.2f}x" if counterpart == precision else f"{ratio:.2f}x ({counterpart})"

@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Optional
 
 import numpy as np
 import pytest
-from test_results import make_document
+from test_results import DAMAGES, NAME, SPELLED, make_document
 
 import compare
 import results
@@ -381,10 +381,14 @@ def test_what_was_wrong_before_is_no_news(command):
     assert command(before, after, "--fail-on", "slower,wrong,broken")[0] == 0
 
 
+def agreement(matched: int, expected: int) -> Dict[str, Any]:
+    return {"verdict": "match", "reason": "", "matched": matched, "expected": expected}
+
+
 def test_fewer_detections_are_shown(command):
     before, after = measured(0), measured(1)
     for document, matched in ((before, 100), (after, 97)):
-        found = {"matched": matched, "expected": 100}
+        found = agreement(matched, 100)
         document["groups"][0]["runs"][1]["detections"] = {"opt": found}
     _, printed = command(before, after)
     assert "| detections at opt: 100/100 before, 97/100 after |" in printed.out
@@ -392,7 +396,7 @@ def test_fewer_detections_are_shown(command):
 
 def test_the_order_of_the_sizes_is_no_change(command):
     before, after = measured(0), measured(1)
-    found = {size: {"matched": 9, "expected": 9} for size in ("min", "opt", "max")}
+    found = {size: agreement(9, 9) for size in ("min", "opt", "max")}
     before["groups"][0]["runs"][1]["detections"] = found
     after["groups"][0]["runs"][1]["detections"] = dict(reversed(found.items()))
     assert "detections at" not in command(before, after)[1].out
@@ -423,6 +427,38 @@ def test_a_bad_file(tmp_path, capsys, content, words):
         assert printed.out == ""
         assert words in printed.err
         assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGES)
+def test_a_file_of_the_wrong_shape(command, damage, words):
+    damaged = measured(1)
+    damage(damaged)
+    for documents in ((measured(0), damaged), (damaged, measured(0))):
+        code, printed = command(*documents)
+        assert code == 2
+        assert printed.out == ""
+        assert words in printed.err
+        assert printed.err.count("\n") == 1
+
+
+def test_keys_that_were_added_later_do_not_matter(command):
+    after = measured(1)
+    group = after["groups"][0]
+    group["runs"][1]["detections"] = {"opt": {**agreement(9, 9), "added": 1}}
+    parts = (after, after["environment"], group, *group["runs"])
+    for part in (*parts, *(run["statistics"] for run in group["runs"])):
+        part["added"] = {"x": [1]}
+    assert command(measured(0), after)[0] == 0
+
+
+def test_a_name_that_is_no_utf8_is_printed(command):
+    code, printed = command(measured(0, weights="a"), measured(1, weights="a", cache=NAME))
+    assert (code, printed.err) == (0, "")
+    code, printed = command(measured(0, image="a.jpg"), measured(1, image=NAME), "--by", "time")
+    assert "--image differs" in printed.err
+    after = measured(1)
+    after["environment"]["variables"] = {"OMP_PLACES": NAME}
+    assert f"- OMP_PLACES: none before, {SPELLED} now" in command(measured(0), after)[1].out
 
 
 def test_nothing_in_common(command):

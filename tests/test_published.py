@@ -29,6 +29,11 @@ def test_times_are_milliseconds_that_agree_with_the_frame_rates(row):
     assert row.median_ms < row.p99_ms
 
 
+def test_a_test_model_that_was_not_published():
+    text = published.comparison([("testOther", "traced", "fp32", "OpenVINO", 2.0, 1.9, 2.1)])
+    assert "| Other | traced | fp32 | OpenVINO | 2.00x ±0.10 | - |" in text
+
+
 def test_speedups():
     speedups = published.speedups()
     assert len(speedups) == 13

@@ -13,6 +13,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import pytest
 import torch
 from test_compare import measured
+from test_results import DAMAGES, NAME, SPELLED
 
 import models
 import report
@@ -250,6 +251,88 @@ def test_without_image_and_detections(folder):
     page = Page((folder / "x.html").read_text(encoding="utf-8"))
     assert len(page.all("svg")) == 3
     assert "This run was interrupted" in "".join(page.text)
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGES)
+def test_a_result_file_of_the_wrong_shape(folder, capsys, damage, words):
+    document = make_results()
+    damage(document)
+    results.save(document, folder / "results.json")
+    assert report.main([str(folder / "results.json")]) == 2
+    printed = capsys.readouterr()
+    assert words in printed.err
+    assert printed.err.count("\n") == 1
+    assert not (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"boxes": [[1, 2, 3], [1, 2, 3, 4]]}, "has 3 values, not 4"),
+        ({"boxes": [[1, 2, 3, None], [1, 2, 3, 4]]}, "is of the wrong type"),
+        ({"scores": ["x", 0.5]}, "item 0 of 'scores' of item 0 of 'OpenVINO' of 'fp32' of 'runs'"),
+        ({"scores": [0.5]}, "differ in length"),
+        ({"agrees": [True]}, "differ in length"),
+        ({"lost": [2]}, "names a detection that the reference does not have"),
+        ({"lost": [-1]}, "names a detection that the reference does not have"),
+        ({"lost": ["x"]}, "item 0 of 'lost'"),
+        ({"scores": [float("nan"), 0.5]}, "NaN is not a number"),
+    ],
+)
+def test_detections_of_the_wrong_shape(folder, capsys, change, words):
+    found = make_found()
+    found["testRetinaNet"]["runs"]["fp32"]["OpenVINO"][0].update(change)
+    (folder / results.FOUND).write_text(json.dumps(found))
+    assert report.main([str(folder / "results.json")]) == 2
+    printed = capsys.readouterr()
+    assert words in printed.err
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["a\0b.png", NAME, "", "missing.png"])
+def test_an_image_that_cannot_be_there(folder, name):
+    found = make_found()
+    found["testRetinaNet"]["image"] = name
+    (folder / results.FOUND).write_text(json.dumps(found))
+    assert report.main([str(folder / "results.json")]) == 0
+
+
+def test_keys_that_were_added_later_are_ignored():
+    document, found = make_results(), make_found()
+    document["aa"] = {"model": "testRetinaNet", "precision": "fp32", "verdict": "same"}
+    document["aa"].update(ratio=1.0, low=0.9, high=1.1, resolution=0.1)
+    group, (case,) = document["groups"][0], found.values()
+    stages = dict.fromkeys(STAGES, 0.1)
+    group.update(stages=stages, gpu=[{"name": "A", "throttled": []}], objects=5)
+    found = {"testRetinaNet with 5 objects": case}
+    document["groups"].append({**group, "objects": 9})
+    run = group["runs"][1]
+    agreement = {"verdict": "match", "reason": "", "expected": 2, "matched": 2}
+    run.update(detections={"opt": agreement}, speedup_over_fp32=dict(run["speedup"]))
+    run["break_even"] = {"images": 3.0, "low": 1.0, "high": None}
+    before = Page(report.page(document, found, {})).text
+    added = [document, group, *group["gpu"], run, document["aa"], stages, agreement, case]
+    added += [run[key] for key in ("statistics", "speedup", "speedup_over_fp32", "break_even")]
+    added += [run["prepare"], case["reference"][0], case["runs"]["fp32"]["OpenVINO"][0]]
+    for part in added:
+        part["added"] = {"x": [1]}
+    assert Page(report.page(document, found, {})).text == before
+
+
+def test_a_name_that_is_no_utf8_is_spelled_out(folder):
+    document = make_results()
+    document["settings"]["image"] = NAME
+    results.save(document, folder / "results.json")
+    assert report.main([str(folder / "results.json")]) == 0
+    assert SPELLED in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_label_of_signs_is_a_label(folder):
+    document = make_results()
+    for run in document["groups"][0]["runs"]:
+        run["label"] += " $\\bad{$ | a\n| b"
+    text = page_of(document)
+    assert "Openvino $\\bad{$ a b" in text
 
 
 def test_an_older_result_file():

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from shape import STOPPED
 
 import results
+from benchmark import Rounds, StopRule, describe_stop
 from errors import InputError
 
 
@@ -33,7 +35,7 @@ def make_document():
         "reason": None,
         "samples_s": [0.1, 0.2, 0.30000000000000004],
         "warmup_s": [0.5],
-        "prepare": {"export": 1.0, "total": 1.5},
+        "prepare": {"build": 0.5, "export": 1.0, "total": 1.5},
         "peak_memory_mb": 512.5,
         "statistics": {
             "samples": 3,
@@ -180,6 +182,7 @@ def test_load_missing_file_and_directory(tmp_path):
         (b'{"tool": "run_blade", "schema": "one"}', "schema is 'one'"),
         (b'{"tool": "run_blade", "schema": 0}', "schema is 0"),
         (b'{"tool": "run_blade", "schema": 1, "version": NaN}', "NaN is not a number"),
+        (b'{"tool": "run_blade", "schema": 1, "version": 1e999}', "1e999... is too large a number"),
         (b'{"tool": "run_blade", "schema": 1}', "the document has no 'version'"),
     ],
 )
@@ -265,6 +268,113 @@ def test_load_refuses_an_unknown_status(tmp_path):
     results.save(document, tmp_path / "results.json")
     with pytest.raises(InputError, match=r"'status' of group 0, run 0 is none of ok, failed"):
         results.load(tmp_path / "results.json")
+
+
+def change(*place, to):
+    """A change of a document: something else at a place, or nothing, where that is `...`."""
+
+    def make(document):
+        for step in place[:-1]:
+            document = document[step]
+        if to is ...:
+            del document[place[-1]]
+        else:
+            document[place[-1]] = to
+
+    return make
+
+
+GROUP = ("groups", 0)
+RUN = (*GROUP, "runs", 0)
+# What readers would stumble over, with the words that name it.
+DAMAGES = [
+    (change("aa", to={}), "'aa' of the document has no 'model'"),
+    (change("peaks", to={"fp32": "x"}), "'fp32' of 'peaks' of the document is of the wrong"),
+    (change("notes", to=[None]), "item 0 of 'notes' of the document is of the wrong type"),
+    (change("warnings", to=5), "'warnings' of the document is of the wrong type"),
+    (change("settings", "time_budget", to="x"), "'time_budget' of 'settings' of the document"),
+    (change("environment", "cpu", to=[]), "'cpu' of 'environment' of the document is of the"),
+    (change("environment", "versions", to=None), "'versions' of 'environment' of the document"),
+    (change("environment", "variables", to=[]), "'variables' of 'environment' of the document"),
+    (change("environment", "commit", to={"dirty": True}), "of the document has no 'revision'"),
+    (change(*GROUP, "runs", to=[]), "'runs' of group 0 is empty"),
+    (change(*RUN, "baseline", to=False), "no run of group 0 is the baseline"),
+    (change(*GROUP, "image", to=["a"]), "'image' of group 0 is of the wrong type"),
+    (change(*GROUP, "objects", to="x"), "'objects' of group 0 is of the wrong type"),
+    (change(*GROUP, "image_digest", to=[]), "'image_digest' of group 0 is of the wrong type"),
+    (change(*GROUP, "image_sizes", to={"opt": []}), "'opt' of 'image_sizes' of group 0 is empty"),
+    (change(*GROUP, "image_sizes", to={"opt": [[9]]}), "has 1 values, not 2"),
+    (change(*GROUP, "image_sizes", to={"min": [[9, 9]]}), "has none that is timed"),
+    (change(*GROUP, "stopped", to="bored"), "'stopped' of group 0 is none of interval, max rounds"),
+    (change(*GROUP, "half_width", to=None), "'half_width' of group 0 is of the wrong type"),
+    (change(*GROUP, "gpu", to=None), "'gpu' of group 0 is of the wrong type"),
+    (change(*GROUP, "gpu", to=[5]), "item 0 of 'gpu' of group 0 is not an object"),
+    (change(*GROUP, "stages", to={}), "'stages' of group 0 has no 'backbone + FPN'"),
+    (change(*GROUP, "machine", to={"steal_share": None}), "'steal_share' of 'machine' of group 0"),
+    (change(*RUN, "coverage", to=...), "group 0, run 0 has no 'coverage'"),
+    (change(*RUN, "coverage", to={"share_of_flops": "x"}), "'share_of_flops' of 'coverage' of"),
+    (change(*RUN, "provider", to=...), "group 0, run 0 has no 'provider'"),
+    (change(*RUN, "peak_memory_mb", to="x"), "'peak_memory_mb' of group 0, run 0 is of the wrong"),
+    (change(*RUN, "prepare", to={"total": 1.0}), "'prepare' of group 0, run 0 has no 'build'"),
+    (change(*RUN, "size_seconds", to={"opt": []}), "'opt' of 'size_seconds' of group 0, run 0 is"),
+    (change(*RUN, "samples_s", to=[10**400]), "1000000000... is too large a number"),
+    (change(*RUN, "statistics", "relative_iqr", to=...), "group 0, run 0 has no 'relative_iqr'"),
+    (change(*RUN, "speedup_over_fp32", to={}), "'speedup_over_fp32' of group 0, run 0 has no"),
+    (change(*RUN, "break_even", to={"images": 1}), "'break_even' of group 0, run 0 has no 'low'"),
+    (change(*RUN, "detections", to={}), "'detections' of group 0, run 0 is empty"),
+    (change(*RUN, "detections", to={"opt": {}}), "'opt' of 'detections' of group 0, run 0 has no"),
+]
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGES)
+def test_load_names_what_readers_would_stumble_over(tmp_path, damage, words):
+    document = make_document()
+    damage(document)
+    results.save(document, tmp_path / "results.json")
+    with pytest.raises(InputError) as caught:
+        results.load(tmp_path / "results.json")
+    assert words in str(caught.value)
+
+
+def test_load_takes_a_group_that_never_came_to_run(tmp_path):
+    document = make_document()
+    group = document["groups"][0]
+    group.update(image_sizes={}, rounds=0, stopped="all failed", stages=None, machine=None, gpu=[])
+    run = group["runs"][0]
+    run.update(status="failed", reason="no memory", samples_s=[])
+    run.update(dict.fromkeys(("effective_precision", "provider", "peak_memory_mb", "detections")))
+    run.update(dict.fromkeys(("statistics", "speedup", "speedup_over_fp32", "break_even")))
+    run.update({key: {} for key in ("size_seconds", "prepare", "coverage")})
+    results.save(document, tmp_path / "results.json")
+    assert results.load(tmp_path / "results.json") == document
+
+
+@pytest.mark.parametrize("stopped", STOPPED)
+def test_whatever_ends_the_rounds_has_words(stopped):
+    assert describe_stop(Rounds(rounds=3, stopped=stopped), StopRule()).startswith("3 rounds, ")
+
+
+NAME, SPELLED = os.fsdecode(b"caf\xe9.jpg"), "caf\\udce9.jpg"
+
+
+def test_names_that_are_no_utf8_are_spelled_out(tmp_path, monkeypatch):
+    assert results.file_name(f"/somewhere/{NAME}") == SPELLED
+    assert results.file_name("/somewhere/café.jpg") == "café.jpg"
+    monkeypatch.setenv("OMP_PLACES", NAME)
+    assert results.environment({})["variables"]["OMP_PLACES"] == SPELLED
+    results.write_text(tmp_path / "page", f"größer: {NAME}")
+    assert (tmp_path / "page").read_text(encoding="utf-8") == f"größer: {SPELLED}"
+
+
+def test_what_is_loaded_can_be_printed(tmp_path):
+    document = make_document()
+    document["settings"]["image"] = NAME
+    document["notes"].append(NAME)
+    (tmp_path / results.FOUND).write_text(json.dumps({NAME: {"reference": [], "runs": {}}}))
+    results.save(document, tmp_path / "results.json")
+    loaded = results.load(tmp_path / "results.json")
+    assert (loaded["settings"]["image"], loaded["notes"][-1]) == (SPELLED, SPELLED)
+    assert list(results.read_found(tmp_path)) == [SPELLED]
 
 
 def test_load_keeps_keys_it_does_not_know(tmp_path):

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 import models
+import run_blade
+import session
 import suite
 from backends import base
 from benchmark import StopRule, WarmUp
@@ -49,6 +51,17 @@ def make_plan(**changes: Any) -> suite.Plan:
 @pytest.fixture(scope="module")
 def model(folder) -> suite.Prepared:
     return suite.prepare_model("testRetinaNet", 30, make_plan(), folder, Progress())
+
+
+def test_images_of_names_that_are_no_utf8(model):
+    odd, both = os.fsdecode(b"/a/caf\xe9.jpg"), ["opt", "image 2"]
+    plan = make_plan(images=(odd, "/b/d|og.jpg"), weights=odd)
+    names = suite.image_names(plan, dataclasses.replace(model, timed=both))
+    assert names == {"opt": "caf\\udce9.jpg", "image 2": "d og.jpg"}
+    options = run_blade.parser().parse_args(["--model", "testRetinaNet", "--weights", odd])
+    settings = session._document(plan, options, [])["settings"]
+    assert settings["image"] == ["caf\\udce9.jpg", "d|og.jpg"]
+    assert settings["weights"] == "caf\\udce9.jpg"
 
 
 class Killing(Progress):
