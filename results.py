@@ -343,8 +343,8 @@ def differing(before: Dict[str, Any], after: Dict[str, Any]) -> List[str]:
 
 
 def _differs(name: str, old: Any, new: Any) -> bool:
-    if name == "cpu.flags" and not (old and new):
-        return False  # One of them was not told them, which does not make it another CPU.
+    if name in ("cpu.flags", "gpu") and not (old and new):
+        return False  # One of them was not told, which does not make it another.
     return _shown(old) != _shown(new)
 
 
@@ -443,11 +443,11 @@ def _problem(document: Any) -> Optional[str]:
     """Why a JSON value is not a result file that this version reads; None if it is one."""
     if not isinstance(document, dict) or document.get("tool") != TOOL:
         return "is not a result file of run_blade"
-    schema = document.get("schema")
-    if isinstance(schema, int) and schema > SCHEMA:
-        return f"has schema {schema} and this version reads up to {SCHEMA}: update run_blade"
-    if schema != SCHEMA:
-        return f"is damaged: its schema is {schema!r}"
+    number = document.get("schema")
+    if isinstance(number, int) and number > SCHEMA:
+        return f"has schema {number} and this version reads up to {SCHEMA}: update run_blade"
+    if number != SCHEMA:
+        return f"is damaged: its schema is {number!r}"
     flaw = schema.document_flaw(document)
     return f"is damaged: {flaw}" if flaw else None
 

@@ -17,7 +17,7 @@ from backends import base
 from catalog import MODELS, RUN_BUDGET_S
 from errors import InputError, Parser
 
-WEIGHTS = ("auto", "zoo", "synthetic")
+LONGEST_S = 366 * 86400
 
 
 def parser() -> argparse.ArgumentParser:
@@ -150,8 +150,8 @@ def _seconds(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}' is no number of seconds above 0")
+    if not 0 < value <= LONGEST_S:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of seconds above 0, up to a year")
     return value
 
 

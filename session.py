@@ -62,7 +62,7 @@ def _backends(asked: Optional[List[str]], device: str, notes: List[str]) -> Tupl
             reason = _unavailable(backend, device)
             if reason is None and backend.default:
                 chosen.append(backend)
-            elif reason is not None and device in backend.devices:
+            elif reason is not None and backend.default and device in backend.devices:
                 notes.append(f"{backend.label} left out: {reason}")
         return tuple(chosen)
     chosen = {name: base.load(name) for name in asked}
@@ -277,7 +277,9 @@ class Session:
         finally:
             # An interrupted run has its page, too.
             self._save()
-            self._write_page()
+            failure = self._write_page()
+            if failure:
+                self.progress.say(f"no page is made: {failure}")
         if len(self.plan.detections) > 1:
             print("\n" + tables.cases_table(self.document["groups"]))
         if self.options.coverage:
@@ -288,7 +290,7 @@ class Session:
             print("\n" + tables.costs_table(self.document["groups"]))
         if self.options.compare_published:
             print("\n" + tables.published_table(self.document["groups"]))
-        return exit_code(self.document["groups"], self.options.fail_on)
+        return 2 if failure else exit_code(self.document["groups"], self.options.fail_on)
 
     def _general_warnings(self) -> List[str]:
         found = [x for known in self.environments for x in machine.general_warnings(known)]
@@ -343,9 +345,9 @@ class Session:
 
     def _measure(self, name: str, objects: int, precisions: Sequence[str], folder: Path) -> None:
         model = suite.prepare_model(name, objects, self.plan, folder, self.progress)
+        self._check_weights(model)
         if model.note not in self.notes:
             self.notes.append(model.note)
-        self._check_weights(model)
         self._keep_reference(model)
         for precision in precisions:
             self._run_group(model, precision)
@@ -412,14 +414,23 @@ class Session:
             for picture, name in zip(self.plan.pictures, results.image_files(self.plan.pictures)):
                 models.write_image(picture, self.plan.output / name)
 
-    def _write_page(self) -> None:
-        if self.plan.output is not None and self.document["groups"]:
-            try:
-                import report  # Drawing takes a second to import, and only this needs it.
-            except ImportError as error:
-                self.progress.say(f"no page is made: {error}")
-                return
+    def _write_page(self) -> Optional[str]:
+        """Makes the page of what there is; returns why it cannot be written, or None.
+
+        That must not take the place of what ended the run, nor cost what is printed after it.
+        """
+        if self.plan.output is None or not self.document["groups"]:
+            return None
+        try:
+            import report  # Drawing takes a second to import, and only this needs it.
+        except ImportError as error:
+            self.progress.say(f"no page is made: {error}")
+            return None
+        try:
             report.write(self.plan.output / "results.json", self.plan.output / "report.html")
+        except InputError as error:
+            return str(error)
+        return None
 
 
 def exit_code(groups: Sequence[Dict[str, Any]], fail_on: Sequence[str]) -> int:

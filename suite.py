@@ -490,6 +490,7 @@ def _time(
     """
     calls = {run.key: _timed_call(run, images) for run in runs if run.worker is not None}
     if not calls:
+        rounds.stopped = "all failed"
         return
     with progress.rounds(title, rule) as advance:
         benchmark.run_rounds(calls, runs[0].key, rule, seed, progress=advance, into=rounds)

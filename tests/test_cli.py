@@ -24,6 +24,7 @@ import run_blade
 import session
 from backends import base
 from catalog import MODELS
+from errors import InputError
 
 SCRIPT = Path(run_blade.__file__)
 # What makes a run quick; weights are synthetic, so that no test asks the network.
@@ -522,7 +523,8 @@ def test_groups_of_other_weights_are_not_mixed(finished, tmp_path):
     outcome = script(*FINISHED, "--precision", "fp32", "bf16", "--output", output)
     assert outcome.code == 2
     assert "was measured at fp32 with other weights" in outcome.err.splitlines()[-1]
-    assert results.load(output / "results.json")["groups"] == document["groups"]
+    kept = results.load(output / "results.json")
+    assert (kept["groups"], kept["notes"]) == (document["groups"], document["notes"])
 
 
 @pytest.mark.parametrize("weights", ["zoo", "mine.pth"])
@@ -803,6 +805,28 @@ def test_interrupted_while_timing(tmp_path):
     assert 0 <= len(run["samples_s"]) - group["rounds"] <= 1
     assert "until it was interrupted" in outcome.out
     assert "This run was interrupted" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("ending", [None, KeyboardInterrupt, InputError("a reason")])
+def test_a_page_that_cannot_be_written_hides_nothing(main, monkeypatch, finished, tmp_path, ending):
+    output = tmp_path / "results"
+    shutil.copytree(finished[1], output)
+    (output / "report.html").unlink()
+    (output / "report.html").mkdir()
+    if ending is not None:
+
+        def end(*_: object) -> None:
+            raise ending
+
+        monkeypatch.setattr(session.Session, "_run_model", end)
+    outcome = main(*FINISHED, "--costs", "--output", output)
+    assert "no page is made: " in outcome.err
+    assert outcome.code == (130 if ending is KeyboardInterrupt else 2)
+    last = outcome.err.splitlines()[-1]
+    if ending is None:
+        assert "break-even (images)" in outcome.out
+    else:
+        assert last == "interrupted" or last.endswith("error: a reason")
 
 
 def test_interrupted_while_checking(tmp_path):

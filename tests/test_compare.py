@@ -216,6 +216,9 @@ def test_without_a_baseline_times_are_compared():
     assert verdicts(before, after, by="time")["openvino"] == "slower"
 
 
+OTHER_SIZE = {"opt": [[32, 32]]}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -227,13 +230,14 @@ def test_without_a_baseline_times_are_compared():
         (lambda d: d["settings"].update(device="cuda"), "--device differs"),
         (lambda d: d["settings"].update(weights="mine.pth"), "--weights differs"),
         (lambda d: d["groups"][0].update(image_digest="b"), "image digest differs"),
-        (lambda d: d["groups"][0].update(image_sizes={}), "image sizes differs"),
+        (lambda d: d["groups"][0].update(image_sizes=OTHER_SIZE), "image sizes differs"),
     ],
 )
 def test_what_is_not_comparable_is_refused(command, change, words):
     before, after = measured(0), measured(1)
     for document in (before, after):
         document["groups"][0]["image_digest"] = "a"
+        document["groups"][0]["gpu"] = [{"name": "A"}]
         document["environment"]["cpu"]["flags"] = ["fma", "avx2", "avx512f"]
     change(after)
     code, printed = command(before, after)
@@ -243,27 +247,36 @@ def test_what_is_not_comparable_is_refused(command, change, words):
     assert words in printed.err
 
 
-FOUND = {size: {"matched": 100, "expected": 100} for size in ("min", "opt", "max")}
+def agreement(matched: int, expected: int) -> Dict[str, Any]:
+    return {"verdict": "match", "reason": "", "matched": matched, "expected": expected}
+
+
+FOUND = {size: agreement(100, 100) for size in ("min", "opt", "max")}
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "words"),
     [
-        lambda d: d["groups"][0].update(image_digest="b"),
-        lambda d: d["groups"][0].update(weights_digest="b"),
-        lambda d: d["settings"].update(seed=9),
+        (lambda d: None, None),
+        (lambda d: d["groups"][0].update(image_digest="b"), "image digest differs"),
+        (lambda d: d["groups"][0].update(weights_digest="b"), "weights digest differs"),
+        (lambda d: d["settings"].update(seed=9), "--seed differs"),
     ],
 )
-def test_what_is_found_in_another_task_is_not_compared(command, change):
+def test_what_is_found_in_another_task_is_not_compared(command, change, words):
     """Neither counts nor a mismatch there say anything of what was before."""
     before, after = measured(0), measured(1)
     for document in (before, after):
         document["groups"][0].update(image_digest="a", weights_digest="a")
         document["groups"][0]["runs"][1]["detections"] = FOUND
-    spoil(after, "mismatch", detections={"opt": {"matched": 20, "expected": 40}})
+    spoil(after, "mismatch", detections={"opt": agreement(20, 40)})
     change(after)
     code, printed = command(before, after, *FAIL_ON_ALL)
-    assert (code, printed.out) == (2, "")
+    if words is None:
+        assert code == 4
+    else:
+        assert (code, printed.out) == (2, "")
+        assert words in printed.err
 
 
 def test_what_is_found_on_another_machine_is_compared(command):
@@ -271,13 +284,22 @@ def test_what_is_found_on_another_machine_is_compared(command):
     after["environment"]["cpu"]["model"] = "B"
     for document, digest in ((before, "a"), (after, "b")):
         # Other kernels round the same synthetic weights in another way.
-        document["groups"][0].update(weights="weights: synthetic", weights_digest=digest)
+        group = document["groups"][0]
+        group.update(weights="weights: synthetic, made to find", weights_digest=digest)
     code, printed = command(before, after, *FAIL_ON_ALL)
     assert code == 4
     assert "times not compared, as cpu.model differs" in printed.out
-    for document in (before, after):
-        document["groups"][0]["weights"] = "weights: model_final.pth"
-    assert command(before, after, *FAIL_ON_ALL)[0] == 2
+    for document in (after, before):
+        document["groups"][0]["weights"] = "weights: synthetic.pth"
+        assert command(before, after, *FAIL_ON_ALL)[0] == 2
+
+
+def test_a_model_that_cannot_be_prepared_any_more_is_broken(command):
+    """Then nothing is known of its images."""
+    before, after = measured(0), spoil(measured(1), "failed", samples_s=[])
+    before["groups"][0].update(image_sizes={"opt": [[96, 128]]})
+    after["groups"][0].update(image_sizes={}, stopped="all failed")
+    assert command(before, after, *FAIL_ON_ALL)[0] == 5
 
 
 def test_one_run_that_is_not_comparable_is_named(command):
@@ -292,6 +314,7 @@ def test_one_run_that_is_not_comparable_is_named(command):
 def test_a_file_without_flags_is_not_of_another_machine(command, flags):
     before, after = measured(0), measured(1)
     after["environment"]["cpu"]["flags"] = ["fma", "avx2"]
+    after["environment"]["gpu"] = "A"
     before["environment"]["cpu"].update({} if flags is None else {"flags": flags})
     code, printed = command(before, after)
     assert code == 0
@@ -379,10 +402,6 @@ def test_what_was_not_checked_is_not_unchanged(command):
 def test_what_was_wrong_before_is_no_news(command):
     before, after = (spoil(measured(seed), "mismatch") for seed in (0, 1))
     assert command(before, after, "--fail-on", "slower,wrong,broken")[0] == 0
-
-
-def agreement(matched: int, expected: int) -> Dict[str, Any]:
-    return {"verdict": "match", "reason": "", "matched": matched, "expected": expected}
 
 
 def test_fewer_detections_are_shown(command):

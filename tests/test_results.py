@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shape import STOPPED
 
 import results
 from benchmark import Rounds, StopRule, describe_stop
 from errors import InputError
+from schema import STOPPED
 
 
 def make_document():

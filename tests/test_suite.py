@@ -53,8 +53,9 @@ def model(folder) -> suite.Prepared:
     return suite.prepare_model("testRetinaNet", 30, make_plan(), folder, Progress())
 
 
-def test_images_of_names_that_are_no_utf8(model):
-    odd, both = os.fsdecode(b"/a/caf\xe9.jpg"), ["opt", "image 2"]
+def test_images_of_names_that_are_no_utf8(model, tmp_path):
+    odd, both = str(tmp_path / os.fsdecode(b"caf\xe9.jpg")), ["opt", "image 2"]
+    Path(odd).touch()
     plan = make_plan(images=(odd, "/b/d|og.jpg"), weights=odd)
     names = suite.image_names(plan, dataclasses.replace(model, timed=both))
     assert names == {"opt": "caf\\udce9.jpg", "image 2": "d og.jpg"}
