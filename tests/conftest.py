@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import signal
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Tuple
 
 import pytest
 import torch
@@ -30,12 +30,14 @@ needs_bf16 = pytest.mark.skipif(
 
 
 @functools.lru_cache(maxsize=None)
-def small_export(name: str, source: str = "bundled") -> Export:
+def small_export(
+    name: str, source: str = "bundled", size: Tuple[int, int] = SMALL, detections: int = 100
+) -> Export:
     """A test model with synthetic weights on the default photograph, at a small size."""
     model = MODELS[name]
-    image = models.read_image(None, SMALL)
+    image = models.read_image(None, size)
     inputs = models.tuning_inputs(image, model.images_per_call, seed=0)
-    weights = models.find_weights(model, "synthetic", inputs, detections=100, seed=0)
+    weights = models.find_weights(model, "synthetic", inputs, detections, seed=0)
     return models.build(model, weights.state, weights.name, inputs, source)
 
 

@@ -22,6 +22,7 @@ import models
 import results
 import run_blade
 import session
+import suite
 from backends import base
 from catalog import MODELS
 from errors import InputError
@@ -555,16 +556,16 @@ def test_other_settings_are_not_mixed(main, finished, change, words):
     assert (output / "results.json").read_text() == before
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda environment: environment["cpu"]["flags"].append("new"), "cpu.flags: new only bef"),
-        (lambda environment: environment.update(gpu="Some GPU"), "gpu: Some GPU before, none now"),
-    ],
-)
-def test_another_machine_is_not_mixed(main, finished, tmp_path, change, words):
+@pytest.mark.parametrize("gpu", [None, "Some GPU"])
+def test_another_machine_is_not_mixed(main, monkeypatch, finished, tmp_path, gpu):
     document = results.load(finished[1] / "results.json")
-    change(document["environment"])
+    if gpu is None:
+        words = "cpu.flags: new only before"
+        document["environment"]["cpu"]["flags"].append("new")
+    else:
+        words = "gpu: Some GPU before, Another now"
+        document["environment"]["gpu"] = gpu
+        monkeypatch.setattr(suite, "gpu_name", lambda plan: "Another")
     results.save(document, tmp_path / "results.json")
     assert_refused(main(*FINISHED, "--output", tmp_path), words, "--rerun")
 
