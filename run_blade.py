@@ -17,6 +17,7 @@ from backends import base
 from catalog import MODELS, RUN_BUDGET_S
 from errors import InputError, Parser
 
+# A time budget above a year is a slip, and may be too large a number for the result file.
 LONGEST_S = 366 * 86400
 
 

@@ -188,6 +188,10 @@ def _document(plan: suite.Plan, options: argparse.Namespace, notes: List[str]) -
     }
 
 
+# What is to be done about results that must not be mixed with those that are asked for.
+WAY_OUT = "choose another --output, or measure all again with --rerun"
+
+
 class Session:
     """One invocation: its plan, its result file, its tables.
 
@@ -227,10 +231,7 @@ class Session:
         if differing:
             # What was asked for comes before what follows from it.
             differing.sort(key=lambda line: not line.startswith("--"))
-            raise InputError(
-                f"{output} has results of another run ({differing[0]}): "
-                "choose another --output, or measure all again with --rerun"
-            )
+            raise InputError(f"{output} has results of another run ({differing[0]}): {WAY_OUT}")
         unfinished = ("interrupted", "all failed")
         kept = [group for group in earlier["groups"] if group["stopped"] not in unfinished]
         self.document.update(groups=kept, aa=earlier["aa"], peaks=earlier.get("peaks", {}))
@@ -363,8 +364,7 @@ class Session:
             if group.get("weights_digest") not in (None, model.weights_digest):
                 raise InputError(
                     f"{model.name} was measured at {group['precision']} with other weights "
-                    f"({group.get('weights')}): choose another --output, or measure all again with "
-                    "--rerun"
+                    f"({group.get('weights')}): {WAY_OUT}"
                 )
 
     def _keep_reference(self, model: suite.Prepared) -> None:

@@ -154,5 +154,4 @@ def test_the_peak_is_not_below_a_product_of_ours(precision):
             start = time.perf_counter()
             product()
             times.append(time.perf_counter() - start)
-        # A tenth, as another process may take the cores meanwhile.
-        assert peak > 0.1 * 2 * 512**3 / min(times)
+        assert peak > 0.3 * 2 * 512**3 / min(times)
