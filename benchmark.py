@@ -1,4 +1,4 @@
-"""The timing harness: interleaved rounds, the rule that ends them, statistics and the table.
+"""The timing harness: interleaved rounds, the rule that ends them, and statistics.
 
 It knows nothing of models or backends. A run is a name and a callable that makes one timed call
 and returns its seconds. Runs that are to be compared take turns, in rounds: a shared machine's
@@ -8,10 +8,9 @@ speed drifts by tens of percent within minutes, and only calls made next to each
 from __future__ import annotations
 
 import math
-import re
 import time
 from dataclasses import dataclass, field
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence
 
 import numpy as np
 
@@ -244,20 +243,6 @@ def bootstrap_medians(
     return np.median(samples[:, drawn], axis=2)
 
 
-def describe_stop(rounds: Rounds, rule: StopRule) -> str:
-    """How many rounds were made and what ended them, in words."""
-    why = {
-        "interval": f"until every speedup was known to ±{100 * rule.half_width:g}%",
-        "max rounds": f"the most allowed, before every speedup was known to "
-        f"±{100 * rule.half_width:g}%",
-        "fixed": "as asked for",
-        "time budget": f"until the time budget of {rule.budget_s or 0:g} s",
-        "all failed": "until every run had failed",
-        "interrupted": "until it was interrupted",
-    }
-    return f"{rounds.rounds} round{'' if rounds.rounds == 1 else 's'}, {why[rounds.stopped]}"
-
-
 @dataclass(frozen=True)
 class Statistics:
     """Of the timed calls of one run.
@@ -421,18 +406,6 @@ def break_even(
     return BreakEven(found, images(most), images(least))
 
 
-def describe_break_even(result: BreakEven) -> str:
-    """As the table of costs prints it: `120 (98 to 160)`, `900 (310 to never)`, `never`."""
-
-    def number(images: Optional[float]) -> str:
-        return "never" if images is None else str(math.ceil(images))
-
-    low, high = number(result.low), number(result.high)
-    if result.low is None and result.high is None:
-        return number(result.images)
-    return f"{number(result.images)} ({low} to {high})"
-
-
 def resolution(same_against_same: Speedup) -> Optional[float]:
     """The difference that a machine can resolve, as a share of 1.
 
@@ -446,171 +419,3 @@ def resolution(same_against_same: Speedup) -> Optional[float]:
     if same_against_same.low is None or same_against_same.high is None:
         return None
     return max(abs(same_against_same.low - 1), abs(same_against_same.high - 1))
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the table.
-
-    Attributes:
-        model: name of the test model.
-        kind: `traced` or `scripted`.
-        backend: its label.
-        precision: as it should be printed.
-        statistics: None where nothing was measured.
-        speedup: None for the baseline, and where there is none to speak of.
-        baseline: whether it is the one that the others are compared with.
-        detections: whether they are still the same, in a word or two.
-        status: why the row is not what it should be; becomes a footnote.
-        peak_share: of the operations per second that the machine could reach, 0 to 1; None where
-            that is not known. There is a column for it if any row has it.
-    """
-
-    model: str
-    kind: str
-    backend: str
-    precision: str
-    statistics: Optional[Statistics] = None
-    speedup: Optional[Speedup] = None
-    baseline: bool = False
-    detections: str = "-"
-    status: str = ""
-    peak_share: Optional[float] = None
-
-
-# The columns of TorchBlade's published results, then ours; True: right-aligned.
-_COLUMNS: Tuple[Tuple[str, bool], ...] = (
-    ("Model({kind})", False),
-    ("Backend", False),
-    ("precision", False),
-    ("Median(FPS)", True),
-    ("Mean(FPS)", True),
-    ("Median(ms)", True),
-    ("Mean(ms)", True),
-    ("99th_p", True),
-    ("std_dev", True),
-    ("Speedup", False),
-    ("Detections", False),
-)
-
-
-def table(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
-    """The results of one test model in Markdown, padded so that the text itself reads well.
-
-    A row's status is a footnote, referred to from its last column. A verdict of `faster` goes
-    without saying; the others follow the speedup.
-
-    Args:
-        rows: of one test model, at least one.
-        notes: sentences to put below, after those that explain the rows.
-    """
-    header = [name.format(kind=rows[0].kind) for name, _ in _COLUMNS]
-    rights = [right for _, right in _COLUMNS]
-    with_peak = any(row.peak_share is not None for row in rows)
-    if with_peak:
-        header, rights = [*header, "% of peak"], [*rights, True]
-    cells, below = [], []
-    for row in rows:
-        reference = f" [{len(below) + 1}]" if row.status else ""
-        cells.append(_cells(row, reference))
-        if with_peak:
-            share = row.peak_share
-            cells[-1].append("-" if share is None else f"{100 * share:.1f}%")
-        if row.status:
-            below.append(f"[{len(below) + 1}] {row.backend} {row.precision}: {row.status}")
-    lines = markdown([header] + cells, rights)
-    if any(row.statistics is not None and row.statistics.p99_ms is None for row in rows):
-        below.append(
-            "(max): the longest call, in place of a 99th percentile, which takes "
-            f"{samples_to_bound(0.99)} calls to bound with 95% confidence"
-        )
-    below += notes
-    if below:
-        lines += [""] + [f"- {' '.join(line.split())}" for line in below]
-    return "\n".join(lines)
-
-
-def short_name(model: str) -> str:
-    """The name of a test model as tables print it, without its leading `test`."""
-    return model[len("test") :] if model.startswith("test") else model
-
-
-def _cells(row: Row, reference: str) -> List[str]:
-    statistics = ["-"] * 6 if row.statistics is None else _statistics_cells(row.statistics)
-    detections = "failed" if reference and row.detections == "-" else row.detections
-    speedup_cell = _speedup_cell(row)
-    return [
-        short_name(row.model),
-        row.backend,
-        row.precision,
-        *statistics,
-        speedup_cell,
-        detections + reference,
-    ]
-
-
-def _statistics_cells(statistics: Statistics) -> List[str]:
-    if statistics.p99_ms is None:
-        percentile = f"{_digits(statistics.max_ms)} (max)"
-    else:
-        percentile = _digits(statistics.p99_ms)
-    return [
-        _digits(statistics.median_fps),
-        _digits(statistics.mean_fps),
-        _digits(statistics.median_ms),
-        _digits(statistics.mean_ms),
-        percentile,
-        _digits(statistics.std_dev_ms, significant=3),
-    ]
-
-
-def _speedup_cell(row: Row) -> str:
-    if row.baseline and row.statistics is not None:
-        return "1.00x"
-    if row.speedup is None:
-        return "-"
-    return describe_speedup(row.speedup)
-
-
-def describe_speedup(result: Speedup) -> str:
-    """A speedup as the table prints it, `1.58x ±0.03` or `1.01x ±0.02 same`.
-
-    The larger side of the interval is shown, rounded up, so that it is never narrower in print
-    than it is.
-    """
-    if result.low is None or result.high is None:
-        half_width = "±?"
-    else:
-        larger = max(result.ratio - result.low, result.high - result.ratio)
-        # Without the inner rounding a 0.03 that is stored as 0.030000000000000027 becomes 0.04.
-        half_width = f"±{max(1, math.ceil(round(100 * larger, 6))) / 100:.2f}"
-    known = "" if result.verdict == "faster" else f" {result.verdict}"
-    return f"{result.ratio:.2f}x {half_width}{known}"
-
-
-def _digits(value: float, significant: int = 4) -> str:
-    """A positive number in plain notation with that many significant digits, or all before '.'."""
-    if value == 0:
-        return "0"
-    decimals = significant - 1 - math.floor(math.log10(abs(value)))
-    return f"{value:.{max(0, decimals)}f}"
-
-
-def markdown(grid: Sequence[Sequence[str]], rights: Sequence[bool]) -> List[str]:
-    """Lines of a Markdown table, padded so that the text itself reads well.
-
-    Args:
-        grid: cells, the header first; what would end one becomes a space.
-        rights: for each column, whether it is right-aligned.
-    """
-    grid = [[re.sub(r"[|\s]+", " ", cell) for cell in line] for line in grid]
-    widths = [max(len(line[column]) for line in grid) for column in range(len(rights))]
-    rule = ["-" * (width - 1) + (":" if right else "-") for width, right in zip(widths, rights)]
-    padded = [
-        [
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(line, widths, rights)
-        ]
-        for line in grid
-    ]
-    return ["| " + " | ".join(line) + " |" for line in padded[:1] + [rule] + padded[1:]]

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Compares two result files of run_blade.py: what became faster or slower, and what broke.
 
-A run of one file is paired with that of the same test model, backend and precision in the other.
+A run of one file is paired with that of the same test model, backend (and environment, if that has
+a name) and precision in the other.
 Between two invocations a machine's speed drifts, by tens of percent, and not for all alike: on a
 shared one, whoever moves most memory suffers most from its neighbours. So a run is judged twice: by
 its times, as if the machine were the same, and by its speedups over the baseline, whose calls were
@@ -20,13 +21,16 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
-from typing import Any, Collection, Dict, List, Optional, Sequence, Tuple
+from typing import Collection, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
 import benchmark
-import results
 from errors import InputError, Parser
+from results import facts
+from results.file import load
+from results.record import Group, Results, Run
+from results.tables import Table, left, markdown, right, short_name
 
 # What --fail-on knows, with its exit code.
 FAILURES = {"slower": 3, "wrong": 4, "broken": 5}
@@ -40,6 +44,7 @@ MACHINE = ("cpu.model", "cpu.flags", "cpu.usable_cores", "gpu", "--device", "--t
 # Where one of these differs, nothing can be compared: it is another task.
 TASK = ("--source", "--image", "--image-size", "--weights", "--detections", "--seed")
 
+# Case, name of a run and precision of its group.
 Key = Tuple[str, str, str]
 
 
@@ -96,16 +101,17 @@ class Pair:
     """The same run in two files.
 
     Attributes:
-        before, after: records of the run, as in the result file.
+        key: how the two were found.
+        before, after: the run in each of them.
         groups: that they belong to.
-        obstacle: why their times cannot be compared, in words; None where they can.
+        obstacle: why their times cannot be compared; None where they can.
         same_task: whether what they find can be compared.
     """
 
     key: Key
-    before: Dict[str, Any]
-    after: Dict[str, Any]
-    groups: Tuple[Dict[str, Any], Dict[str, Any]]
+    before: Run
+    after: Run
+    groups: Tuple[Group, Group]
     obstacle: Optional[str]
     same_task: bool
 
@@ -147,8 +153,8 @@ class Comparison:
         speedup: ratio of its speedups over the baseline; None also for the baseline, and where
             that was not measured.
         verdict: `faster`, `slower`, `same`, `inconclusive`, or `-` where times were not compared.
-        changes: of status and detections, in words.
-        failures: of `FAILURES`, those that it is a case of.
+        changes: of status and detections.
+        failures: of `FAILURES`, what it is a case of.
     """
 
     pair: Pair
@@ -159,16 +165,16 @@ class Comparison:
     failures: Tuple[str, ...]
 
 
-def runs_of(document: Dict[str, Any]) -> Dict[Key, Tuple[Dict[str, Any], Dict[str, Any]]]:
-    """Test model, backend and requested precision of the group -> group and run."""
+def runs_of(results: Results) -> Dict[Key, Tuple[Group, Run]]:
+    """The runs of a result file, each with its group."""
     return {
-        (results.case_name(results.case(group)), run["backend"], group["precision"]): (group, run)
-        for group in document["groups"]
-        for run in group["runs"]
+        (facts.case_name(facts.case(group)), run.name, group.precision): (group, run)
+        for group in results.groups
+        for run in group.runs
     }
 
 
-def pairs(before: Dict[str, Any], after: Dict[str, Any]) -> List[Pair]:
+def pairs(before: Results, after: Results) -> List[Pair]:
     """The runs that both files have, with what stands against comparing them.
 
     Raises:
@@ -178,7 +184,7 @@ def pairs(before: Dict[str, Any], after: Dict[str, Any]) -> List[Pair]:
     both = [key for key in old if key in new]
     if not both:
         raise InputError("the two files have no run in common: nothing to compare")
-    differing = results.differing(before, after)
+    differing = facts.differing(before, after)
     machine, task = (_first_of(names, differing) for names in (MACHINE, TASK))
     made = []
     for key in both:
@@ -197,52 +203,71 @@ def pairs(before: Dict[str, Any], after: Dict[str, Any]) -> List[Pair]:
     return made
 
 
-def left_out(before: Dict[str, Any], after: Dict[str, Any]) -> Dict[Key, str]:
+def left_out(before: Results, after: Results) -> Dict[Key, str]:
     """Runs of before whose backend cannot be had after, though their group was measured: why."""
     old, new = runs_of(before), runs_of(after)
     groups = {(case, precision) for case, _, precision in new}
-    reasons = {}
-    for note in after["notes"]:
-        label, said, _ = note.partition(" left out: ")
-        for (case, backend, precision), (_, run) in old.items():
-            key = (case, backend, precision)
-            # What executes a backend is part of its runs' label.
-            is_its = bool(said) and run["label"].split("-")[0] == label.split("-")[0]
-            if is_its and key not in new and (case, precision) in groups and _has_run(run):
-                reasons[key] = note
-    return reasons
+    gone = {
+        key: run
+        for key, (_, run) in old.items()
+        if key not in new and (key[0], key[2]) in groups and _has_run(run)
+    }
+    return {
+        key: f"{label} left out: {reason}"
+        for label, reason in after.left_out.items()
+        for key, run in gone.items()
+        if _is_of(run, label)
+    }
 
 
-def _has_run(run: Dict[str, Any]) -> bool:
-    return run["status"] in ("ok", "mismatch")
+def _is_of(run: Run, label: str) -> bool:
+    """Whether a run is of the backend of this label, in the suite's own environment.
+
+    What executes a backend may follow in the label of its runs: `ONNXRuntime-TensorRT`.
+    """
+    return run.environment is None and (run.label == label or run.label.startswith(f"{label}-"))
+
+
+def _has_run(run: Run) -> bool:
+    return run.status in ("ok", "mismatch")
 
 
 def _first_of(names: Sequence[str], differing: Collection[str]) -> Optional[str]:
     return next((f"{name} differs" for name in names if name in differing), None)
 
 
-def _other_task(
-    before: Dict[str, Any], after: Dict[str, Any], other_machine: bool
-) -> Optional[str]:
-    """What makes the groups of two runs another task, in words."""
-    names = ["export", "images_per_call", "image_sizes", "image_digest", "weights_digest"]
-    notes = [group.get("weights") or "" for group in (before, after)]
-    if other_machine and all(note.startswith("weights: synthetic,") for note in notes):
-        names.remove("weights_digest")  # They are the same but for rounding.
-    for name in names:
+def _other_task(before: Group, after: Group, other_machine: bool) -> Optional[str]:
+    """What makes the groups of two runs another task."""
+    old, new = _task(before), _task(after)
+    weights = (before.weights, after.weights)
+    if other_machine and all(known and known.source == "synthetic" for known in weights):
+        del old["weights digest"]  # They are the same but for rounding.
+    for name, value in old.items():
         # A model that could not be prepared has no sizes.
-        known = (before.get(name), after.get(name))
-        if all(known) and known[0] != known[1]:
-            return f"{name.replace('_', ' ')} differs"
+        if value and new[name] and value != new[name]:
+            return f"{name} differs"
     return None
 
 
-def _other_run(before: Dict[str, Any], after: Dict[str, Any]) -> Optional[str]:
-    if not before["samples_s"] or not after["samples_s"]:
-        return "it was not measured " + ("before" if not before["samples_s"] else "after")
-    for name in ("effective_precision", "label"):
-        if before[name] != after[name]:
-            return f"it ran as {before[name]} before, and as {after[name]} after"
+def _task(group: Group) -> Dict[str, object]:
+    return {
+        "export": group.export,
+        "images per call": group.images_per_call,
+        "image sizes": group.image_sizes,
+        "image digest": group.image_digest,
+        "weights digest": group.weights and group.weights.digest,
+    }
+
+
+def _other_run(before: Run, after: Run) -> Optional[str]:
+    if not before.samples_s or not after.samples_s:
+        return "it was not measured " + ("before" if not before.samples_s else "after")
+    for old, new in (
+        (before.effective_precision, after.effective_precision),
+        (before.label, after.label),
+    ):
+        if old != new:
+            return f"it ran as {old} before, and as {new} after"
     return None
 
 
@@ -278,26 +303,21 @@ def _verdict(pair: Pair, time: Ratio, speedup: Optional[Ratio], threshold: float
 
 def _drift(pair: Pair) -> float:
     """By what factor, at least 1, the baseline's median differs; 1 where one was not measured."""
-    samples = [_baseline(group) for group in pair.groups]
+    samples = [group.baseline.samples_s for group in pair.groups]
     if not all(samples):
         return 1.0
     before, after = (float(np.median(x)) for x in samples)
     return max(before / after, after / before)
 
 
-def _baseline(group: Dict[str, Any]) -> List[float]:
-    """Seconds of the calls of a group's baseline."""
-    return next(run["samples_s"] for run in group["runs"] if run["baseline"])
-
-
 def _changes(pair: Pair) -> Tuple[List[str], Tuple[str, ...]]:
-    """What changed but for the time, in words, and which of `FAILURES` that is."""
+    """What changed but for the time, and which of `FAILURES` that is."""
     old, new = pair.before, pair.after
     changes: List[str] = []
     failures: Tuple[str, ...] = ()
-    if old["status"] != new["status"]:
-        changes.append(f"{old['status']} before, {new['status']} after")
-        if old["status"] == "ok" and new["status"] == "mismatch":
+    if old.status != new.status:
+        changes.append(f"{old.status} before, {new.status} after")
+        if old.status == "ok" and new.status == "mismatch":
             failures = ("wrong",)
         elif _has_run(old) and not _has_run(new):
             failures = ("broken",)
@@ -312,23 +332,21 @@ def _changes(pair: Pair) -> Tuple[List[str], Tuple[str, ...]]:
     return changes, failures
 
 
-def _matched(run: Dict[str, Any]) -> Dict[str, str]:
+def _matched(run: Run) -> Dict[str, str]:
     """Matched of expected detections at each size."""
-    return {
-        size: f"{found['matched']}/{found['expected']}"
-        for size, found in (run["detections"] or {}).items()
-    }
+    found = run.detections or {}
+    return {size: f"{known.matched}/{known.expected}" for size, known in found.items()}
 
 
 def _ratios(pair: Pair) -> Tuple[Ratio, Optional[Ratio]]:
     """How much faster a run is now, by its times and by its speedups over the baseline."""
-    own = [np.array([run["samples_s"]]) for run in (pair.before, pair.after)]
+    own = [np.array([run.samples_s]) for run in (pair.before, pair.after)]
     with_baseline = []
     for group, (samples,) in zip(pair.groups, own):
-        baseline = _baseline(group)
+        baseline = group.baseline.samples_s
         shared = min(len(baseline), len(samples))
         with_baseline.append(np.array([samples[:shared], baseline[:shared]]))
-    if pair.after["baseline"] or not all(side.size for side in with_baseline):
+    if pair.after.baseline or not all(side.size for side in with_baseline):
         return _ratio(own), None
     return _ratio(own), _ratio(with_baseline)
 
@@ -356,74 +374,107 @@ def _slowness(medians: np.ndarray) -> np.ndarray:
     return medians[0] / medians[1] if len(medians) == 2 else medians[0]
 
 
-HEADER = ("Model", "Backend", "precision", "before(ms)", "after(ms)", "by time", "by speedup")
+COLUMNS = (
+    *left("Model", "Backend", "precision"),
+    *right("before(ms)", "after(ms)", "by time", "by speedup"),
+    *left("Verdict", "Detections and status"),
+)
 
 
 def report(
-    before: Dict[str, Any],
-    after: Dict[str, Any],
-    compared: Sequence[Comparison],
-    threshold: float,
-    by: str,
+    before: Results, after: Results, compared: Sequence[Comparison], threshold: float, by: str
 ) -> str:
     """The comparison in Markdown: what differs first, then the runs, then what else there is."""
-    lines = ["What differs:", ""]
-    differences = results.differences(before, after) or ["nothing that is recorded"]
-    for name, document in (("before", before), ("after", after)):
-        if not document["complete"]:
+    differences = facts.differences(before, after)
+    differences += _other_versions(compared, facts.differing(before, after))
+    differences = differences or ["nothing that is recorded"]
+    for name, results in (("before", before), ("after", after)):
+        if not results.complete:
             differences.append(f"{name} was interrupted: not all of it was measured")
-    lines += [f"- {line}" for line in differences]
-    grid, below = [[*HEADER, "Verdict", "Detections and status"]], []
-    for comparison in compared:
-        grid.append(_cells(comparison))
-        pair, name = comparison.pair, " ".join(grid[-1][:3])
-        if pair.obstacle:
-            what = "times not compared" if pair.same_task else "not compared"
-            below.append(f"{name}: {what}, as {pair.obstacle}")
-        elif by == "both" and pair.after["baseline"] and _drift(pair) > MOST_DRIFT:
-            below.append(
-                f"{name}: the baseline itself changed by a factor of {_drift(pair):.2f}, so that "
-                "nothing is said of what ran beside it; --by decides what to go by"
-            )
-        if comparison.changes and pair.after["reason"]:
-            below.append(f"{name}: {pair.after['reason']}")
-    below.append(
-        "by time, by speedup: how much faster it is now, with the 95% interval, and how much its "
-        "speedup over the baseline in the same rounds has grown; above 1 is better"
+    table = Table(
+        title="Comparison",
+        columns=COLUMNS,
+        rows=tuple(map(_cells, compared)),
+        notes=(
+            *(note for comparison in compared for note in _notes(comparison, by)),
+            *_legend(threshold, by),
+            *_missing_and_new(before, after),
+        ),
     )
-    whose = "what both say" if by == "both" else f"by {by}"
-    below.append(
-        f"Verdict, {whose}: slower or faster by more than {100 * threshold:g}%, with an interval "
-        "that excludes 1"
-    )
-    reasons = left_out(before, after)
-    for title, own, other in (("missing", before, after), ("new", after, before)):
-        for key in runs_of(own):
-            if key not in runs_of(other):
-                reason = f" ({reasons[key]})" if key in reasons else ""
-                below.append(f"{title}: {' '.join(key)}{reason}")
-    rights = [False] * 3 + [True] * 4 + [False] * 2
-    lines += ["", *benchmark.markdown(grid, rights), "", *(f"- {line}" for line in below)]
-    return "\n".join(lines)
+    lines = ["What differs:", "", *(f"- {line}" for line in differences)]
+    return "\n".join([*lines, "", markdown(table)])
 
 
-def _cells(comparison: Comparison) -> List[str]:
+def _other_versions(compared: Sequence[Comparison], known: Collection[str]) -> List[str]:
+    """What differs between the environments of the same run, where that is not the suite's own.
+
+    Args:
+        known: names of what differs between the two environments of the suite.
+    """
+    lines = []
+    for pair in (comparison.pair for comparison in compared):
+        old, new = ({"python": run.python, **run.versions} for run in (pair.before, pair.after))
+        for name, version in old.items():
+            is_other = version and new.get(name) and version != new[name]
+            if is_other and (pair.after.environment or name not in known):
+                lines.append(f"{pair.key[1]}: {name} {version} before, {new[name]} now")
+    return list(dict.fromkeys(lines))
+
+
+def _cells(comparison: Comparison) -> Tuple[str, ...]:
     pair = comparison.pair
     model, _, precision = pair.key
-    times = [
-        f"{run['statistics']['median_ms']:.1f}" if run["statistics"] else "-"
-        for run in (pair.before, pair.after)
-    ]
-    return [
-        benchmark.short_name(model),
-        pair.after["label"],
+    statistics = [run.statistics for run in (pair.before, pair.after)]
+    return (
+        short_name(model),
+        pair.after.label,
         precision,
-        *times,
+        *("-" if known is None else f"{known.median_ms:.1f}" for known in statistics),
         _ratio_cell(comparison.time),
         _ratio_cell(comparison.speedup),
         comparison.verdict,
         "; ".join(comparison.changes) or ("unchanged" if pair.same_task else "-"),
-    ]
+    )
+
+
+def _notes(comparison: Comparison, by: str) -> List[str]:
+    """Why a run was not compared, or not judged, or is not what it should be."""
+    pair, notes = comparison.pair, []
+    name = " ".join(_cells(comparison)[:3])
+    if pair.obstacle:
+        what = "times not compared" if pair.same_task else "not compared"
+        notes.append(f"{name}: {what}, as {pair.obstacle}")
+    elif by == "both" and pair.after.baseline and _drift(pair) > MOST_DRIFT:
+        notes.append(
+            f"{name}: the baseline itself changed by a factor of {_drift(pair):.2f}, so that "
+            "nothing is said of what ran beside it; --by decides what to go by"
+        )
+    if comparison.changes and pair.after.reason:
+        notes.append(f"{name}: {pair.after.reason}")
+    return notes
+
+
+def _legend(threshold: float, by: str) -> Tuple[str, str]:
+    whose = "what both say" if by == "both" else f"by {by}"
+    return (
+        "by time, by speedup: how much faster it is now, with the 95% interval, and how much its "
+        "speedup over the baseline in the same rounds has grown; above 1 is better",
+        f"Verdict, {whose}: slower or faster by more than {100 * threshold:g}%, with an interval "
+        "that excludes 1",
+    )
+
+
+def _missing_and_new(before: Results, after: Results) -> List[str]:
+    """The runs that only one file has."""
+    reasons = left_out(before, after)
+    notes = []
+    for title, own, other in (("missing", before, after), ("new", after, before)):
+        others = runs_of(other)
+        for key in runs_of(own):
+            if key not in others:
+                reason = f" ({reasons[key]})" if key in reasons else ""
+                notes.append(f"{title}: {' '.join(key)}{reason}")
+    return notes
 
 
 def _ratio_cell(ratio: Optional[Ratio]) -> str:
@@ -450,7 +501,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parse = parser()
     options = parse.parse_args(arguments)
     try:
-        before, after = (results.load(path) for path in (options.before, options.after))
+        before, after = (load(path) for path in (options.before, options.after))
         compared = [compare(pair, options.threshold, options.by) for pair in pairs(before, after)]
         if all(comparison.pair.obstacle and not comparison.changes for comparison in compared):
             raise InputError(f"nothing can be compared: {compared[0].pair.obstacle}")

@@ -1,7 +1,13 @@
 """The errors that a user sees: one or two sentences that name the thing and the way out."""
 
 import argparse
+import re
+import traceback
 from typing import NoReturn
+
+# Lines in which OpenVINO tells where something went wrong, not what.
+_PLACE = re.compile(r"Exception from|Check '")
+_FRONT_END = "[PyTorch Frontend]"
 
 
 class InputError(Exception):
@@ -19,13 +25,25 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def sentence(error: BaseException) -> str:
-    """The line of an error that says most, with the error's kind."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+def first_cause(error: BaseException) -> str:
+    """What went wrong first, in one line without a traceback.
+
+    TorchScript's interpreter wraps an operator's message in its own traceback, of which the last
+    line is the message. PyTorch's C++ errors append a stack to theirs, after the first line.
+    OpenVINO's begin with places in its source. An assertion without a message is named by the
+    function it stands in.
+    """
+    while error.__cause__ is not None or (error.__context__ and not error.__suppress_context__):
+        error = error.__cause__ or error.__context__
     kind = type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
-        return kind
-    # TorchScript's interpreter puts a traceback of its own before what went wrong.
-    if "Traceback of TorchScript" in str(error):
+        frames = traceback.extract_tb(error.__traceback__)
+        return f"{kind} in {frames[-1].name}()" if frames else kind
+    if "TorchScript interpreter" in lines[0] or "Traceback of TorchScript" in str(error):
         return lines[-1]
-    return f"{kind}: {lines[0]}"
+    for line in lines:
+        if line.startswith(_FRONT_END):
+            return line[len(_FRONT_END) :].strip()
+    told = [line for line in lines if not _PLACE.match(line)]
+    return f"{kind}: {(told or lines)[0]}"

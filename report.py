@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Makes a result file of run_blade.py a page: one HTML file that needs no network and no script.
 
-It has the tables, all samples, the speedups with their intervals beside those that TorchBlade
-published, and the image with what each run finds in it, where `detections.json` lies beside the
+It has the tables, all samples, the speedups with their intervals beside TorchBlade's published
+ones, and the image with what each run finds in it, where `detections.json` lies beside the
 result file, as `run_blade.py --output` leaves it.
 """
 
@@ -13,7 +13,7 @@ import io
 import re
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -22,14 +22,15 @@ import matplotlib
 import numpy as np
 from markupsafe import Markup, escape
 
-import published
-import results
-import tables
-from benchmark import StopRule, short_name
-from catalog import TUNING, timed
 from errors import InputError, Parser
+from models import TUNING, timed
+from results import published, tables
+from results.facts import case, case_name
+from results.file import Found, load, load_found, write_text
+from results.record import Drawn, Group, Picture, Results, Run
+from results.tables import Table, short_name
 
-TEMPLATES = Path(__file__).resolve().parent / "templates"
+TEMPLATES = Path(tables.__file__).parent
 # Matplotlib writes these into the drawing; the page has other colours by day than by night.
 COLOURS = {
     "#010101": "var(--ink)",
@@ -59,28 +60,12 @@ STYLE = {
     "ytick.labelcolor": INK,
     "figure.facecolor": "none",
 }
-# Of the detections in an image, what is drawn.
-DRAWN = ("boxes", "scores", "classes")
-# The first image, beside the result file.
-IMAGE = results.image_files([None])[0]
 # Inches. Narrow, so that letters keep a size on a phone, where a drawing is scaled to its width.
 WIDTH, ROW, MARGIN = 6.4, 0.34, 0.9
 
-Group = Dict[str, Any]
-
 
 @dataclass(frozen=True)
-class Table:
-    """Of cells: the header, the lines, and which columns are aligned to the right."""
-
-    caption: str
-    header: List[str]
-    rights: List[bool]
-    lines: List[List[str]]
-
-
-@dataclass(frozen=True)
-class Drawing:
+class Plot:
     """A plot as SVG, with the words that stand for it."""
 
     title: str
@@ -91,29 +76,17 @@ class Drawing:
 # Tables ----------------------------------------------------------------------------------------
 
 
-def read_table(markdown: str, caption: str) -> Tuple[Table, List[str]]:
-    """A Markdown table of ours as cells, and the list below it."""
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in markdown.splitlines()
-        if line.startswith("|")
-    ]
-    notes = [line[2:] for line in markdown.splitlines() if line.startswith("- ")]
-    rights = [cell.endswith(":") for cell in rows[1]]
-    return Table(caption, rows[0], rights, rows[2:]), notes
-
-
 def reordered(table: Table) -> Table:
     """The table of a test model for its own section: without its name, what matters most first."""
     first = ("Backend", "precision", "Speedup", "Detections")
-    named = [name for name in table.header if name not in first and not name.startswith("Model(")]
-    order = [table.header.index(name) for name in (*first, *named)]
-
-    def pick(cells: Sequence[Any]) -> List[Any]:
-        return [cells[column] for column in order]
-
-    lines = [pick(line) for line in table.lines]
-    return Table(table.caption, pick(table.header), pick(table.rights), lines)
+    headings = [column.heading for column in table.columns]
+    named = [name for name in headings[1:] if name not in first]
+    order = [headings.index(name) for name in (*first, *named)]
+    return replace(
+        table,
+        columns=tuple(table.columns[place] for place in order),
+        rows=tuple(tuple(row[place] for place in order) for row in table.rows),
+    )
 
 
 # Plots -----------------------------------------------------------------------------------------
@@ -146,8 +119,8 @@ def _svg(figure: Any, name: str, label: str) -> Markup:
     return Markup(svg.replace("LABEL", f'role="img" aria-label="{escape(label)}"', 1))
 
 
-def _names(runs: Sequence[Tuple[Group, Dict[str, Any]]]) -> List[str]:
-    return [f"{run['label']} {run['effective_precision'] or ''}".strip() for _, run in runs]
+def _names(runs: Sequence[Tuple[Group, Run]]) -> List[str]:
+    return [f"{run.label} {run.effective_precision or ''}".strip() for _, run in runs]
 
 
 def _literal(text: str) -> str:
@@ -162,16 +135,16 @@ def _rows(axes: Any, names: Sequence[str]) -> None:
     axes.tick_params(axis="y", length=0)
 
 
-def samples_plot(groups: Sequence[Group], name: str) -> Optional[Drawing]:
+def samples_plot(groups: Sequence[Group], name: str) -> Optional[Plot]:
     """Every timed call of every run of a test model; None where there is none."""
-    runs = [(group, run) for group in groups for run in group["runs"] if run["samples_s"]]
+    runs = [(group, run) for group in groups for run in group.runs if run.samples_s]
     if not runs:
         return None
     figure, axes = _figure(len(runs))
     jitter = np.random.default_rng(0)
     medians = []
     for row, (_, run) in enumerate(runs):
-        milliseconds = 1000 * np.array(run["samples_s"])
+        milliseconds = 1000 * np.array(run.samples_s)
         heights = row + jitter.uniform(-0.25, 0.25, len(milliseconds))
         axes.plot(milliseconds, heights, ".", color=POINTS, alpha=0.6, markeredgewidth=0)
         medians.append(float(np.median(milliseconds)))
@@ -183,33 +156,31 @@ def samples_plot(groups: Sequence[Group], name: str) -> Optional[Drawing]:
     axes.set_xlabel("ms a call")
     _rows(axes, _names(runs))
     facts = [
-        f"{label}: {median:.4g} ms ({len(run['samples_s'])})"
+        f"{label}: {median:.4g} ms ({len(run.samples_s)})"
         for label, median, (_, run) in zip(_names(runs), medians, runs)
     ]
     caption = "One point for each timed call, a line at the median. "
     caption += f"Median and number of calls: {'; '.join(facts)}."
-    return Drawing("All samples", _svg(figure, f"samples-{name}", caption), caption)
+    return Plot("All samples", _svg(figure, f"samples-{name}", caption), caption)
 
 
-def speedup_plot(groups: Sequence[Group], name: str) -> Optional[Drawing]:
+def speedup_plot(groups: Sequence[Group], name: str) -> Optional[Plot]:
     """Speedups over Torch with their intervals, and what TorchBlade published beside them."""
-    runs = [(group, run) for group in groups for run in group["runs"] if run["speedup"]]
+    runs = [(group, run) for group in groups for run in group.runs if run.speedup]
     if not runs:
         return None
     figure, axes = _figure(len(runs))
-    theirs = published.speedups()
     facts = []
     for row, ((group, run), label) in enumerate(zip(runs, _names(runs))):
-        speedup = run["speedup"]
-        if speedup["low"] is not None:
-            axes.plot([speedup["low"], speedup["high"]], [row, row], color=POINTS, linewidth=2)
-        axes.plot(speedup["ratio"], row, "o", color=POINTS)
-        text = f"{label}: {speedup['ratio']:.2f}x"
-        counterpart = published.COUNTERPART.get(run["effective_precision"])
-        ratio = theirs.get((*published.PUBLISHED_AS.get(group["model"], ("", "")), counterpart))
-        if ratio is not None:
-            axes.plot(ratio, row, "D", color=PUBLISHED, markerfacecolor="none")
-            text += f" (TorchBlade, {counterpart}: {ratio:.2f}x)"
+        speedup = run.speedup
+        if speedup.low is not None:
+            axes.plot([speedup.low, speedup.high], [row, row], color=POINTS, linewidth=2)
+        axes.plot(speedup.ratio, row, "o", color=POINTS)
+        text = f"{label}: {speedup.ratio:.2f}x"
+        theirs = published.beside(group.model, run.effective_precision or "")
+        if theirs is not None:
+            axes.plot(theirs.ratio, row, "D", color=PUBLISHED, markerfacecolor="none")
+            text += f" (TorchBlade, {theirs.precision}: {theirs.ratio:.2f}x)"
         facts.append(text)
     axes.axvline(1, color=ACCENT, linewidth=1)
     axes.set_xlim(left=0)
@@ -217,10 +188,10 @@ def speedup_plot(groups: Sequence[Group], name: str) -> Optional[Drawing]:
     _rows(axes, _names(runs))
     caption = "Points with 95% intervals; diamonds are what TorchBlade published for TensorRT on a "
     caption += f"GPU (fp16 beside our bf16). {'; '.join(facts)}."
-    return Drawing("Speedups", _svg(figure, f"speedups-{name}", caption), caption)
+    return Plot("Speedups", _svg(figure, f"speedups-{name}", caption), caption)
 
 
-def sizes_plot(groups: Sequence[Group], name: str) -> Optional[Drawing]:
+def sizes_plot(groups: Sequence[Group], name: str) -> Optional[Plot]:
     """Time against image size, for the runs that were timed at `opt` and called at the others.
 
     Not of several images together: their sample is a mean over them. The first has a plot alone.
@@ -228,9 +199,9 @@ def sizes_plot(groups: Sequence[Group], name: str) -> Optional[Drawing]:
     runs = [
         (group, run)
         for group in groups
-        if set(group["image_sizes"]) == set(TUNING)
-        for run in group["runs"]
-        if run["samples_s"] and {"min", "max"} <= set(run.get("size_seconds") or ())
+        if set(group.image_sizes) == set(TUNING)
+        for run in group.runs
+        if run.samples_s and {"min", "max"} <= set(run.size_seconds)
     ]
     if not runs:
         return None
@@ -242,15 +213,15 @@ def sizes_plot(groups: Sequence[Group], name: str) -> Optional[Drawing]:
     facts, ticks = [], set()
     styles = ("-", "--", ":", "-.")
     for number, ((group, run), label) in enumerate(zip(runs, _names(runs))):
-        seconds = {**run["size_seconds"], "opt": run["samples_s"]}
+        seconds = {**run.size_seconds, "opt": run.samples_s}
         points = sorted(
             (
-                sum(height * width for height, width in group["image_sizes"][size]) / 1e6,
+                sum(height * width for height, width in group.image_sizes[size]) / 1e6,
                 1000 * float(np.median(seconds[size])),
             )
             for size in TUNING
         )
-        colour = ACCENT if run["baseline"] else (POINTS, PUBLISHED)[number // len(styles) % 2]
+        colour = ACCENT if run.baseline else (POINTS, PUBLISHED)[number // len(styles) % 2]
         axes.plot(
             *zip(*points),
             styles[number % len(styles)],
@@ -274,70 +245,128 @@ def sizes_plot(groups: Sequence[Group], name: str) -> Optional[Drawing]:
         "detections made, not in turns with the others. "
     )
     caption += f"min, opt, max: {'; '.join(facts)}."
-    return Drawing("Time against image size", _svg(figure, f"sizes-{name}", caption), caption)
+    return Plot("Time against image size", _svg(figure, f"sizes-{name}", caption), caption)
 
 
 # Pictures --------------------------------------------------------------------------------------
 
 
-def pictures(groups: Sequence[Group], found: Dict[str, Any], image: Optional[str]) -> List[Any]:
+@dataclass(frozen=True)
+class Box:
+    """A detection in a picture, in pixels; its kind is `matched`, `lost` or `spurious`."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    kind: str
+    title: str
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What a run found, drawn on the image.
+
+    Attributes:
+        image: id of the image on the page; None where there is none.
+    """
+
+    width: int
+    height: int
+    image: Optional[str]
+    boxes: List[Box]
+    caption: str
+
+    @property
+    def description(self) -> str:
+        """The words for those who cannot see it."""
+        return f"The image with boxes drawn on it. {self.caption}"
+
+
+def pictures(
+    groups: Sequence[Group], found: Optional[Picture], image: Optional[str]
+) -> List[Drawing]:
     """The image with the detections of the reference and of each run drawn on it.
 
     Args:
-        found: of the test model, see docs/results.md.
+        groups: of one case.
+        found: in its image; None where that is not known.
         image: id of the image on the page, or None.
     """
-    if not found or not found["reference"] or not groups[0]["image_sizes"]:
+    if found is None or not found.reference or not groups[0].image_sizes:
         return []
     height, width = timed_size(groups[0])
-    reference = found["reference"][0]
-    frame = {"width": width, "height": height, "image": image}
-    drawn = [
-        {
-            **frame,
-            "boxes": _boxes(reference, ["matched"] * len(reference["scores"])),
-            "caption": f"Torch fp32, the reference: {len(reference['scores'])} detections",
-        }
-    ]
-    for precision, runs in found["runs"].items():
+    reference = found.reference[0]
+    count = len(reference.scores)
+    caption = f"Torch fp32, the reference: {count} detections"
+    drawn = [Drawing(width, height, image, _boxes(reference, ["matched"] * count), caption)]
+    for precision, runs in found.runs.items():
         for label, (own, *_) in runs.items():
-            kinds = ["matched" if agrees else "spurious" for agrees in own["agrees"]]
-            lost = {key: [reference[key][n] for n in own["lost"]] for key in DRAWN}
-            boxes = _boxes(own, kinds) + _boxes(lost, ["lost"] * len(own["lost"]))
+            kinds = ["matched" if agrees else "spurious" for agrees in own.agrees]
+            boxes = _boxes(own, kinds) + _boxes(
+                _picked(reference, own.lost), ["lost"] * len(own.lost)
+            )
             caption = f"{label} {precision}: {kinds.count('matched')} agree, "
-            caption += f"{len(own['lost'])} lost, {kinds.count('spurious')} spurious"
-            drawn.append({**frame, "boxes": boxes, "caption": caption})
-    for picture in drawn:
-        picture["description"] = f"The image with boxes drawn on it. {picture['caption']}"
+            caption += f"{len(own.lost)} lost, {kinds.count('spurious')} spurious"
+            drawn.append(Drawing(width, height, image, boxes, caption))
     return drawn
 
 
 def timed_size(group: Group) -> Tuple[int, int]:
     """Height and width of the image that a group was timed on."""
-    sizes = group["image_sizes"]
-    return tuple(sizes[timed(sizes)[0]][0])
+    first, *_ = timed(group.image_sizes)
+    return group.image_sizes[first][0]
 
 
-def _boxes(found: Dict[str, Any], kinds: Sequence[str]) -> List[Dict[str, Any]]:
-    boxes = []
-    for (x1, y1, x2, y2), score, label, kind in zip(
-        found["boxes"], found["scores"], found["classes"], kinds
-    ):
-        size = {"x": x1, "y": y1, "width": max(0, x2 - x1), "height": max(0, y2 - y1)}
-        boxes.append({**size, "kind": kind, "title": f"class {label}, score {score:.2f}, {kind}"})
-    return boxes
+def _picked(found: Drawn, places: Sequence[int]) -> Drawn:
+    return Drawn(
+        boxes=tuple(found.boxes[place] for place in places),
+        scores=tuple(found.scores[place] for place in places),
+        classes=tuple(found.classes[place] for place in places),
+    )
+
+
+def _boxes(found: Drawn, kinds: Sequence[str]) -> List[Box]:
+    lines = zip(found.boxes, found.scores, found.classes, kinds)
+    return [
+        Box(
+            *(x1, y1, max(0, x2 - x1), max(0, y2 - y1), kind),
+            title=f"class {label}, score {score:.2f}, {kind}",
+        )
+        for (x1, y1, x2, y2), score, label, kind in lines
+    ]
 
 
 # The page --------------------------------------------------------------------------------------
 
 
-def page(document: Dict[str, Any], found: Dict[str, Any], images: Dict[str, bytes]) -> str:
+@dataclass(frozen=True)
+class Section:
+    """What the page says of one test model (and number of objects, and image)."""
+
+    name: str
+    id: str
+    table: Table
+    plots: List[Plot]
+    pictures: List[Drawing]
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image of the page, for all drawings on it: its data as an address."""
+
+    id: str
+    data: str
+    height: int
+    width: int
+
+
+def page(results: Results, found: Found, images: Dict[str, bytes]) -> str:
     """The whole page.
 
     Args:
-        document: a result file, as `results.load` gives it.
-        found: case -> detections, of `detections.json`.
-        images: name -> file, of those that lie beside the result file.
+        found: name of a case -> what was found in its image.
+        images: name -> file, of images that lie beside the result file.
     """
     matplotlib.rcParams.update(STYLE)
     environment = jinja2.Environment(
@@ -346,71 +375,55 @@ def page(document: Dict[str, Any], found: Dict[str, Any], images: Dict[str, byte
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    names = list(dict.fromkeys(map(_case, document["groups"])))
-    tested = list(dict.fromkeys(group["model"] for group in document["groups"]))
-    cpu = document["environment"].get("cpu", {})
-    extra = [
-        ("Where the time goes", tables.stages_table),
-        ("Coverage", tables.coverage_table),
-        ("Costs", tables.costs_table),
-    ]
-    if len(names) > len(tested):
-        extra.insert(0, ("What is in the picture", tables.cases_table))
+    names = list(dict.fromkeys(map(_case, results.groups)))
+    where = results.environment
     return environment.get_template("report.html").render(
-        title="run_blade: "
-        + (", ".join(map(short_name, tested)) if len(tested) < 4 else f"{len(tested)} test models"),
-        subtitle=", ".join(
-            str(fact)
-            for fact in (
-                document["environment"].get("time"),
-                cpu.get("model"),
-                f"device {document['settings'].get('device')}",
-            )
-        ),
-        complete=document["complete"],
-        warnings=document.get("warnings", []),
-        models=[_model(document, name, found.get(name, {}), images) for name in names],
-        images=_images(document, found, images),
-        tables=[
-            {"title": title, "table": table, "notes": notes}
-            for title, make in extra
-            for text in [make(document["groups"])]
-            if text.startswith("|")
-            for table, notes in [read_table(text, title)]
-        ],
-        environment=_flat({**document["environment"], "settings": document["settings"]}),
+        title=f"run_blade: {_title(results)}",
+        subtitle=f"{where.time}, {where.cpu.model}, device {results.settings.device}",
+        complete=results.complete,
+        warnings=results.warnings,
+        models=[_section(results, name, found.get(name), images) for name in names],
+        images=_images(results, found, images),
+        tables=_more_tables(results),
+        environment=_flat({**asdict(where), "settings": asdict(results.settings)}),
     )
+
+
+def _title(results: Results) -> str:
+    tested = list(dict.fromkeys(group.model for group in results.groups))
+    return ", ".join(map(short_name, tested)) if len(tested) < 4 else f"{len(tested)} test models"
+
+
+def _more_tables(results: Results) -> List[Table]:
+    """Those of all test models, where there is something in them."""
+    several = len(set(map(_case, results.groups))) > len({x.model for x in results.groups})
+    made = [
+        *([tables.cases_table(results.groups)] if several else []),
+        tables.stages_table(results.groups),
+        tables.coverage_table(results.groups),
+        tables.costs_table(results.groups),
+    ]
+    return [table for table in made if table.rows]
 
 
 def _case(group: Group) -> str:
-    return results.case_name(results.case(group))
+    return case_name(case(group))
 
 
-def _model(
-    document: Dict[str, Any], name: str, found: Dict[str, Any], images: Dict[str, bytes]
-) -> Dict[str, Any]:
-    groups = [group for group in document["groups"] if _case(group) == name]
-    rule = StopRule(budget_s=document["settings"].get("time_budget"))
-    # What is said of the weights is in the groups, too, where it belongs.
-    weights = {group.get("weights") for group in document["groups"]}
-    general = [note for note in document["notes"] if note not in weights]
-    # Torch was timed against itself on all images together.
-    aa = [] if groups[0].get("image") else tables.aa_note(document["aa"])
-    notes = [*aa, *general]
-    peaks = document.get("peaks") if document["settings"].get("roofline") else None
-    table, below = read_table(
-        tables.model_table(groups, rule, notes, peaks), f"Results of {short_name(name)}"
+def _section(
+    results: Results, name: str, found: Optional[Picture], images: Dict[str, bytes]
+) -> Section:
+    groups = [group for group in results.groups if _case(group) == name]
+    identifier = _identifier(name)
+    image = _identifier(found.image) if found and found.image in images else None
+    plots = [make(groups, identifier) for make in (samples_plot, speedup_plot, sizes_plot)]
+    return Section(
+        name=short_name(name),
+        id=identifier,
+        table=reordered(tables.model_table(results, groups, results.settings.roofline)),
+        plots=[plot for plot in plots if plot is not None],
+        pictures=pictures(groups, found, image),
     )
-    identifier, image = _identifier(name), found.get("image", IMAGE)
-    drawings = [make(groups, identifier) for make in (samples_plot, speedup_plot, sizes_plot)]
-    return {
-        "name": short_name(name),
-        "id": identifier,
-        "table": reordered(table),
-        "notes": below,
-        "plots": [drawing for drawing in drawings if drawing is not None],
-        "pictures": pictures(groups, found, _identifier(image) if image in images else None),
-    }
 
 
 def _identifier(name: str) -> str:
@@ -418,35 +431,33 @@ def _identifier(name: str) -> str:
     return re.sub(r"[^\w.]", lambda match: f"-{ord(match[0]):x}-", name)
 
 
-def _images(
-    document: Dict[str, Any], found: Dict[str, Any], images: Dict[str, bytes]
-) -> List[Dict[str, Any]]:
-    """Each image, once for all pictures of it."""
+def _images(results: Results, found: Found, images: Dict[str, bytes]) -> List[Image]:
+    """Each image, once for all drawings on it."""
     sizes = {
-        found[_case(group)].get("image", IMAGE): timed_size(group)
-        for group in document["groups"]
-        if group["image_sizes"] and _case(group) in found
+        found[_case(group)].image: timed_size(group)
+        for group in results.groups
+        if group.image_sizes and _case(group) in found
     }
     return [
-        {
-            "id": _identifier(name),
-            "data": f"data:image/png;base64,{base64.b64encode(images[name]).decode()}",
-            "height": height,
-            "width": width,
-        }
+        Image(
+            id=_identifier(name),
+            data=f"data:image/png;base64,{base64.b64encode(images[name]).decode()}",
+            height=height,
+            width=width,
+        )
         for name, (height, width) in sizes.items()
         if name in images
     ]
 
 
 def _flat(value: Dict[str, Any], prefix: str = "") -> List[Tuple[str, str]]:
-    """Nested facts as names and texts."""
+    """Nested facts as names and texts, without unknown ones."""
     lines: List[Tuple[str, str]] = []
     for key, item in value.items():
         if isinstance(item, dict):
             lines += _flat(item, f"{prefix}{key}.")
-        elif item not in (None, [], ""):
-            text = ", ".join(map(str, item)) if isinstance(item, (list, tuple)) else str(item)
+        elif item not in (None, (), ""):
+            text = ", ".join(map(str, item)) if isinstance(item, tuple) else str(item)
             lines.append((f"{prefix}{key}", text))
     return lines
 
@@ -458,15 +469,15 @@ def write(path: Path, to: Path) -> None:
         errors.InputError: the result file, or what lies beside it, cannot be read, or the page
             cannot be written.
     """
-    document = results.load(path)
-    if not document["groups"]:
+    results = load(path)
+    if not results.groups:
         raise InputError(f"{path} has no measurements yet")
-    found = results.read_found(path.parent)
+    found = load_found(path.parent)
     images = {}
-    for name in {case.get("image", IMAGE) for case in found.values()}:
+    for name in {picture.image for picture in found.values()}:
         with suppress(OSError, ValueError):  # The latter, where it cannot be the name of a file.
             images[name] = (path.parent / Path(name).name).read_bytes()
-    results.write_text(to, page(document, found, images))
+    write_text(to, page(results, found, images))
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:

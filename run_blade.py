@@ -14,8 +14,8 @@ import traceback
 from typing import Callable, Optional, Sequence, Tuple
 
 from backends import base
-from catalog import MODELS, RUN_BUDGET_S
 from errors import InputError, Parser
+from models import MODELS, RUN_BUDGET_S
 
 # A time budget above a year is a slip, and may be too large a number for the result file.
 LONGEST_S = 366 * 86400
@@ -29,6 +29,14 @@ def parser() -> argparse.ArgumentParser:
     add("--all", action="store_true", help="all seven test models")
     add("--list", action="store_true", help="list test models and backends, and why one is missing")
     add("--backend", nargs="+", metavar="NAME", help="of " + ", ".join(base.names()))
+    add(
+        "--environment",
+        action="append",
+        default=[],
+        metavar="BACKEND[@NAME]=COMMAND",
+        help="run a backend by another Python: its path, or a command that ends in one; with "
+        "@NAME it is one row more, beside the backend of this environment",
+    )
     add(
         "--precision",
         nargs="+",
@@ -152,7 +160,9 @@ def _seconds(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value <= LONGEST_S:
-        raise argparse.ArgumentTypeError(f"'{text}' is no number of seconds above 0, up to a year")
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not a number of seconds above 0 and up to a year"
+        )
     return value
 
 
@@ -175,13 +185,13 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             parse.error("say which test models: --model NAME, or --all (see --list)")
         if options.trace and not options.output:
             parse.error("--trace needs --output DIR to keep the traces in")
-        # Not before: PyTorch and SciPy take seconds to import, and --help should not.
-        import session
+        # Not before: SciPy takes a second to import, and --help should not.
+        from measure import session
 
         if options.list:
-            print(session.listing(session.resolve_device(options.device)))
+            print(session.listing(options))
             return 0
-        return session.Session(options).run()
+        return session.measure(options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

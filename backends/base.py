@@ -18,10 +18,33 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence,
 from errors import InputError
 
 if TYPE_CHECKING:
-    from models import Export
+    from detectors.export import Export
+    from results.record import Coverage
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Seconds that a backend took to prepare an export; None for a phase that it does not have.
+
+    Attributes:
+        export: tracing or scripting.
+        convert: to the engine's own format.
+        compile: all that makes it fast.
+    """
+
+    export: Optional[float] = None
+    convert: Optional[float] = None
+    compile: Optional[float] = None
+
+
+def _nothing_known() -> Coverage:
+    # Imported here, because it brings NumPy, and `run_blade.py --help` imports this file.
+    from results.record import Coverage
+
+    return Coverage()
 
 
 @dataclass(frozen=True)
@@ -39,12 +62,9 @@ class Optimized:
             backend's own.
         provider: what executes it, as the engine names it.
         threads: CPU threads that the engine uses; None where there is no such number.
-        coverage: what is known of how much of the graph the engine took, for example
-            `operators`, `operators_in_engine`, `segments`, `share_of_flops` (of the model's, in
-            engines, 0 to 1).
+        coverage: what is known of how much of the graph the engine took.
         read_coverage: more of that, for what shows only in running: it is called after the timing.
-        seconds: time spent preparing, by phase: `export` (tracing, scripting), `convert`,
-            `compile`.
+        seconds: time spent preparing.
         artifacts: files that `--output` should keep, by file name.
         cached: whether the compiled engine came from the cache, so that `seconds` are no measure
             of what it takes to build.
@@ -56,11 +76,11 @@ class Optimized:
     precision: str
     provider: str
     threads: Optional[int] = None
-    coverage: Dict[str, Any] = field(default_factory=dict)
-    seconds: Dict[str, float] = field(default_factory=dict)
+    coverage: Coverage = field(default_factory=_nothing_known)
+    seconds: Phases = field(default_factory=Phases)
     artifacts: Dict[str, str] = field(default_factory=dict)
     read_precision: Optional[Callable[[], str]] = None
-    read_coverage: Optional[Callable[[], Dict[str, Any]]] = None
+    read_coverage: Optional[Callable[[], Coverage]] = None
     label: Optional[str] = None
     cached: bool = False
     read_artifact_bytes: Optional[Callable[[], Optional[int]]] = None
@@ -188,7 +208,7 @@ def _machine(device: str) -> List[Any]:
     """What engines are compiled for, besides the model."""
     import torch
 
-    from results import cpu_flags
+    from results.environment import cpu_flags
 
     if device == "cuda":
         return [torch.cuda.get_device_name(), torch.version.cuda]

@@ -6,14 +6,16 @@ import os
 import shutil
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Tuple
 
-from backends.base import Backend, Optimized, check_sizes, folder_bytes
+from backends.base import Backend, Optimized, Phases, check_sizes, folder_bytes
 from backends.torch import Torch, autocast, count_flops, effective_precision
+from results.record import Coverage
 
 if TYPE_CHECKING:
-    from models import Export
+    from detectors.export import Export
 
 
 class Inductor(Backend):
@@ -32,10 +34,6 @@ class Inductor(Backend):
     default = False
 
     def unavailable(self, device: str) -> Optional[str]:
-        import torch
-
-        if not hasattr(torch, "compile"):
-            return f"torch.compile comes with PyTorch 2.0, and this is {torch.__version__}"
         if device == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
             return "TorchInductor needs a C++ compiler on a CPU: install g++"
         return Torch().unavailable(device)
@@ -53,7 +51,7 @@ class Inductor(Backend):
         before, start = _counts(), time.perf_counter()
         _declare_dynamic(export)
         compiled, graphs = _compile(export, precision, device)
-        seconds = {"compile": time.perf_counter() - start}
+        seconds = Phases(compile=time.perf_counter() - start)
         prepared = _counts()
 
         def call(*images: Any) -> Any:
@@ -66,13 +64,13 @@ class Inductor(Backend):
             provider=f"{device}, CUDA graphs" if graphs else device,
             threads=torch.get_num_threads() if device == "cpu" else None,
             seconds=seconds,
-            coverage={key: count - before[key] for key, count in prepared.items()},
+            coverage=prepared.since(before),
             cached=_all_cached(),
             read_precision=lambda: effective_precision(compiled, export, precision),
-            read_coverage=lambda: {
-                "recompilations_while_timed": _counts()["segments"] - prepared["segments"],
-                "share_of_flops": _share_of_flops(export, precision, device),
-            },
+            read_coverage=lambda: Coverage(
+                recompilations_while_timed=_counts().graphs - prepared.graphs,
+                share_of_flops=_share_of_flops(export, precision, device),
+            ),
             read_artifact_bytes=lambda: folder_bytes(kept),
         )
 
@@ -204,12 +202,30 @@ def _share_of_flops(export: Export, precision: str, device: str) -> Optional[flo
     return inside / total if total else None
 
 
-def _counts() -> Dict[str, int]:
-    """What TorchDynamo has compiled so far in this process."""
+@dataclass(frozen=True)
+class _Counts:
+    """What TorchDynamo has compiled up to some moment: operators, graphs, breaks between them."""
+
+    operators: int
+    graphs: int
+    graph_breaks: int
+
+    def since(self, before: _Counts) -> Coverage:
+        """What came after an earlier moment."""
+        return Coverage(
+            operators_in_engine=self.operators - before.operators,
+            segments=self.graphs - before.graphs,
+            graph_breaks=self.graph_breaks - before.graph_breaks,
+        )
+
+
+def _counts() -> _Counts:
+    """The counts of this process so far."""
     from torch._dynamo.utils import counters
 
-    return {
-        "operators_in_engine": int(counters["stats"]["calls_captured"]),
-        "segments": int(counters["stats"]["unique_graphs"]),
-        "graph_breaks": sum(counters["graph_break"].values()),
-    }
+    stats = counters["stats"]
+    return _Counts(
+        operators=int(stats["calls_captured"]),
+        graphs=int(stats["unique_graphs"]),
+        graph_breaks=sum(counters["graph_break"].values()),
+    )

@@ -15,11 +15,12 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-from backends.base import Backend, Optimized, check_sizes, folder_bytes
-from errors import Unsupported, sentence
+from backends.base import Backend, Optimized, Phases, check_sizes, folder_bytes
+from errors import Unsupported, first_cause
+from results.record import Coverage
 
 if TYPE_CHECKING:
-    from models import Export
+    from detectors.export import Export
 
 OPSET = 18
 TENSORRT, CUDA, CPU = (f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CPU"))
@@ -91,11 +92,11 @@ class ONNXRuntime(Backend):
             provider=provider,
             threads=threads if provider == CPU else None,
             coverage=_coverage(session, provider),
-            seconds={
-                "export": exported - start,
-                "convert": converted - exported,
-                "compile": time.perf_counter() - converted,
-            },
+            seconds=Phases(
+                export=exported - start,
+                convert=converted - exported,
+                compile=time.perf_counter() - converted,
+            ),
             cached=provider == TENSORRT and bool(before) and _engines(kept) == before,
             read_artifact_bytes=lambda: (
                 folder_bytes(kept, "*.engine") if provider == TENSORRT else len(graph)
@@ -127,7 +128,9 @@ def convert(module: Any, export: Export) -> bytes:
             dynamo=False,
         )
     except Exception as error:
-        raise Unsupported(f"PyTorch cannot export the module to ONNX: {sentence(error)}") from error
+        raise Unsupported(
+            f"PyTorch cannot export the module to ONNX: {first_cause(error)}"
+        ) from error
     return file.getvalue()
 
 
@@ -197,10 +200,10 @@ def create_session(graph: bytes, providers: Sequence[Any], threads: int) -> Any:
     try:
         return onnxruntime.InferenceSession(graph, options, providers=list(providers))
     except Exception as error:
-        raise Unsupported(f"ONNX Runtime cannot take the model: {sentence(error)}") from error
+        raise Unsupported(f"ONNX Runtime cannot take the model: {first_cause(error)}") from error
 
 
-def _coverage(session: Any, provider: str) -> Dict[str, Any]:
+def _coverage(session: Any, provider: str) -> Coverage:
     """Nodes of the optimized graph by provider, those of subgraphs not counted.
 
     FLOPs are known where one provider has all nodes that have any.
@@ -213,14 +216,14 @@ def _coverage(session: Any, provider: str) -> Dict[str, Any]:
         nodes[subgraph.ep_name] += len(own)
         segments[subgraph.ep_name] += 1
         heavy[subgraph.ep_name] += sum(1 for node in own if HEAVY.search(node.op_type))
-    return {
-        "operators": sum(nodes.values()),
-        "operators_in_engine": nodes[provider],
+    return Coverage(
+        operators=sum(nodes.values()),
+        operators_in_engine=nodes[provider],
         # A provider that does not compile takes nodes one by one.
-        "segments": segments[provider] if provider == TENSORRT else 1,
-        "share_of_flops": 1.0 if 0 < heavy[provider] == sum(heavy.values()) else None,
-        "operators_by_provider": dict(nodes),
-    }
+        segments=segments[provider] if provider == TENSORRT else 1,
+        share_of_flops=1.0 if 0 < heavy[provider] == sum(heavy.values()) else None,
+        operators_by_provider=dict(nodes),
+    )
 
 
 def caller(session: Any, export: Export) -> Callable[..., Tuple[Any, ...]]:

@@ -7,11 +7,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
 
-from backends.base import Backend, Optimized, check_sizes
-from errors import Unsupported, sentence
+from backends.base import Backend, Optimized, Phases, check_sizes
+from errors import Unsupported, first_cause
+from results.record import Coverage
 
 if TYPE_CHECKING:
-    from models import Export
+    from detectors.export import Export
 
 # int8 is in the graph, as quantized operators; what is not quantized stays fp32.
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
@@ -60,7 +61,7 @@ class OpenVINO(Backend):
         compiled = compile_model(model, precision, torch.get_num_threads(), cache)
         compiled_at = time.perf_counter()
         coverage = _coverage(compiled)
-        _check_precision(compiled, precision, coverage["heavy_layers"])
+        _check_precision(compiled, precision, coverage.heavy_layers or {})
         call = _caller(compiled.create_infer_request(), export)
         call(*export.inputs)  # The plugin picks its kernels when it first sees the sizes.
         return Optimized(
@@ -69,11 +70,11 @@ class OpenVINO(Backend):
             provider="CPU",
             threads=int(compiled.get_property("INFERENCE_NUM_THREADS")),
             coverage=coverage,
-            seconds={
-                "export": exported - start,
-                "convert": converted - exported,
-                "compile": compiled_at - converted,
-            },
+            seconds=Phases(
+                export=exported - start,
+                convert=converted - exported,
+                compile=compiled_at - converted,
+            ),
             cached=bool(compiled.get_property("LOADED_FROM_CACHE")),
             read_artifact_bytes=lambda: len(compiled.export_model().getvalue()),
         )
@@ -100,7 +101,7 @@ def quantize(model: Any, export: Export) -> Any:
     ranges = nncf.AdvancedQuantizationParameters(
         activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
     )
-    _core()  # Before those that NNCF makes for itself.
+    _core()  # Before NNCF makes cores of its own.
     dataset = nncf.Dataset(calls, lambda images: [image.numpy() for image in images])
     try:
         return nncf.quantize(
@@ -112,7 +113,7 @@ def quantize(model: Any, export: Export) -> Any:
             advanced_parameters=ranges,
         )
     except Exception as error:
-        raise Unsupported(f"NNCF cannot quantize the model: {sentence(error)}") from error
+        raise Unsupported(f"NNCF cannot quantize the model: {first_cause(error)}") from error
 
 
 def _exact_operators(model: Any) -> List[str]:
@@ -239,7 +240,7 @@ def _check_precision(compiled: Any, precision: str, heavy_layers: Dict[str, int]
         raise Unsupported(f"OpenVINO compiled for {read_back} on this CPU instead of {precision}")
 
 
-def _coverage(compiled: Any) -> Dict[str, Any]:
+def _coverage(compiled: Any) -> Coverage:
     """Layers of the compiled graph, and how many of the heavy ones run in which precision."""
     layers = [
         node.get_rt_info() for node in compiled.get_runtime_model().get_ops() if node.get_rt_info()
@@ -247,13 +248,13 @@ def _coverage(compiled: Any) -> Dict[str, Any]:
     layers = [(str(x["layerType"].astype(str)), x["runtimePrecision"].astype(str)) for x in layers]
     layers = [layer for layer in layers if layer[0] not in NO_LAYERS]
     heavy = [precision for kind, precision in layers if kind in HEAVY_LAYERS]
-    return {
-        "operators": len(layers),
-        "operators_in_engine": len(layers),
-        "segments": 1,
-        "share_of_flops": 1.0,
-        "heavy_layers": {precision: heavy.count(precision) for precision in sorted(set(heavy))},
-    }
+    return Coverage(
+        operators=len(layers),
+        operators_in_engine=len(layers),
+        segments=1,
+        share_of_flops=1.0,
+        heavy_layers={precision: heavy.count(precision) for precision in sorted(set(heavy))},
+    )
 
 
 def _caller(request: Any, export: Export) -> Callable[..., Tuple[Any, ...]]:
@@ -267,13 +268,3 @@ def _caller(request: Any, export: Export) -> Callable[..., Tuple[Any, ...]]:
         return tuple(torch.from_numpy(value) for value in own)
 
     return call
-
-
-def first_cause(error: BaseException) -> str:
-    """The line of an OpenVINO error that says what is wrong, without places and checks."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    for line in lines:
-        if line.startswith("[PyTorch Frontend]"):
-            return line[len("[PyTorch Frontend]") :].strip()
-    causes = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
-    return (causes or lines or [type(error).__name__])[0]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
 from backends.base import Backend, Optimized
 
 if TYPE_CHECKING:
-    from models import Export
+    from detectors.export import Export
 
 
 class Torch(Backend):

@@ -12,19 +12,19 @@ import os
 import platform
 import re
 import time
-import traceback
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Tuple
 
-from backends.base import Backend, Optimized, check_sizes
-from errors import Unsupported
+from backends.base import Backend, Optimized, Phases, check_sizes
+from errors import Unsupported, first_cause
+from results.record import Coverage
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from models import Export
+    from detectors.export import Export
 
 # A node of a printed TorchScript graph that computes: `%7 : Tensor = aten::relu(%6)`. The prim
 # namespace holds constants, lists, control flow and the calls of the engines.
@@ -104,31 +104,12 @@ class TorchBlade(Backend):
             precision=effective,
             provider=tensorrt.backend_name(),
             coverage=_coverage(tensorrt, optimized, warnings),
-            seconds={"export": exported - started, "compile": compiled - exported},
+            seconds=Phases(export=exported - started, compile=compiled - exported),
             artifacts={
                 f"{export.name}.code.py": optimized.code,
                 f"{export.name}.graph.txt": str(optimized.graph),
             },
         )
-
-
-def first_cause(error: BaseException) -> str:
-    """What went wrong first, in one line without a traceback.
-
-    TorchScript's interpreter wraps an operator's message in its own traceback, of which the last
-    line is the message; PyTorch's C++ errors append a stack to theirs, after the first line. An
-    assertion without a message is named by the function it stands in.
-    """
-    while error.__cause__ is not None or (error.__context__ and not error.__suppress_context__):
-        error = error.__cause__ or error.__context__
-    kind = type(error).__name__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        frames = traceback.extract_tb(error.__traceback__)
-        return f"{kind} in {frames[-1].name}()" if frames else kind
-    if "TorchScript interpreter" in lines[0]:
-        return lines[-1]
-    return f"{kind}: {lines[0]}"
 
 
 def _not_installed() -> str:
@@ -223,7 +204,7 @@ def _check_has_engines(tensorrt: ModuleType, optimized: Any, warnings: List[str]
     raise Unsupported(f"TorchBlade built no TensorRT engine for this export{because}")
 
 
-def _coverage(tensorrt: ModuleType, optimized: Any, warnings: List[str]) -> Dict[str, Any]:
+def _coverage(tensorrt: ModuleType, optimized: Any, warnings: List[str]) -> Coverage:
     """Operators (all but TorchScript's prim), of the graph and in its engines.
 
     `nodes_by_segment`, from v0.3.0 on, is TorchBlade's own count, constants and lists included.
@@ -232,15 +213,14 @@ def _coverage(tensorrt: ModuleType, optimized: Any, warnings: List[str]) -> Dict
     engines = [engine for _, engine in tensorrt.collect_engines(optimized)]
     inside = sum(len(OPERATOR.findall(e.get_attr_string("module_graph"))) for e in engines)
     outside = len(OPERATOR.findall(str(optimized.graph)))
-    coverage: Dict[str, Any] = {
-        "operators": inside + outside,
-        "operators_in_engine": inside,
-        "segments": len(engines),
-        "warnings": list(dict.fromkeys(warnings)),
-    }
-    if hasattr(tensorrt, "num_compiled_nodes"):
-        coverage["nodes_by_segment"] = tensorrt.num_compiled_nodes(optimized)
-    return coverage
+    has_nodes = hasattr(tensorrt, "num_compiled_nodes")
+    return Coverage(
+        operators=inside + outside,
+        operators_in_engine=inside,
+        segments=len(engines),
+        warnings=tuple(dict.fromkeys(warnings)),
+        nodes_by_segment=tuple(tensorrt.num_compiled_nodes(optimized)) if has_nodes else None,
+    )
 
 
 def _caller(

@@ -39,15 +39,15 @@ from typing import (
 )
 from unittest import mock
 
-from backends.base import Backend, Optimized, check_sizes
+from backends.base import Backend, Optimized, Phases, check_sizes
 from backends.inductor import configure_dynamo
 from backends.torch import autocast
-from backends.torch_blade import first_cause
 from backends.torchscript import saved_bytes
-from errors import Unsupported
+from errors import Unsupported, first_cause
+from results.record import Coverage
 
 if TYPE_CHECKING:
-    from models import Export
+    from detectors.export import Export
 
 ENGINES = "Torch-TensorRT's engines"
 # What PyTorch calls the operators that are worth an engine, in a graph that TorchDynamo captured.
@@ -184,19 +184,19 @@ class _Built:
         ordered = sorted(self.problems, key=lambda problem: not problem[0])
         return ordered[0][1] if ordered else "TensorRT takes too few operators of any graph"
 
-    def failures(self) -> List[str]:
+    def failures(self) -> Tuple[str, ...]:
         """Why subgraphs failed to build, each cause once."""
-        return list(dict.fromkeys(text for failed, text in self.problems if failed))
+        return tuple(dict.fromkeys(text for failed, text in self.problems if failed))
 
-    def coverage(self) -> Dict[str, Any]:
+    def coverage(self) -> Coverage:
         """See `Optimized.coverage`; without what runs between the graphs, uncaptured."""
-        return {
-            "operators": self.operators_in_engine + sum(self.fallback_operators.values()),
-            "operators_in_engine": self.operators_in_engine,
-            "segments": len(self.engines),
-            "graphs": self.graphs,
-            "fallback_operators": dict(self.fallback_operators.most_common()),
-        }
+        return Coverage(
+            operators=self.operators_in_engine + sum(self.fallback_operators.values()),
+            operators_in_engine=self.operators_in_engine,
+            segments=len(self.engines),
+            graphs=self.graphs,
+            fallback_operators=dict(self.fallback_operators.most_common()),
+        )
 
 
 def _torch_compile(export: Export, precision: str, device: str, cache: Optional[Path]) -> Optimized:
@@ -235,16 +235,15 @@ def _torch_compile(export: Export, precision: str, device: str, cache: Optional[
     if not built.engines:
         raise Unsupported(built.first_problem())
     prepared = built.graphs
-    coverage["failures"] = built.failures()
-    coverage["refittable_engines"] = engine_cache is not None
+    problems = Coverage(failures=built.failures(), refittable_engines=engine_cache is not None)
     return Optimized(
         call=call,
         precision=engine_precision([x.get_layer_info() for x in built.engines], precision),
         provider="TensorRT through torch.compile",
-        coverage=coverage,
-        seconds={"compile": time.perf_counter() - start},
+        coverage=coverage.merged(problems),
+        seconds=Phases(compile=time.perf_counter() - start),
         cached=engine_cache is not None and engine_cache.served(len(built.engines)),
-        read_coverage=lambda: {"recompilations_while_timed": built.graphs - prepared},
+        read_coverage=lambda: Coverage(recompilations_while_timed=built.graphs - prepared),
         read_artifact_bytes=lambda: sum(len(x.serialized_engine) for x in built.engines),
     )
 
@@ -324,7 +323,7 @@ def _backend(export: Export, options: Dict[str, Any], built: _Built) -> Callable
         try:
             with _engine_sizes() as sizes:
                 compiled = torch_tensorrt_backend(bound, kept_inputs, options=dict(options))
-        except Exception as error:  # of other kinds than those that it handles itself
+        except Exception as error:  # of kinds that it does not handle itself
             built.problems.append((True, first_cause(error)))
             built.fallback_operators.update(_names(graph))
             return graph.forward
@@ -546,7 +545,7 @@ def _torchscript(export: Export, precision: str, device: str, cache: Optional[Pa
         precision=engine_precision([x.get_engine_layer_info() for x in engines], precision),
         provider="TensorRT through TorchScript",
         coverage=_script_coverage(module, engines),
-        seconds={"export": exported - start, "compile": time.perf_counter() - exported},
+        seconds=Phases(export=exported - start, compile=time.perf_counter() - exported),
         read_artifact_bytes=lambda: saved_bytes(module),
     )
 
@@ -592,7 +591,7 @@ def _script_engines(module: Any) -> List[Any]:
     return [getattr(module, name) for name in found]
 
 
-def _script_coverage(module: Any, engines: Sequence[Any]) -> Dict[str, Any]:
+def _script_coverage(module: Any, engines: Sequence[Any]) -> Coverage:
     """What is left to PyTorch; how many operators an engine has taken is not kept."""
     left: Counter = Counter()
     blocks = [module.graph]
@@ -600,10 +599,10 @@ def _script_coverage(module: Any, engines: Sequence[Any]) -> Dict[str, Any]:
         for node in blocks.pop().nodes():
             left[node.kind()] += not node.kind().startswith(("prim::", "tensorrt::"))
             blocks.extend(node.blocks())
-    return {
-        "segments": len(engines),
-        "fallback_operators": {name: count for name, count in left.most_common() if count},
-    }
+    return Coverage(
+        segments=len(engines),
+        fallback_operators={name: count for name, count in left.most_common() if count},
+    )
 
 
 # --- what was built ---

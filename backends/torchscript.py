@@ -7,11 +7,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Optional
 
-from backends.base import Backend, Optimized
+from backends.base import Backend, Optimized, Phases
 from backends.torch import Torch, autocast, effective_precision
+from results.record import Coverage
 
 if TYPE_CHECKING:
-    from models import Export
+    from detectors.export import Export
 
 
 class TorchScript(Backend):
@@ -51,8 +52,8 @@ class TorchScript(Backend):
             precision=precision,
             provider=device,
             threads=torch.get_num_threads() if device == "cpu" else None,
-            coverage={"operators": count_operators(module.graph)},
-            seconds={"export": exported - start, "compile": compiled - exported},
+            coverage=Coverage(operators=count_operators(module.graph)),
+            seconds=Phases(export=exported - start, compile=compiled - exported),
             read_precision=lambda: effective_precision(call, export, precision),
             # As one would save it: what is made for oneDNN after that stays in memory.
             read_artifact_bytes=lambda: saved_bytes(torch.jit.freeze(exported_module)),

@@ -121,7 +121,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: fl
     if not torch.jit.is_scripting() and torch.jit.is_tracing():
         # What torchvision does while tracing, without the branch for no boxes: each group is
         # moved to a place of its own. The zero makes the maximum of no boxes defined.
-        extent = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).max() + 1
+        extent = torch.cat([boxes, boxes.new_zeros(1, 4)]).max() + 1
         return ops.nms(boxes + (groups.to(boxes) * extent)[:, None], scores, iou_threshold)
     return ops.batched_nms(boxes, scores, groups, iou_threshold)
 

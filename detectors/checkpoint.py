@@ -1,48 +1,24 @@
-"""Reading checkpoints as data, not as programs, and getting them from Detectron2's model zoo.
+"""Reading checkpoints as data, not as programs, and loading them into a detector.
 
 A pickle is a program: loading one with `pickle.load` runs whatever it imports. Nothing here does.
 `.pkl` files go through an unpickler that knows a fixed list of harmless constructors, everything
-else through `torch.load(weights_only=True)`. PyTorch 1.12 has no `weights_only`; there the same
-unpickler, with PyTorch's tensor constructors added to its list, reads those files as well.
+else through `torch.load(weights_only=True)`.
 """
 
 import _codecs
 import collections
-import hashlib
-import inspect
-import os
 import pickle
 import re
-import sys
 import tarfile
-import types
 import zipfile
-from http.client import HTTPException
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, List, Tuple, Union
-from urllib.error import HTTPError
-from urllib.parse import urlparse
-from urllib.request import urlopen
+from typing import Any, Dict, List, Tuple, Union
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from errors import InputError
-
-ZOO_URL = "https://dl.fbaipublicfiles.com/detectron2"
-
-# Model-zoo config -> model id and file; the six hex digits are the beginning of the file's md5.
-ZOO = {
-    "COCO-Detection/retinanet_R_50_FPN_3x": "190397829/model_final_5bd44e.pkl",
-    "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_3x": "137849525/model_final_4ce675.pkl",
-    "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x": "137849600/model_final_f10217.pkl",
-    "Misc/cascade_mask_rcnn_R_50_FPN_3x": "144998488/model_final_480dd8.pkl",
-}
-
-
-class CheckpointUnavailable(InputError):
-    """A model-zoo checkpoint is neither in the local cache nor can it be downloaded."""
 
 
 class _ImportRefused(pickle.UnpicklingError):
@@ -78,43 +54,15 @@ _ADMITTED: Dict[Tuple[str, str], Any] = {
     **_numpy_constructors(),
 }
 
-_ADMITTED_TORCH: Dict[Tuple[str, str], Any] = {
-    **_ADMITTED,
-    ("torch", "Size"): torch.Size,
-    ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
-}
-
 
 class _DataUnpickler(pickle.Unpickler):
     """Unpickles NumPy arrays and plain containers; refuses to import anything else."""
 
-    admitted = _ADMITTED
-
     def find_class(self, module_name: str, global_name: str) -> Any:
         try:
-            return self.admitted[module_name, global_name]
+            return _ADMITTED[module_name, global_name]
         except KeyError:
             raise _ImportRefused(f"{module_name}.{global_name}") from None
-
-
-class _TensorUnpickler(_DataUnpickler):
-    """The same, and tensors; `torch.load` subclasses it to supply their storages."""
-
-    admitted = _ADMITTED_TORCH
-
-
-def _load_tensors(file: BinaryIO, **options: Any) -> Any:
-    return _TensorUnpickler(file, **options).load()
-
-
-# What torch.load takes as its `pickle_module`.
-_tensor_pickle = types.SimpleNamespace(
-    __name__="tensor_pickle", Unpickler=_TensorUnpickler, load=_load_tensors
-)
-
-_HAS_WEIGHTS_ONLY = "weights_only" in inspect.signature(torch.load).parameters
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -129,12 +77,10 @@ def _read_torch(path: Path) -> Any:
     # archives of 2017, and TorchScript, which it hands on to torch.jit.load.
     if tarfile.is_tarfile(path) or _is_torchscript(path):
         raise pickle.UnpicklingError("not a state dict")
-    if not _HAS_WEIGHTS_ONLY:
-        return torch.load(path, map_location="cpu", pickle_module=_tensor_pickle)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # "Unsupported class x.y" (PyTorch 1.13), "Unsupported global: GLOBAL x.y" (2.x).
+        # "Unsupported class x.y" (PyTorch 2.0), "Unsupported global: GLOBAL x.y" (later).
         refused = re.search(r"(?:GLOBAL|Unsupported class) (\w[\w.]*\w)", str(error))
         if refused:
             raise _ImportRefused(refused.group(1)) from error
@@ -272,92 +218,3 @@ def load_into(model: nn.Module, state: Dict[str, Tensor], source: str) -> None:
             f"checkpoint {source} belongs to another architecture ({'; '.join(differences)})"
         )
     model.load_state_dict(state, strict=False)
-
-
-def cache_dir() -> Path:
-    """Where Detectron2 (through iopath) keeps what it has downloaded."""
-    return Path(os.getenv("FVCORE_CACHE", "~/.torch/iopath_cache")).expanduser()
-
-
-def zoo_checkpoint(model_zoo_config: str, base_url: str = ZOO_URL, timeout: float = 5.0) -> Path:
-    """The model-zoo checkpoint of a config: from the local cache, else downloaded into it.
-
-    The cache is Detectron2's own, so what either has downloaded the other finds. A cached file
-    that does not have the md5 in its name is downloaded again.
-
-    Args:
-        model_zoo_config: one of `ZOO`.
-        base_url: where the zoo is.
-        timeout: seconds to wait for a connection, and then for each piece.
-
-    Raises:
-        CheckpointUnavailable: not in the cache, and the download failed.
-        InputError: there is no such config.
-    """
-    if model_zoo_config not in ZOO:
-        raise InputError(
-            f"no model-zoo checkpoint is known for '{model_zoo_config}'; there are {', '.join(ZOO)}"
-        )
-    url = f"{base_url}/{model_zoo_config}/{ZOO[model_zoo_config]}"
-    path = cache_dir() / urlparse(url).path.lstrip("/")
-    digest = path.stem.rsplit("_", 1)[-1]
-    if not (path.is_file() and _md5(path).startswith(digest)):
-        _download(url, path, digest, timeout)
-    return path
-
-
-def _md5(path: Path) -> str:
-    digest = hashlib.md5()
-    with open(path, "rb") as file:
-        for piece in iter(lambda: file.read(1 << 20), b""):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def _download(url: str, path: Path, digest: str, timeout: float) -> None:
-    """Downloads to `path`; the file appears there whole and checked, or not at all."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointUnavailable(
-            f"cannot create {path.parent} for {url} ({error.strerror}); "
-            "set FVCORE_CACHE to a directory that can be written"
-        ) from error
-    # In the same directory, so that the last step is a rename; of this process alone.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        _fetch(url, partial, timeout)
-        found = _md5(partial)
-        if not found.startswith(digest):
-            raise CheckpointUnavailable(
-                f"{url} is damaged: its md5 begins with {found[:6]} instead of {digest}"
-            )
-        os.replace(partial, path)
-    except (OSError, HTTPException) as error:
-        reason = error if isinstance(error, HTTPError) else getattr(error, "reason", error)
-        raise CheckpointUnavailable(f"cannot download {url}: {reason}") from error
-    finally:
-        if partial.exists():
-            partial.unlink()
-
-
-def _fetch(url: str, path: Path, timeout: float) -> None:
-    """Copies a URL's bytes to `path`, with a progress bar where stderr is a terminal."""
-    from tqdm import tqdm
-
-    with urlopen(url, timeout=timeout) as response, open(path, "wb") as file:
-        length = response.headers.get("Content-Length")
-        total = int(length) if length else None
-        with tqdm(
-            total=total,
-            desc=path.name.split(".pkl")[0],
-            unit="B",
-            unit_scale=True,
-            file=sys.stderr,
-            disable=None,
-        ) as bar:
-            for piece in iter(lambda: response.read(1 << 16), b""):
-                file.write(piece)
-                bar.update(len(piece))
-        if total is not None and file.tell() != total:
-            raise OSError(f"the connection ended after {file.tell()} of {total} bytes")

@@ -11,11 +11,11 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, ImageList
 from torch import Tensor, nn
 
-from catalog import TestModel
 from detectors import boxes as box_ops
 from detectors.checkpoint import load_into
+from detectors.export import Export
 from detectors.images import batch_images, image_size
-from models import Export
+from models import TestModel
 
 
 def _detector(model: TestModel, state: Dict[str, Tensor], weights_name: str) -> nn.Module:

@@ -59,7 +59,7 @@ class GeneralizedRCNN(nn.Module):
 
 
 def postprocess(result: Instances) -> Instances:
-    """Clips boxes, leaves out those that are empty, and pastes masks into the image."""
+    """Clips boxes, leaves out empty ones, and pastes masks into the image."""
     boxes = box_ops.clip(result.pred_boxes, result.image_size)
     keep = box_ops.nonempty(boxes)
     boxes = boxes[keep]

@@ -52,7 +52,7 @@ class RetinaNet(nn.Module):
     """RetinaNet R50-FPN with Detectron2's parameter names and model-zoo settings.
 
     Args:
-        postprocess: clip the boxes to the image and leave out those that are empty then.
+        postprocess: clip the boxes to the image and leave out what is empty then.
     """
 
     num_classes: Final[int] = NUM_CLASSES

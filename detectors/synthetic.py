@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-import detectors
 from detectors import boxes as box_ops
+from detectors.config import build_detector
 from detectors.images import batch_images, image_size
 from detectors.layers import Bottleneck, FrozenBatchNorm2d
 from detectors.rcnn import GeneralizedRCNN
@@ -81,7 +81,7 @@ def synthesize(
     """Weights with which a detector finds a set number of objects in an image.
 
     Args:
-        config: a key of `detectors.ARCHITECTURES`.
+        config: a key of `detectors.config.ARCHITECTURES`.
         images: the image at the sizes `min`, `opt` and `max`, and any others, each 3 x H x W, BGR,
             0 to 255. The network is scaled on `opt`; objects are chosen in all.
         detections: how many objects are found in each, up to 100. Where an image has too few
@@ -98,7 +98,8 @@ def synthesize(
         if not any(torch.equal(image, view) for view in views):
             views.append(image)
     generator = torch.Generator().manual_seed(seed)
-    detector = detectors.build(config, False).requires_grad_(False)
+    # Every parameter is set below.
+    detector = build_detector(config, False, initialize=False).requires_grad_(False)
     with torch.no_grad():
         _initialize(detector, generator)
         if isinstance(detector, RetinaNet):

@@ -5,15 +5,17 @@ from __future__ import annotations
 import functools
 import signal
 from pathlib import Path
-from typing import Callable, Tuple
+from typing import Callable, List, Sequence, Tuple
 
+import numpy as np
 import pytest
 import torch
 
-import models
-import results
-from catalog import MODELS
-from models import Export
+from detectors.build import build, find_weights
+from detectors.export import Export
+from detectors.inputs import default_image, read_image, tuning_inputs
+from models import MODELS
+from results.environment import cpu_flags, has_native_bf16
 
 # At these sizes a second thread gains nothing, and on a busy machine two wait for each other.
 torch.set_num_threads(1)
@@ -25,7 +27,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 SMALL = (100, 130)
 
 needs_bf16 = pytest.mark.skipif(
-    not results.has_native_bf16(results.cpu_flags()), reason="this CPU has no native bf16"
+    not has_native_bf16(cpu_flags()), reason="this CPU has no native bf16"
 )
 
 
@@ -35,10 +37,15 @@ def small_export(
 ) -> Export:
     """A test model with synthetic weights on the default photograph, at a small size."""
     model = MODELS[name]
-    image = models.read_image(None, size)
-    inputs = models.tuning_inputs(image, model.images_per_call, seed=0)
-    weights = models.find_weights(model, "synthetic", inputs, detections, seed=0)
-    return models.build(model, weights.state, weights.name, inputs, source)
+    inputs = tuning_inputs(read_image(None, size), model.images_per_call, seed=0)
+    weights = find_weights(model, "synthetic", inputs, detections, seed=0)
+    return build(model, weights.state, weights.name, inputs, source)
+
+
+def arrays(outputs: Sequence[torch.Tensor]) -> List[np.ndarray]:
+    """Tensors as NumPy arrays, as a worker hands them over: bfloat16 is float32 then."""
+    tensors = [x.float() if x.dtype == torch.bfloat16 else x for x in outputs]
+    return [x.detach().cpu().numpy() for x in tensors]
 
 
 @pytest.fixture(scope="session")
@@ -53,5 +60,16 @@ def photograph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from PIL import Image
 
     path = tmp_path_factory.mktemp("images") / "photograph.jpg"
-    Image.open(models.default_image()).crop((0, 0, 256, 192)).resize((128, 96)).save(path)
+    Image.open(default_image()).crop((0, 0, 256, 192)).resize((128, 96)).save(path)
     return path
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An empty cache of checkpoints, and a network where nothing answers."""
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    for scheme in ("http", "https"):
+        monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")
+        monkeypatch.setenv(f"{scheme.upper()}_PROXY", "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)

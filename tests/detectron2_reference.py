@@ -12,7 +12,7 @@ from detectron2.structures import Boxes
 from seeded_weights import seeded_weights
 from torch import Tensor, nn
 
-from catalog import TestModel
+from models import TestModel
 
 
 def build(config: str) -> nn.Module:

@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from seeded_weights import seeded_image
 from torch import Tensor
 
-from catalog import TestModel
+from models import TestModel
 
 DATA = Path(__file__).parent / "data"
 # Scores this close may change places by rounding.

@@ -11,25 +11,26 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Set, Tuple
 
 import pytest
 import torch
-from conftest import needs_bf16, small_export
+from conftest import arrays, needs_bf16, small_export
 from torch import Tensor, nn
 
 import detectors.boxes
-import models
 from backends import base
 from backends.base import Backend, Optimized, check_sizes
 from backends.torch import autocast, count_flops, effective_precision
-from catalog import MODELS
+from detectors.build import build
+from detectors.export import Export
 from detectors.images import batch_images, image_size
 from errors import InputError, Unsupported
-from models import Export
-from verify import Agreement, verify
+from measure import verify
+from models import MODELS
+from results.record import Agreement, Coverage
 
-ROOT = Path(models.__file__).parent
+ROOT = Path(base.__file__).parent.parent
 OPENVINO_UNAVAILABLE = base.load("openvino").unavailable("cpu")
 
 
@@ -186,11 +187,18 @@ def freed():
     gc.collect()
 
 
+def agreement_of(
+    expected: Sequence[Tensor], found: Sequence[Tensor], export: Export, precision: str
+) -> Agreement:
+    """What verify says of the flat tuples of two calls."""
+    return verify.verify(arrays(expected), arrays(found), export.fields, precision)
+
+
 def compare(name: str, call: Callable, precision: str) -> Dict[str, Agreement]:
     """What verify says of a call, by size."""
     export = small_export(name)
     return {
-        size: verify(expected, call(*export.tuning_inputs[size]), export.fields, precision)
+        size: agreement_of(expected, call(*export.tuning_inputs[size]), export, precision)
         for size, expected in reference(name).items()
     }
 
@@ -281,7 +289,7 @@ def export_on(device: str, name: str) -> Export:
         for size, images in export.tuning_inputs.items()
     }
     state = export.eager.detector.state_dict()
-    moved = models.build(MODELS[name], state, "weights", inputs)
+    moved = build(MODELS[name], state, "weights", inputs)
     moved.eager.to(device)
     return moved
 
@@ -297,11 +305,15 @@ def test_a_healthy_engine_matches_on_its_device(backend, precision, device):
     for size, expected in reference("testRetinaNet").items():
         found = optimized.call(*export.tuning_inputs[size])
         assert all(tensor.device.type == device for tensor in found)
-        own = [tensor.cpu() for tensor in found]
-        assert verify(expected, own, export.fields, effective).verdict == "match", size
+        assert agreement_of(expected, found, export, effective).verdict == "match", size
 
 
 # What they say of themselves -------------------------------------------------------------------
+
+
+def phases(optimized: Optimized) -> Set[str]:
+    """Names of the phases that took time."""
+    return {name for name, seconds in vars(optimized.seconds).items() if seconds is not None}
 
 
 @pytest.mark.parametrize(("backend", "precision"), ENGINES)
@@ -311,6 +323,16 @@ def test_precision_and_threads_are_read_back(backend, precision):
     if optimized.read_precision is not None:
         assert optimized.read_precision() == precision
     assert optimized.threads == torch.get_num_threads() == 1
+
+
+def test_what_shows_in_running_is_added_to_the_coverage():
+    prepared = Coverage(operators=10, segments=2, failures=())
+    later = Coverage(segments=3, recompilations_while_timed=0)
+    assert prepared.merged(later) == Coverage(
+        operators=10, segments=3, failures=(), recompilations_while_timed=0
+    )
+    assert prepared.merged(Coverage()) == prepared
+    assert Coverage().merged(prepared) == prepared
 
 
 def test_a_call_that_ignores_autocast_is_fp32():
@@ -323,11 +345,11 @@ def test_a_call_that_ignores_autocast_is_fp32():
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
 def test_the_layers_of_openvino_run_in_that_precision(precision):
     coverage = engine("testRetinaNet", "openvino", precision).coverage
-    layers = {name.lower(): count for name, count in coverage["heavy_layers"].items()}
+    layers = {name.lower(): count for name, count in coverage.heavy_layers.items()}
     assert layers.get({"fp32": "f32", "bf16": "bf16"}[precision], 0) > 0.9 * sum(layers.values())
     # 53 convolutions of the backbone at least.
     assert sum(layers.values()) > 53
-    assert coverage["operators_in_engine"] == coverage["operators"] > sum(layers.values())
+    assert coverage.operators_in_engine == coverage.operators > sum(layers.values())
 
 
 @needs_openvino
@@ -351,9 +373,9 @@ def test_onnxruntime_says_which_provider_got_how_many_nodes():
     optimized = engine("testRetinaNet", "onnxruntime", "fp32")
     assert (optimized.label, optimized.provider) == ("ONNXRuntime", "CPUExecutionProvider")
     coverage = optimized.coverage
-    assert coverage["operators"] > 200
-    assert coverage["operators_by_provider"] == {"CPUExecutionProvider": coverage["operators"]}
-    assert set(optimized.seconds) == {"export", "convert", "compile"}
+    assert coverage.operators > 200
+    assert coverage.operators_by_provider == {"CPUExecutionProvider": coverage.operators}
+    assert phases(optimized) == {"export", "convert", "compile"}
 
 
 @needs_onnxruntime
@@ -367,8 +389,8 @@ def test_masks_of_onnxruntime_are_bool():
 
 def test_inductor_counts_graphs():
     optimized = engine("testRetinaNet", "inductor", "fp32")
-    assert optimized.coverage["operators_in_engine"] > 200
-    assert optimized.coverage["segments"] >= optimized.coverage["graph_breaks"] > 0
+    assert optimized.coverage.operators_in_engine > 200
+    assert optimized.coverage.segments >= optimized.coverage.graph_breaks > 0
 
 
 def test_inductor_says_when_it_compiled_again():
@@ -377,16 +399,16 @@ def test_inductor_says_when_it_compiled_again():
     optimized.call(*images_of((290, 388)))
     # Counting FLOPs compiles, too, and is not taken for it.
     for _ in range(2):
-        assert optimized.read_coverage()["recompilations_while_timed"] == 0
+        assert optimized.read_coverage().recompilations_while_timed == 0
     optimized.call(*(image.double() for image in export.inputs))
-    assert optimized.read_coverage()["recompilations_while_timed"] > 0
+    assert optimized.read_coverage().recompilations_while_timed > 0
 
 
 @needs_openvino
 def test_openvino_quantizes_the_heavy_layers_and_finds_the_objects():
     pytest.importorskip("nncf")
     optimized = engine("testRetinaNet", "openvino", "int8")
-    layers = optimized.coverage["heavy_layers"]
+    layers = optimized.coverage.heavy_layers
     assert layers.get("i8", 0) + layers.get("u8", 0) > 0.9 * sum(layers.values())
     agreements = compare("testRetinaNet", optimized.call, "int8")
     assert_all_found(agreements)
@@ -446,8 +468,8 @@ def test_calibration_images_are_different_images_of_one_size():
 
 def test_torchscript_counts_operators_and_seconds():
     optimized = engine("testRetinaNet", "torchscript", "fp32")
-    assert optimized.coverage["operators"] > 200
-    assert set(optimized.seconds) == {"export", "compile"}
+    assert optimized.coverage.operators > 200
+    assert phases(optimized) == {"export", "compile"}
 
 
 @needs_openvino
@@ -532,7 +554,7 @@ def run_inductor(cache: Path) -> Tuple[bool, bool]:
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(cache)],
-        cwd=Path(models.__file__).parent,
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )
@@ -578,8 +600,8 @@ def test_all_flops_of_retinanet_are_in_engines(backend):
     if base.load(backend).unavailable("cpu"):
         pytest.skip(f"{backend} is not installed")
     optimized = engine("testRetinaNet", backend, "fp32")
-    coverage = {**optimized.coverage, **(optimized.read_coverage or dict)()}
-    assert coverage["share_of_flops"] == 1.0
+    coverage = optimized.coverage.merged((optimized.read_coverage or Coverage)())
+    assert coverage.share_of_flops == 1.0
 
 
 # What they refuse ------------------------------------------------------------------------------
@@ -774,7 +796,7 @@ def crowded_export() -> Export:
         again = used[scale] & ~used[other]
         weights[other][again] = weights[scale][again]
         biases[other][again] = biases[scale][again] - 0.5
-    return models.build(MODELS["testRetinaNet"], state, "crowded", small.tuning_inputs)
+    return build(MODELS["testRetinaNet"], state, "crowded", small.tuning_inputs)
 
 
 @pytest.mark.parametrize("backend", ["torch", "torchscript"])
@@ -789,5 +811,5 @@ def test_an_engine_without_non_maximum_suppression_is_caught(monkeypatch, backen
     monkeypatch.setattr(detectors.boxes, "batched_nms", keep_all)
     call: Any = base.load(backend).optimize(export, precision, "cpu").call
     for size, images in export.tuning_inputs.items():
-        agreement = verify(expected[size], call(*images), export.fields, precision)
-        assert agreement.verdict == "mismatch", (size, agreement)
+        found = agreement_of(expected[size], call(*images), export, precision)
+        assert found.verdict == "mismatch", (size, found)

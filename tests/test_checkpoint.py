@@ -1,15 +1,10 @@
-"""Checkpoints are read as data: formats, refusals, strict loading, and the zoo's downloads."""
+"""Checkpoints are read as data: formats, refusals, strict loading."""
 
 import collections
-import hashlib
-import http.server
 import io
 import os
 import pickle
-import socket
-import sys
 import tarfile
-import threading
 import zipfile
 
 import numpy as np
@@ -156,16 +151,6 @@ def test_prefix_of_distributed_training(tmp_path, state):
     assert_equal(checkpoint.read(tmp_path / "model.pth"), some)
 
 
-def test_without_weights_only(tmp_path, state, monkeypatch):
-    """PyTorch 1.12 has no weights_only: the unpickler of this package stands in for it."""
-    monkeypatch.setattr(checkpoint, "_HAS_WEIGHTS_ONLY", False)
-    path = tmp_path / "model.pth"
-    for new_format in (True, False):
-        document = {"model": {**state, "extra": nn.Parameter(torch.ones(2))}, "iteration": 3}
-        torch.save(document, str(path), _use_new_zipfile_serialization=new_format)
-        assert_equal(checkpoint.read(path), {**state, "extra": torch.ones(2)})
-
-
 # Refusals
 
 
@@ -185,12 +170,9 @@ def attacks(marker):
     yield Runs(os.mkdir, str(marker)), f"{os.name}.mkdir"
 
 
-@pytest.mark.parametrize("weights_only", [True, False])
 @pytest.mark.parametrize("name", ["model.pkl", "model.pth", "old.pth"])
 @pytest.mark.parametrize("attack", range(3))
-def test_pickle_that_imports_does_not_run(tmp_path, state, monkeypatch, name, attack, weights_only):
-    if not weights_only:
-        monkeypatch.setattr(checkpoint, "_HAS_WEIGHTS_ONLY", False)
+def test_pickle_that_imports_does_not_run(tmp_path, state, name, attack):
     marker, path = tmp_path / "marker", tmp_path / name
     payload, imported = list(attacks(marker))[attack]
     document = {"model": state, "payload": payload}
@@ -354,141 +336,3 @@ def test_another_architecture_is_refused_and_changes_nothing(state):
         "head.weight, 5 x 4 instead of 3 x 4)"
     )
     assert_equal(model.state_dict(), before)
-
-
-# The model zoo
-
-CONFIG = "COCO-Detection/retinanet_R_50_FPN_3x"
-BODY = bytes(range(256)) * 1024
-
-
-class Zoo(http.server.BaseHTTPRequestHandler):
-    """Serves BODY below /detectron2, and answers wrongly below other folders."""
-
-    def do_GET(self):
-        self.server.requests.append(self.path)
-        kind = self.path.split("/")[1]
-        if kind == "missing":
-            self.send_error(404)
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(BODY)))
-        self.end_headers()
-        self.wfile.write(BODY[: len(BODY) // 2] if kind == "truncated" else BODY)
-
-    def log_message(self, *arguments):
-        pass
-
-
-@pytest.fixture
-def zoo(tmp_path, monkeypatch):
-    """A running server, with a cache of its own and BODY's md5 in the config's name."""
-    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    digest = hashlib.md5(BODY).hexdigest()[:6]
-    monkeypatch.setitem(checkpoint.ZOO, CONFIG, f"1/model_final_{digest}.pkl")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Zoo)
-    server.requests = []
-    server.address = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def cached_files(tmp_path):
-    return [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
-
-
-def test_zoo_download_and_cache(tmp_path, zoo):
-    path = checkpoint.zoo_checkpoint(CONFIG, f"{zoo.address}/detectron2")
-    expected = f"cache/detectron2/{CONFIG}/{checkpoint.ZOO[CONFIG]}"
-    assert path == tmp_path / expected
-    assert path.read_bytes() == BODY
-    assert cached_files(tmp_path) == [path]
-    assert checkpoint.zoo_checkpoint(CONFIG, f"{zoo.address}/detectron2") == path
-    assert len(zoo.requests) == 1
-
-
-def test_zoo_replaces_a_damaged_cached_file(tmp_path, zoo):
-    path = checkpoint.zoo_checkpoint(CONFIG, f"{zoo.address}/detectron2")
-    path.write_bytes(BODY[:100])
-    assert checkpoint.zoo_checkpoint(CONFIG, f"{zoo.address}/detectron2").read_bytes() == BODY
-
-
-def test_zoo_finds_what_detectron2_downloaded(tmp_path, zoo):
-    file_io = pytest.importorskip("iopath.common.file_io")
-    manager = file_io.PathManager()
-    manager.register_handler(file_io.HTTPURLHandler())
-    local = manager.get_local_path(f"{zoo.address}/detectron2/{CONFIG}/{checkpoint.ZOO[CONFIG]}")
-    assert checkpoint.zoo_checkpoint(CONFIG, f"{zoo.address}/detectron2") == checkpoint.Path(local)
-    assert len(zoo.requests) == 1
-
-
-@pytest.mark.parametrize(
-    ("folder", "message"),
-    [
-        ("missing", "HTTP Error 404"),
-        ("truncated", f"the connection ended after {len(BODY) // 2} of {len(BODY)} bytes"),
-    ],
-)
-def test_zoo_failed_download_leaves_nothing(tmp_path, zoo, folder, message):
-    with pytest.raises(checkpoint.CheckpointUnavailable, match=message) as caught:
-        checkpoint.zoo_checkpoint(CONFIG, f"{zoo.address}/{folder}")
-    assert zoo.address in str(caught.value)
-    assert cached_files(tmp_path) == []
-
-
-def test_zoo_wrong_md5(tmp_path, zoo, monkeypatch):
-    monkeypatch.setitem(checkpoint.ZOO, CONFIG, "1/model_final_123456.pkl")
-    with pytest.raises(checkpoint.CheckpointUnavailable, match="instead of 123456"):
-        checkpoint.zoo_checkpoint(CONFIG, f"{zoo.address}/detectron2")
-    assert cached_files(tmp_path) == []
-
-
-def test_zoo_connection_refused(tmp_path, zoo):
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # bound and not listening: nobody can connect
-        address = f"http://127.0.0.1:{unused.getsockname()[1]}/detectron2"
-        with pytest.raises(checkpoint.CheckpointUnavailable, match="refused"):
-            checkpoint.zoo_checkpoint(CONFIG, address)
-    assert cached_files(tmp_path) == []
-
-
-def test_zoo_server_that_says_nothing(tmp_path, zoo):
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        address = f"http://127.0.0.1:{silent.getsockname()[1]}/detectron2"
-        with pytest.raises(checkpoint.CheckpointUnavailable, match="timed out"):
-            checkpoint.zoo_checkpoint(CONFIG, address, timeout=0.1)
-    assert cached_files(tmp_path) == []
-
-
-def test_zoo_cache_that_cannot_be_written(tmp_path, zoo, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "file"))
-    with pytest.raises(checkpoint.CheckpointUnavailable, match="FVCORE_CACHE"):
-        checkpoint.zoo_checkpoint(CONFIG, f"{zoo.address}/detectron2")
-
-
-def test_zoo_unknown_config():
-    with pytest.raises(InputError, match="retinanet_R_50_FPN_3x"):
-        checkpoint.zoo_checkpoint("COCO-Detection/none")
-
-
-def test_zoo_default_cache(monkeypatch, tmp_path):
-    monkeypatch.delenv("FVCORE_CACHE", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    if sys.platform != "win32":
-        assert checkpoint.cache_dir() == tmp_path / ".torch" / "iopath_cache"
-
-
-@pytest.mark.detectron2
-def test_zoo_has_detectron2s_addresses():
-    model_zoo = pytest.importorskip("detectron2.model_zoo")
-    for config, suffix in checkpoint.ZOO.items():
-        url = f"{checkpoint.ZOO_URL}/{config}/{suffix}"
-        assert model_zoo.get_checkpoint_url(f"{config}.yaml") == url

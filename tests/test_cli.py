@@ -5,31 +5,42 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import List, NamedTuple
+from typing import List, NamedTuple, Optional
 
 import psutil
 import pytest
 import torch
 from PIL import Image
 
-import models
-import results
+import benchmark
 import run_blade
-import session
-import suite
 from backends import base
-from catalog import MODELS
+from benchmark import Speedup
+from detectors import inputs, zoo
 from errors import InputError
+from measure import plan, session
+from measure.worker import Command, Hosts
+from models import MODELS
+from results import file, record
+from results.environment import usable_cores
+from results.record import Group, Run, Weights
 
 SCRIPT = Path(run_blade.__file__)
 # What makes a run quick; weights are synthetic, so that no test asks the network.
 QUICK = ["--weights", "synthetic", "--image-size", "96x128", "--threads", "1", "--warmup", "1"]
+FINISHED = [
+    *["--model", "testRetinaNet", "--device", "cpu", "--precision", "fp32", *QUICK],
+    *["--iterations", "6", "--source", "bundled"],
+]
 NEEDS_NO_TORCH_BLADE = pytest.mark.skipif(
     base.load("torch_blade").unavailable("cuda") is None, reason="TorchBlade is available here"
 )
@@ -44,10 +55,29 @@ class Outcome(NamedTuple):
     err: str
 
 
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    """Hosts of the suite's own environment: to import PyTorch takes most of a short invocation."""
+    hosts = Hosts((Command.own(),), tmp_path_factory.mktemp("hosts"))
+    yield hosts
+    hosts.close()
+
+
 @pytest.fixture
-def main(capsys, monkeypatch):
-    """Runs the command line in this process: what the worker processes do not touch."""
+def main(capsys, monkeypatch, hosts):
+    """Runs the command line in this process; invocations share their hosts."""
     monkeypatch.setattr(sys, "argv", ["run_blade.py"])
+    opened = session.opened
+
+    @contextmanager
+    def shared(commands):
+        if commands:
+            with opened(commands) as others:
+                yield others
+        else:
+            yield hosts
+
+    monkeypatch.setattr(session, "opened", shared)
 
     def run(*arguments: object) -> Outcome:
         try:
@@ -57,6 +87,16 @@ def main(capsys, monkeypatch):
         return Outcome(code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def no_host(monkeypatch):
+    """What is refused is refused at once: nothing has to be asked for it."""
+
+    def of(self: Hosts, command: Command) -> None:
+        pytest.fail("a host was started")
+
+    monkeypatch.setattr(Hosts, "of", of)
 
 
 def script(*arguments: object) -> Outcome:
@@ -98,6 +138,7 @@ def test_help_imports_nothing_heavy():
     imported = set(eval(done.stdout.splitlines()[-1]))
     assert "argparse" in imported
     heavy = {"torch", "numpy", "scipy", "torchvision", "openvino", "PIL", "detectron2", "psutil"}
+    heavy |= {"msgspec", "jinja2", "matplotlib", "tqdm"}
     assert not imported & heavy
 
 
@@ -148,27 +189,86 @@ def test_list_says_why_a_backend_is_unavailable(main):
         (["--all", "--warmup", "-1"], ["--warmup", "-1 is not at least 0"]),
         (["--all", "--threads", "0"], ["--threads", "0 is not at least 1"]),
         (["--all", "--detections", "101"], ["--detections", "101 is not", "at most 100"]),
-        (["--all", "--time-budget", "0"], ["--time-budget", "'0' is no number of seconds"]),
-        (["--all", "--time-budget", "soon"], ["'soon' is no number of seconds"]),
-        (["--all", "--time-budget", "nan"], ["'nan' is no number of seconds"]),
+        (["--all", "--time-budget", "0"], ["--time-budget", "'0' is not a number of seconds"]),
+        (["--all", "--time-budget", "soon"], ["'soon' is not a number of seconds"]),
+        (["--all", "--time-budget", "nan"], ["'nan' is not a number of seconds"]),
         (["--all", "--image-size", "big"], ["--image-size", "'big' is not HxW, like 480x640"]),
         (["--all", "--image-size", "480"], ["'480' is not HxW"]),
         (["--all", "--image-size", "480x640x3"], ["'480x640x3' is not HxW"]),
         (["--all", "--image-size", "480x31"], ["480x31", "at least 32 pixels"]),
         (["--all", "--backend", "tvm"], ["unknown backend 'tvm'", "openvino, torch, torch_blade"]),
-        (["--all", "--precision", "fp16"], ["fp16", "cpu"]),
-        (["--all", "--backend", "torchscript", "--precision", "int8"], ["int8", "cpu"]),
         (["--all", "--fail-on", "faster"], ["'faster'", "slower"]),
         (["--all", "--colour"], ["--colour"]),
     ],
 )
-@NEEDS_NO_CUDA
-def test_wrong_usage(main, arguments, words):
+def test_wrong_usage(main, no_host, arguments, words):
     assert_refused(main(*arguments), *words)
 
 
-def test_more_threads_than_cores(main):
-    cores = results.usable_cores()
+ENVIRONMENT = "openvino@old"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--environment", f"tvm={sys.executable}"], ["unknown backend 'tvm'", "openvino"]),
+        (["--environment", f"tvm@old={sys.executable}"], ["unknown backend 'tvm'", "openvino"]),
+        (
+            [
+                x
+                for name in "ab"
+                for x in ("--environment", f"{ENVIRONMENT}={sys.executable} -{name}")
+            ],
+            [f"--environment {ENVIRONMENT} is given twice"],
+        ),
+        (
+            ["--environment", f"{ENVIRONMENT}=/nowhere/bin/python"],
+            [f"environment {ENVIRONMENT}", "there is no program /nowhere/bin/python"],
+        ),
+        (["--environment", "openvino="], ["environment openvino", "there is no command"]),
+        (["--environment", "openvino='"], ["environment openvino", "is no command"]),
+        (
+            ["--environment", f"torch={sys.executable}"],
+            ["--environment torch: the baseline", "torch@NAME=COMMAND"],
+        ),
+        (["--environment", "openvino"], ["--environment openvino", "BACKEND=COMMAND"]),
+        (["--environment", sys.executable], [sys.executable, "BACKEND=COMMAND"]),
+        (["--environment", f"={sys.executable}"], ["BACKEND=COMMAND"]),
+        (["--environment", f"openvino@={sys.executable}"], ["BACKEND@NAME=COMMAND"]),
+        (["--environment", f"openvino@../x={sys.executable}"], ["BACKEND@NAME=COMMAND"]),
+        (["--environment"], ["--environment", "expected one argument"]),
+        (
+            ["--backend", ENVIRONMENT],
+            [f"backend '{ENVIRONMENT}'", f"no --environment {ENVIRONMENT}=COMMAND"],
+        ),
+        (
+            ["--backend", ENVIRONMENT, "--environment", f"openvino@new={sys.executable}"],
+            [f"no --environment {ENVIRONMENT}=COMMAND"],
+        ),
+    ],
+)
+def test_an_environment_that_cannot_be(main, no_host, arguments, words):
+    assert_refused(main("--all", *arguments), *words)
+
+
+def test_environments_are_looked_at_where_things_are_listed(main, no_host):
+    assert_refused(main("--list", "--environment", "openvino"), "BACKEND=COMMAND")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--all", "--precision", "fp16"], ["fp16", "cpu"]),
+        (["--all", "--backend", "torchscript", "--precision", "int8"], ["int8", "cpu"]),
+    ],
+)
+@NEEDS_NO_CUDA
+def test_what_no_backend_computes_in(main, arguments, words):
+    assert_refused(main(*arguments), *words)
+
+
+def test_more_threads_than_cores(main, no_host):
+    cores = usable_cores()
     outcome = main("--all", "--threads", cores + 1)
     assert_refused(outcome, f"--threads {cores + 1}", f"only {cores} cores")
 
@@ -196,6 +296,41 @@ def test_a_backend_whose_library_is_missing(tmp_path):
     assert_refused(outcome, "backend 'openvino' is unavailable", "pip install openvino")
 
 
+def without(library: str, folder: Path) -> str:
+    """A command that starts an interpreter which cannot import a library."""
+    (folder / f"{library}.py").write_text("raise ImportError('no such library')")
+    return f"env PYTHONPATH={folder} {sys.executable}"
+
+
+def test_a_backend_whose_library_is_missing_in_its_environment(main, tmp_path):
+    environment = f"{ENVIRONMENT}={without('openvino', tmp_path)}"
+    outcome = main(*FINISHED, "--backend", "torch", "--environment", environment)
+    assert_refused(
+        outcome, f"backend '{ENVIRONMENT}' is unavailable in its environment", "pip install"
+    )
+
+
+def test_list_looks_into_environments(main, tmp_path):
+    commands = {
+        "torchscript@again": f"env {sys.executable}",
+        ENVIRONMENT: without("openvino", tmp_path),
+        "openvino@gone": "false",
+    }
+    given = [x for item in commands.items() for x in ("--environment", "=".join(item))]
+    outcome = main("--list", *given)
+    assert outcome.code == 0
+    own, _, named = outcome.out.partition("Environments on ")
+    lines = {line.split()[0]: line for line in named.splitlines()[1:]}
+    assert list(lines) == list(commands)
+    python = f"(Python {sys.version.split()[0]}, torch {torch.__version__}"
+    assert f"fp32, bf16 {python}" in lines["torchscript@again"]
+    assert "unavailable: " in lines[ENVIRONMENT]
+    assert "pip install openvino" in lines[ENVIRONMENT]
+    assert "cannot run workers: it ended with exit code 1" in lines["openvino@gone"]
+    # In the suite's own environment it is there all the same.
+    assert next(x for x in own.splitlines() if x.split()[0] == "openvino").endswith("int8")
+
+
 @pytest.fixture
 def images(tmp_path, photograph):
     """Bad images by what is wrong with them."""
@@ -220,7 +355,7 @@ def images(tmp_path, photograph):
         ("folder", "cannot be read"),
     ],
 )
-def test_a_bad_image(main, images, tmp_path, name, words):
+def test_a_bad_image(main, no_host, images, tmp_path, name, words):
     output = tmp_path / "output"
     outcome = main("--all", "--image", images[name], "--output", output)
     assert_refused(outcome, str(images[name]), words)
@@ -300,7 +435,7 @@ def test_bad_input_as_the_user_sees_it(images):
     assert_refused(outcome, "truncated.jpg cannot be read")
 
 
-def test_debug_shows_the_traceback(main, images):
+def test_debug_shows_the_traceback(main, no_host, images):
     outcome = main("--all", "--debug", "--image", images["text"])
     assert outcome.code == 2
     assert "Traceback" in outcome.err
@@ -308,12 +443,6 @@ def test_debug_shows_the_traceback(main, images):
 
 
 # A real run ------------------------------------------------------------------------------------
-
-
-FINISHED = [
-    *["--model", "testRetinaNet", "--device", "cpu", "--precision", "fp32", *QUICK],
-    *["--iterations", "6", "--source", "bundled"],
-]
 
 
 @pytest.fixture(scope="module")
@@ -370,58 +499,71 @@ def test_the_result_file_is_complete(finished):
     _, output = finished
     files = ["detections.json", "image.png", "report.html", "results.json"]
     assert sorted(path.name for path in output.iterdir()) == files
-    document = results.load(output / "results.json")
-    assert document["complete"] is True
-    assert document["settings"]["model"] == ["testRetinaNet"]
-    assert document["settings"]["threads"] == 1
-    assert document["settings"]["output"] == "results"
-    assert {"torch", "torchvision", "numpy", "openvino"} <= set(document["environment"]["versions"])
-    (group,) = document["groups"]
-    assert group["model"] == "testRetinaNet"
-    assert group["image_sizes"]["opt"] == [[96, 128]]
-    assert (group["rounds"], group["stopped"]) == (6, "fixed")
-    assert [run["backend"] for run in group["runs"]] == ["torch", "torchscript", "openvino"]
-    for run in group["runs"]:
-        assert run["status"] == "ok"
-        assert run["requested_precision"] == run["effective_precision"] == "fp32"
-        assert len(run["samples_s"]) == run["statistics"]["samples"] == 6
-        assert len(run["warmup_s"]) == 1
-        assert run["threads"] == 1
-        assert run["peak_memory_mb"] > 100
-        assert run["prepare"]["total"] > 0
-        assert run["versions"]
-        if not run["baseline"]:
-            assert run["speedup"]["low"] <= run["speedup"]["ratio"] <= run["speedup"]["high"]
-            assert {x["verdict"] for x in run["detections"].values()} == {"match"}
-            assert set(run["detections"]) == {"min", "opt", "max"}
-    assert [len(samples) for samples in document["aa"]["samples_s"]] == [6, 6]
+    results = file.load(output / "results.json")
+    assert results.complete is True
+    assert results.settings.model == ("testRetinaNet",)
+    assert results.settings.threads == 1
+    assert results.settings.output == "results"
+    assert results.settings.backend == ("torch", "torchscript", "openvino")
+    assert results.settings.environment == ()
+    assert {"torch", "torchvision", "numpy", "openvino"} <= set(results.environment.versions)
+    (group,) = results.groups
+    assert group.model == "testRetinaNet"
+    assert group.image_sizes["opt"] == ((96, 128),)
+    assert (group.rounds, group.stopped) == (6, "fixed")
+    assert group.flops > 1e9
+    assert [run.backend for run in group.runs] == ["torch", "torchscript", "openvino"]
+    for run in group.runs:
+        assert run.status == "ok"
+        assert run.requested_precision == run.effective_precision == "fp32"
+        assert len(run.samples_s) == run.statistics.samples == 6
+        assert len(run.warmup_s) == 1
+        assert run.threads == 1
+        assert run.peak_memory_mb > 100
+        assert run.prepare.total > 0
+        assert run.versions
+        assert run.python == sys.version.split()[0]
+        assert run.cached is False
+        if not run.baseline:
+            assert run.speedup.low <= run.speedup.ratio <= run.speedup.high
+            assert {x.verdict for x in run.detections.values()} == {"match"}
+            assert set(run.detections) == {"min", "opt", "max"}
+            assert run.break_even is not None
+            assert run.artifact_mb > 10
+    assert [len(samples) for samples in results.aa.samples_s] == [6, 6]
 
 
-def keys_of(value: object) -> set:
-    """All keys of a result file, but for those of free tables: what was counted, read, or found."""
-    if isinstance(value, list):
-        return {key for item in value for key in keys_of(item)}
-    if not isinstance(value, dict):
-        return set()
-    free = (
-        "environment",
-        "settings",
-        "versions",
-        "heavy_layers",
-        "operators_by_provider",
-        "stages",
-        "peaks",
-    )
-    inner = (keys_of(item) for key, item in value.items() if key not in free)
-    return set(value).union(*inner)
+# Record -> fields whose names, or whose types, say all.
+OBVIOUS = {
+    "Commit": {"revision", "dirty"},
+    "Environment": {"cpu", "os", "kernel", "python", "commit"},
+    "Run": {"requested_precision", "statistics", "coverage"},
+    "Stages": {"backbone", "proposals", "head", "roi_heads", "nms"},
+    "GpuState": {
+        *("name", "driver", "memory_mb", "max_sm_clock_mhz", "sm_clock_mhz", "memory_clock_mhz"),
+        "temperature_c",
+    },
+    "Group": {"export", "images_per_call", "stopped", "stages", "machine"},
+    "SameAgainstSame": {"model", "precision", "speedup"},
+    "Results": {"environment", "settings", "tool", "schema"},
+    "Drawn": {"scores", "classes"},
+    "DrawnRun": {"boxes", "scores", "classes"},
+}
 
 
-def test_every_key_of_the_result_file_is_documented(finished):
-    _, output = finished
-    text = (SCRIPT.parent / "docs" / "results.md").read_text(encoding="utf-8")
-    keys = keys_of(results.load(output / "results.json"))
-    assert {"flops", "break_even", "artifact_mb", "cached"} <= keys
-    assert sorted(key for key in keys if f"`{key}`" not in text) == []
+def untold(of: type) -> set:
+    """Fields of a record that its docstring does not name."""
+    return {x.name for x in fields(of) if not re.search(rf"\b{x.name}\b", of.__doc__)}
+
+
+def test_every_key_of_the_result_file_is_documented():
+    records = [x for x in vars(record).values() if isinstance(x, type) and is_dataclass(x)]
+    assert {Group, Run, benchmark.Statistics, Speedup, benchmark.BreakEven} <= set(records)
+    found = {of.__name__: untold(of) for of in records if of is not record.Settings}
+    assert {name: names for name, names in found.items() if names} == OBVIOUS
+    # `--help` tells of those.
+    options = {action.dest: action.help for action in run_blade.parser()._actions}
+    assert all(options[name] for name in untold(record.Settings))
 
 
 def test_costs_and_coverage_are_printed_below(finished):
@@ -438,98 +580,109 @@ def test_costs_and_coverage_are_printed_below(finished):
 
 def test_what_was_found_is_kept(finished):
     _, output = finished
-    (model,) = results.read_found(output).values()
-    (reference,) = model["reference"]
-    assert len(reference["boxes"]) == len(reference["scores"]) == len(reference["classes"]) > 50
-    assert set(model["runs"]["fp32"]) == {"TorchScript", "OpenVINO"}
-    for (run,) in model["runs"]["fp32"].values():
-        assert all(run["agrees"])
-        assert run["lost"] == []
-        assert run["boxes"][0] == pytest.approx(reference["boxes"][0], abs=0.2)
+    (model,) = file.load_found(output).values()
+    (reference,) = model.reference
+    assert len(reference.boxes) == len(reference.scores) == len(reference.classes) > 50
+    assert set(model.runs["fp32"]) == {"TorchScript", "OpenVINO"}
+    for (run,) in model.runs["fp32"].values():
+        assert all(run.agrees)
+        assert run.lost == ()
+        assert run.boxes[0] == pytest.approx(reference.boxes[0], abs=0.2)
 
 
 def test_the_page_shows_what_was_found(finished):
     _, output = finished
     text = (output / "report.html").read_text(encoding="utf-8")
-    boxes = len(results.read_found(output)["testRetinaNet"]["reference"][0]["boxes"])
+    boxes = len(file.load_found(output)["testRetinaNet"].reference[0].boxes)
     assert text.count("var(--matched)") > 3 * boxes
     assert "data:image/png;base64," in text
 
 
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of what was measured, to be changed."""
+    return Path(shutil.copytree(finished[1], tmp_path / "results"))
+
+
+def change(output: Path, **changes: object) -> record.Results:
+    """Changes fields of a result file; those of its settings by a record of them."""
+    results = replace(file.load(output / "results.json"), **changes)
+    file.save(results, output / "results.json")
+    return results
+
+
 def test_a_finished_run_is_not_measured_again(finished):
     outcome, output = finished
-    before = results.load(output / "results.json")
+    before = file.load(output / "results.json")
     again = script(*FINISHED, "--output", output)
     assert again.code == 0
     assert "testRetinaNet: kept from before: fp32" in again.err
     assert "timing" not in again.err
     assert again.out.strip() == outcome.out.split("\n\n\n")[0].strip()
-    after = results.load(output / "results.json")
-    assert after["groups"] == before["groups"]
-    assert after["complete"] is True
+    after = file.load(output / "results.json")
+    assert after.groups == before.groups
+    assert after.complete is True
 
 
-def test_what_was_interrupted_is_measured_again(finished, tmp_path):
-    output = tmp_path / "results"
-    shutil.copytree(finished[1], output)
-    document = results.load(output / "results.json")
-    (group,) = document["groups"]
-    group.update(stopped="interrupted", rounds=2)
-    results.save({**document, "complete": False}, output / "results.json")
-    again = script(*FINISHED, "--output", output)
+def test_what_was_interrupted_is_measured_again(main, copied):
+    (group,) = file.load(copied / "results.json").groups
+    group = replace(group, stopped="interrupted", rounds=2)
+    change(copied, groups=(group,), complete=False)
+    again = main(*FINISHED, "--output", copied)
     assert again.code == 0, again.err
-    (measured,) = results.load(output / "results.json")["groups"]
-    assert (measured["stopped"], measured["rounds"]) == ("fixed", 6)
-    assert measured["runs"][0]["samples_s"] != group["runs"][0]["samples_s"]
+    (measured,) = file.load(copied / "results.json").groups
+    assert (measured.stopped, measured.rounds) == ("fixed", 6)
+    assert measured.runs[0].samples_s != group.runs[0].samples_s
 
 
-def test_what_is_kept_has_its_own_environment(finished, tmp_path):
+def test_what_is_kept_has_its_own_environment(main, copied):
     """Its date, and what it was warned of."""
-    output = tmp_path / "results"
-    shutil.copytree(finished[1], output)
-    document = results.load(output / "results.json")
-    document["environment"].update(time="2001-01-01T00:00:00+00:00")
-    document["environment"]["cpu"]["governor"] = "powersave"
-    results.save(document, output / "results.json")
-    again = script(*FINISHED, "--output", output)
+    environment = file.load(copied / "results.json").environment
+    environment = replace(
+        environment,
+        time="2001-01-01T00:00:00+00:00",
+        cpu=replace(environment.cpu, governor="powersave"),
+    )
+    change(copied, environment=environment)
+    again = main(*FINISHED, "--output", copied)
     assert again.code == 0, again.err
-    after = results.load(output / "results.json")
-    assert after["environment"] == document["environment"]
-    assert "the CPU's frequency may change or be held low (governor powersave)" in after["warnings"]
+    after = file.load(copied / "results.json")
+    assert after.environment == environment
+    assert "the CPU's frequency may change or be held low (governor powersave)" in after.warnings
 
 
-def test_another_checkpoint_of_the_same_name_is_not_mixed(main, exports, finished, tmp_path):
-    output, checkpoint = tmp_path / "results", tmp_path / "model_final.pth"
-    shutil.copytree(finished[1], output)
+def test_another_checkpoint_of_the_same_name_is_not_mixed(main, exports, copied, tmp_path):
+    checkpoint = tmp_path / "model_final.pth"
     torch.save({"model": exports("testRetinaNet").eager.detector.state_dict()}, checkpoint)
-    document = results.load(output / "results.json")
-    assert document["settings"]["weights_digest"] is None
-    document["settings"].update(weights="model_final.pth", weights_digest="0123456789abcdef")
-    results.save(document, output / "results.json")
-    arguments = [*FINISHED, "--weights", checkpoint, "--output", output]
+    settings = file.load(copied / "results.json").settings
+    assert settings.weights_digest is None
+    settings = replace(settings, weights=checkpoint.name, weights_digest="0123456789abcdef")
+    change(copied, settings=settings)
+    arguments = [*FINISHED, "--weights", checkpoint, "--output", copied]
     assert_refused(main(*arguments), "another file of the same name", "--rerun")
-    document["settings"]["weights_digest"] = models.checkpoint_digest(str(checkpoint))
-    results.save(document, output / "results.json")
+    digest = zoo.checkpoint_digest(str(checkpoint))
+    change(copied, settings=replace(settings, weights_digest=digest))
     assert main(*arguments).code == 0
 
 
-def test_groups_of_other_weights_are_not_mixed(finished, tmp_path):
+def test_groups_of_other_weights_are_not_mixed(main, copied):
     """As where an earlier run had to do without the model zoo."""
-    output = tmp_path / "results"
-    shutil.copytree(finished[1], output)
-    document = results.load(output / "results.json")
-    document["settings"]["precision"] = ["fp32", "bf16"]
-    document["groups"][0]["weights_digest"] = "0123456789abcdef"
-    results.save(document, output / "results.json")
-    outcome = script(*FINISHED, "--precision", "fp32", "bf16", "--output", output)
+    before = file.load(copied / "results.json")
+    (group,) = before.groups
+    assert group.weights == Weights("synthetic", objects=100, digest=group.weights.digest)
+    group = replace(group, weights=replace(group.weights, digest="0123456789abcdef"))
+    settings = replace(before.settings, precision=("fp32", "bf16"))
+    before = change(copied, settings=settings, groups=(group,))
+    outcome = main(*FINISHED, "--precision", "fp32", "bf16", "--output", copied)
     assert outcome.code == 2
     assert "was measured at fp32 with other weights" in outcome.err.splitlines()[-1]
-    kept = results.load(output / "results.json")
-    assert (kept["groups"], kept["notes"]) == (document["groups"], document["notes"])
+    after = file.load(copied / "results.json")
+    for name in ("groups", "aa", "environment", "left_out", "without", "warnings"):
+        assert getattr(after, name) == getattr(before, name)
 
 
 @pytest.mark.parametrize("weights", ["zoo", "mine.pth"])
-def test_how_many_objects_trained_weights_find_is_not_ours_to_say(main, weights):
+def test_how_many_objects_trained_weights_find_is_not_ours_to_say(main, no_host, weights):
     outcome = main("--model", "testRetinaNet", "--weights", weights, "--detections", "5")
     assert_refused(outcome, "--detections", f"--weights {weights}")
 
@@ -537,7 +690,7 @@ def test_how_many_objects_trained_weights_find_is_not_ours_to_say(main, weights)
 def test_a_number_of_objects_asks_for_synthetic_weights():
     for arguments, weights in (([], "auto"), (["--detections", "0,100"], "synthetic")):
         options = run_blade.parser().parse_args(["--model", "testRetinaNet", *arguments])
-        assert session._weights(options) == weights
+        assert plan._weights(options) == weights
 
 
 @pytest.mark.parametrize(
@@ -557,17 +710,20 @@ def test_other_settings_are_not_mixed(main, finished, change, words):
 
 
 @pytest.mark.parametrize("gpu", [None, "Some GPU"])
-def test_another_machine_is_not_mixed(main, monkeypatch, finished, tmp_path, gpu):
-    document = results.load(finished[1] / "results.json")
+def test_another_machine_is_not_mixed(main, monkeypatch, copied, gpu):
+    environment = file.load(copied / "results.json").environment
     if gpu is None:
         words = "cpu.flags: new only before"
-        document["environment"]["cpu"]["flags"].append("new")
+        cpu = replace(environment.cpu, flags=(*environment.cpu.flags, "new"))
+        change(copied, environment=replace(environment, cpu=cpu))
     else:
         words = "gpu: Some GPU before, Another now"
-        document["environment"]["gpu"] = gpu
-        monkeypatch.setattr(suite, "gpu_name", lambda plan: "Another")
-    results.save(document, tmp_path / "results.json")
-    assert_refused(main(*FINISHED, "--output", tmp_path), words, "--rerun")
+        change(copied, environment=replace(environment, gpu=gpu))
+        survey_of = plan.survey_of
+        monkeypatch.setattr(
+            plan, "survey_of", lambda *args: replace(survey_of(*args), gpu="Another")
+        )
+    assert_refused(main(*FINISHED, "--output", copied), words, "--rerun")
 
 
 def test_what_is_no_result_file_is_not_overwritten(main, tmp_path):
@@ -584,80 +740,103 @@ def test_the_result_file_has_no_paths(finished):
         assert private not in text
 
 
-def test_stages_roofline_and_trace(tmp_path):
+def test_stages_roofline_and_trace(main, tmp_path):
     more = ["--backend", "torchscript", "--stages", "--roofline", "--trace", "--output", tmp_path]
-    outcome = script(*FINISHED, *more)
+    outcome = main(*FINISHED, *more)
     assert outcome.code == 0, outcome.err
-    document = results.load(tmp_path / "results.json")
-    assert document["peaks"]["fp32"] > 1e9
-    (group,) = document["groups"]
-    assert group["flops"] > 1e9
-    assert sum(group["stages"].values()) > 0
+    results = file.load(tmp_path / "results.json")
+    assert results.peaks["fp32"] > 1e9
+    (group,) = results.groups
+    assert group.flops > 1e9
+    assert sum(vars(group.stages).values()) > 0
     assert "% of peak" in outcome.out
     assert "ceiling" in outcome.out
-    for run in group["runs"]:
-        (name,) = run["artifacts"]
-        assert name == f"testRetinaNet.{run['backend']}.fp32.trace.json"
+    for run in group.runs:
+        (name,) = run.artifacts
+        assert name == f"testRetinaNet.{run.backend}.fp32.trace.json"
         events = json.loads((tmp_path / name).read_text())["traceEvents"]
         assert sum(event.get("cat") == "cpu_op" for event in events) > 100
 
 
-def test_several_counts_of_objects(tmp_path):
-    counts = ["--backend", "torch", "--detections", "0,10", "--trace", "--output", tmp_path]
-    outcome = script(*FINISHED, *counts)
+def test_another_environment_is_a_row_of_its_own(main, tmp_path):
+    more = ["--backend", "torch", "--trace", "--output", tmp_path]
+    environment = ["--environment", f"torchscript@again=env {sys.executable}"]
+    outcome = main(*FINISHED, *more, *environment)
     assert outcome.code == 0, outcome.err
-    groups = results.load(tmp_path / "results.json")["groups"]
-    assert [(group["objects"], group["found"]) for group in groups] == [(0, 0), (10, 10)]
-    traces = [run["artifacts"] for group in groups for run in group["runs"]]
-    assert traces == [[f"{n}-objects.testRetinaNet.torch.fp32.trace.json"] for n in (0, 10)]
+    lines = [line for line in outcome.out.splitlines() if line.startswith("| RetinaNet")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[1] for row in cells] == ["Torch", "TorchScript@again"]
+    results = file.load(tmp_path / "results.json")
+    assert results.settings.backend == ("torch", "torchscript@again")
+    assert results.settings.environment == ("torchscript@again",)
+    # Where it lies is private.
+    assert str(Path(sys.executable).parent) not in (tmp_path / "results.json").read_text()
+    (group,) = results.groups
+    names = [f"testRetinaNet.{run.name}.fp32.trace.json" for run in group.runs]
+    assert [run.artifacts for run in group.runs] == [(name,) for name in names]
+    assert set(file.load_found(tmp_path)["testRetinaNet"].runs["fp32"]) == {"TorchScript@again"}
+    assert "TorchScript@again" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    # Without it, it is another measurement.
+    refused = main(*FINISHED, *more)
+    assert_refused(refused, "--backend: torch torchscript@again before, torch now", "--rerun")
+
+
+def test_several_counts_of_objects(main, tmp_path):
+    counts = ["--backend", "torch", "--detections", "0,10", "--trace", "--output", tmp_path]
+    outcome = main(*FINISHED, *counts)
+    assert outcome.code == 0, outcome.err
+    groups = file.load(tmp_path / "results.json").groups
+    assert [(group.objects, group.found) for group in groups] == [(0, 0), (10, 10)]
+    traces = [run.artifacts for group in groups for run in group.runs]
+    assert traces == [(f"{n}-objects.testRetinaNet.torch.fp32.trace.json",) for n in (0, 10)]
     assert all((tmp_path / name).exists() for (name,) in traces)
     lines = [line for line in outcome.out.splitlines() if line.startswith("| RetinaNet | Torch")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [line[3:5] for line in cells if len(line) == 8] == [["0", "0"], ["10", "10"]]
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "RetinaNet with 10 objects" in text
-    again = script(*FINISHED, *counts)
+    again = main(*FINISHED, *counts)
     assert again.err.count("kept from before") == 2
-    assert results.load(tmp_path / "results.json")["groups"] == groups
+    assert file.load(tmp_path / "results.json").groups == groups
 
 
 @pytest.fixture
 def two_images(tmp_path) -> List[Path]:
     """A lying and a standing part of a photograph, of the same file name."""
     paths = [tmp_path / "a" / "part.png", tmp_path / "b" / "part.png"]
-    with Image.open(models.default_image()) as photograph:
+    with Image.open(inputs.default_image()) as photograph:
         for path, box in zip(paths, ((100, 100, 228, 196), (250, 300, 346, 428))):
             path.parent.mkdir()
             photograph.crop(box).save(path)
     return paths
 
 
-def test_several_images_are_reported_one_by_one_and_together(two_images, tmp_path):
+def test_several_images_are_reported_one_by_one_and_together(main, two_images, tmp_path):
     output = tmp_path / "output"
     more = ["--image", *two_images, "--detections", "20", "--backend", "torchscript"]
     arguments = [x for x in FINISHED if x not in ("--image-size", "96x128")]
-    outcome = script(*arguments, *more, "--output", output)
+    outcome = main(*arguments, *more, "--output", output)
     assert outcome.code == 0, outcome.err
-    document = results.load(output / "results.json")
-    assert document["settings"]["image"] == ["part.png", "part.png"]
-    groups = document["groups"]
-    assert [group["image"] for group in groups] == [None, "part.png (1)", "part.png (2)"]
-    assert [group["found"] for group in groups] == [40, 20, 20]
-    assert [set(group["image_sizes"]) for group in groups] == [
+    results = file.load(output / "results.json")
+    assert results.settings.image == ("part.png", "part.png")
+    groups = results.groups
+    assert [group.image for group in groups] == [None, "part.png (1)", "part.png (2)"]
+    assert [group.found for group in groups] == [40, 20, 20]
+    assert [set(group.image_sizes) for group in groups] == [
         {"min", "opt", "max", "image 2"},
         {"min", "opt", "max"},
         {"image 2"},
     ]
-    assert groups[2]["image_sizes"]["image 2"] == [[128, 96]]
-    for together, first, second in zip(*(group["runs"] for group in groups)):
-        means = [(a + b) / 2 for a, b in zip(first["samples_s"], second["samples_s"])]
-        assert together["samples_s"] == pytest.approx(means)
+    assert groups[2].image_sizes["image 2"] == ((128, 96),)
+    for together, first, second in zip(*(group.runs for group in groups)):
+        means = [(a + b) / 2 for a, b in zip(first.samples_s, second.samples_s)]
+        assert together.samples_s == pytest.approx(means)
         assert len(means) == 6
-        assert first["samples_s"] != second["samples_s"]
-    torchscript = groups[2]["runs"][1]
-    assert set(torchscript["detections"]) == {"image 2"}
-    assert torchscript["detections"]["image 2"]["text"] == "20/20 match"
-    assert torchscript["speedup"]["ratio"] > 0
+        assert first.samples_s != second.samples_s
+    torchscript = groups[2].runs[1]
+    assert set(torchscript.detections) == {"image 2"}
+    assert torchscript.detections["image 2"].text == "20/20 match"
+    assert torchscript.speedup.ratio > 0
     # The table of the model is that of both; below, there is a line for each.
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
@@ -674,12 +853,12 @@ def test_several_images_are_reported_one_by_one_and_together(two_images, tmp_pat
     text = (output / "report.html").read_text(encoding="utf-8")
     assert "RetinaNet with 20 objects on part.png (2)" in text
     assert text.count("data:image/png;base64,") == 2
-    again = script(*arguments, *more, "--output", output)
+    again = main(*arguments, *more, "--output", output)
     assert "kept from before" in again.err
-    assert results.load(output / "results.json")["groups"] == groups
+    assert file.load(output / "results.json").groups == groups
 
 
-def test_an_image_that_engines_are_not_made_for(main, two_images, tmp_path):
+def test_an_image_that_engines_are_not_made_for(main, no_host, two_images, tmp_path):
     large = tmp_path / "large.png"
     Image.new("RGB", (128, 400)).save(large)
     outcome = main("--model", "testRetinaNet", "--image", two_images[0], large)
@@ -690,40 +869,51 @@ def test_another_image_of_the_same_name_is_not_mixed(main, two_images, tmp_path)
     output = tmp_path / "output"
     arguments = [x for x in FINISHED if x not in ("--image-size", "96x128")]
     arguments += ["--backend", "torch", "--output", output, "--image"]
-    assert script(*arguments, two_images[0]).code == 0
+    assert main(*arguments, two_images[0]).code == 0
     assert_refused(main(*arguments, two_images[1]), "another image of the same name", "--rerun")
 
 
-def test_a_trace_needs_a_place(main):
+def test_a_trace_needs_a_place(main, no_host):
     assert_refused(main("--all", "--trace"), "--trace needs --output")
 
 
 # Exit codes ------------------------------------------------------------------------------------
 
 
-def group_with(**changes) -> dict:
-    """The records of a Torch run and of a second one, as far as the exit code looks at them."""
-    torch_run = {"status": "ok", "speedup": None}
-    other = {"status": "ok", "speedup": {"verdict": "faster"}, **changes}
-    return {"runs": [torch_run, other]}
+def run_with(status: str = "ok", verdict: Optional[str] = None) -> Run:
+    """A run, as far as the exit code looks at it."""
+    return Run(
+        backend="torch",
+        label="Torch",
+        baseline=verdict is None,
+        requested_precision="fp32",
+        status=status,
+        speedup=verdict and Speedup(1.5, 1.4, 1.6, verdict),
+    )
+
+
+def group_of(*runs: Run) -> Group:
+    return Group("testRetinaNet", "traced", "fp32", 1, {}, 6, "fixed", runs)
 
 
 @pytest.mark.parametrize(
-    ("changes", "fail_on", "code"),
+    ("status", "verdict", "fail_on", "code"),
     [
-        ({}, (), 0),
-        ({}, ("slower",), 0),
-        ({"speedup": {"verdict": "slower"}}, (), 0),
-        ({"speedup": {"verdict": "slower"}}, ("slower",), 1),
-        ({"speedup": {"verdict": "inconclusive"}}, ("slower",), 0),
-        ({"speedup": {"verdict": "same"}}, ("slower",), 0),
-        ({"status": "mismatch"}, (), 1),
-        ({"status": "failed", "speedup": None}, (), 1),
-        ({"status": "unsupported", "speedup": None}, ("slower",), 0),
+        ("ok", "faster", (), 0),
+        ("ok", "faster", ("slower",), 0),
+        ("ok", "slower", (), 0),
+        ("ok", "slower", ("slower",), 1),
+        ("ok", "inconclusive", ("slower",), 0),
+        ("ok", "same", ("slower",), 0),
+        ("mismatch", "faster", (), 1),
+        ("failed", None, (), 1),
+        ("unsupported", None, ("slower",), 0),
     ],
 )
-def test_exit_code(changes, fail_on, code):
-    assert session.exit_code([group_with(), group_with(**changes)], fail_on) == code
+def test_exit_code(status, verdict, fail_on, code):
+    good = group_of(run_with(), run_with("ok", "faster"))
+    other = group_of(run_with(), run_with(status, verdict))
+    assert session.exit_code([good, other], fail_on) == code
 
 
 # Ctrl-C ----------------------------------------------------------------------------------------
@@ -773,6 +963,19 @@ def assert_interrupted(outcome: Outcome) -> None:
     assert "Traceback" not in outcome.err
 
 
+def test_interrupted_while_hosts_start(tmp_path):
+    output = tmp_path / "output"
+    running = Interruptible("--model", "testRetinaNet", *QUICK, "--output", output)
+    process = psutil.Process(running.process.pid)
+    while not process.children():
+        assert process.status() != psutil.STATUS_ZOMBIE
+        time.sleep(0.05)
+    outcome = running.interrupt()
+    assert_interrupted(outcome)
+    assert (outcome.out, outcome.err) == ("", "interrupted\n")
+    assert not output.exists()
+
+
 @pytest.mark.parametrize("moment", ["weights, inputs", "preparing TorchScript"])
 def test_interrupted_while_preparing(tmp_path, moment):
     output = tmp_path / "output"
@@ -796,31 +999,29 @@ def test_interrupted_while_timing(tmp_path):
     time.sleep(3)
     outcome = running.interrupt()
     assert_interrupted(outcome)
-    document = results.load(tmp_path / "results.json")
-    assert document["complete"] is False
-    (group,) = document["groups"]
-    assert group["stopped"] == "interrupted"
-    (run,) = group["runs"]
+    results = file.load(tmp_path / "results.json")
+    assert results.complete is False
+    (group,) = results.groups
+    assert group.stopped == "interrupted"
+    (run,) = group.runs
     # The round in which it was interrupted may lack a call.
-    assert group["rounds"] > 0
-    assert 0 <= len(run["samples_s"]) - group["rounds"] <= 1
+    assert group.rounds > 0
+    assert 0 <= len(run.samples_s) - group.rounds <= 1
     assert "until it was interrupted" in outcome.out
     assert "This run was interrupted" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("ending", [None, KeyboardInterrupt, InputError("a reason")])
-def test_a_page_that_cannot_be_written_hides_nothing(main, monkeypatch, finished, tmp_path, ending):
-    output = tmp_path / "results"
-    shutil.copytree(finished[1], output)
-    (output / "report.html").unlink()
-    (output / "report.html").mkdir()
+def test_a_page_that_cannot_be_written_hides_nothing(main, monkeypatch, copied, ending):
+    (copied / "report.html").unlink()
+    (copied / "report.html").mkdir()
     if ending is not None:
 
         def end(*_: object) -> None:
             raise ending
 
         monkeypatch.setattr(session.Session, "_run_model", end)
-    outcome = main(*FINISHED, "--costs", "--output", output)
+    outcome = main(*FINISHED, "--costs", "--output", copied)
     assert "no page is made: " in outcome.err
     assert outcome.code == (130 if ending is KeyboardInterrupt else 2)
     last = outcome.err.splitlines()[-1]
@@ -839,9 +1040,9 @@ def test_interrupted_while_checking(tmp_path):
     running.wait_for("checking torch")
     outcome = running.interrupt()
     assert_interrupted(outcome)
-    (group,) = results.load(tmp_path / "results.json")["groups"]
-    assert (group["rounds"], group["stopped"]) == (5, "interrupted")
-    assert group["runs"][1]["detections"] is None
+    (group,) = file.load(tmp_path / "results.json").groups
+    assert (group.rounds, group.stopped) == (5, "interrupted")
+    assert group.runs[1].detections is None
 
 
 def test_an_interruption_keeps_the_finished_groups(tmp_path):
@@ -850,14 +1051,14 @@ def test_an_interruption_keeps_the_finished_groups(tmp_path):
         *[*QUICK, "--iterations", "5", "--output", tmp_path],
     )
     running.wait_for("preparing Torch bf16")
-    first = results.load(tmp_path / "results.json")
-    assert first["complete"] is False
+    first = file.load(tmp_path / "results.json")
+    assert first.complete is False
     outcome = running.interrupt()
     assert_interrupted(outcome)
-    document = results.load(tmp_path / "results.json")
-    assert document["complete"] is False
-    assert document["groups"] == first["groups"]
-    (group,) = document["groups"]
-    assert (group["precision"], group["rounds"], group["stopped"]) == ("fp32", 5, "fixed")
-    assert [run["status"] for run in group["runs"]] == ["ok", "ok"]
+    results = file.load(tmp_path / "results.json")
+    assert results.complete is False
+    assert results.groups == first.groups
+    (group,) = results.groups
+    assert (group.precision, group.rounds, group.stopped) == ("fp32", 5, "fixed")
+    assert [run.status for run in group.runs] == ["ok", "ok"]
     assert "| RetinaNet     | TorchScript | fp32" in outcome.out

@@ -9,10 +9,11 @@ from typing import Any, Dict, List, Optional
 
 import numpy as np
 import pytest
-from test_results import DAMAGES, NAME, SPELLED, make_document
+from test_results import DAMAGES, NAME, SPELLED, make_document, records, write
 
 import compare
-import results
+from results.file import load, save
+from results.record import Results
 
 # How much two processes that do the same differ, and two calls in a row; and the drift of a shared
 # machine between two invocations, of which an engine feels a part only: as measured on two cores,
@@ -51,10 +52,15 @@ def measured(
     return document
 
 
-def verdicts(before: Dict[str, Any], after: Dict[str, Any], **options: Any) -> Dict[str, str]:
+def verdicts(before: Results, after: Results, **options: Any) -> Dict[str, str]:
     options = {"threshold": 0.05, "by": "both", **options}
     compared = [compare.compare(pair, **options) for pair in compare.pairs(before, after)]
-    return {x.pair.after["backend"]: x.verdict for x in compared}
+    return {x.pair.after.backend: x.verdict for x in compared}
+
+
+def verdicts_of(before: Dict[str, Any], after: Dict[str, Any], **options: Any) -> Dict[str, str]:
+    """The same of documents."""
+    return verdicts(records(before), records(after), **options)
 
 
 @pytest.fixture
@@ -64,7 +70,7 @@ def command(tmp_path, capsys):
     def run(before: Dict[str, Any], after: Dict[str, Any], *options: str) -> Any:
         paths = [tmp_path / "before.json", tmp_path / "after.json"]
         for path, document in zip(paths, (before, after)):
-            results.save(document, path)
+            write(document, path)
         return compare.main([*map(str, paths), *options]), capsys.readouterr()
 
     return run
@@ -73,7 +79,7 @@ def command(tmp_path, capsys):
 def count_slower(by: str) -> int:
     """In how many of 100 pairs of the same something is said to be slower."""
     pairs = [(measured(2 * seed), measured(2 * seed + 1)) for seed in range(100)]
-    return sum("slower" in verdicts(*pair, by=by).values() for pair in pairs)
+    return sum("slower" in verdicts_of(*pair, by=by).values() for pair in pairs)
 
 
 def test_the_same_is_never_slower():
@@ -93,7 +99,7 @@ def test_another_speed_is_seen(factor, verdict):
     for seed in range(50):
         before = measured(2 * seed)
         after = measured(2 * seed + 1, {"torch": 0.4, "openvino": 0.25 * factor})
-        seen += verdicts(before, after)["openvino"] == verdict
+        seen += verdicts_of(before, after)["openvino"] == verdict
     assert seen >= 45
 
 
@@ -103,7 +109,7 @@ SAME, SLOWER, WRONG = (sorted(REAL.glob(f"{name}-*.json")) for name in ("same", 
 
 def test_real_runs_of_the_same_are_never_slower():
     """RetinaNet on two cores, eleven times the same commit and settings: each against each."""
-    documents = [results.load(path) for path in SAME]
+    documents = [load(path) for path in SAME]
     pairs = list(itertools.permutations(documents, 2))
     assert len(pairs) >= 100
     slower = sum("slower" in verdicts(*pair).values() for pair in pairs)
@@ -115,9 +121,7 @@ def test_real_runs_of_the_same_are_never_slower():
 
 def test_a_real_engine_that_was_slowed_by_a_tenth():
     """OpenVINO's calls were made to take 10% longer; measured between those of the same."""
-    seen = [
-        verdicts(results.load(before), results.load(after)) for before in SAME for after in SLOWER
-    ]
+    seen = [verdicts(load(before), load(after)) for before in SAME for after in SLOWER]
     assert {found["torchscript"] for found in seen} <= {"same", "inconclusive"}
     assert sum(found["openvino"] == "slower" for found in seen) > 0.75 * len(seen)
 
@@ -164,7 +168,8 @@ def test_time_and_speedup_have_a_ratio_each():
     torch_run["samples_s"] = [1.2 * x for x in torch_run["samples_s"]]
     openvino["samples_s"] = [1.8 * x for x in openvino["samples_s"]]
     torch_run, openvino = (
-        compare.compare(pair, 0.05, "both") for pair in compare.pairs(before, after)
+        compare.compare(pair, 0.05, "both")
+        for pair in compare.pairs(records(before), records(after))
     )
     assert openvino.speedup.ratio == pytest.approx(2 / 3)
     assert openvino.speedup.low < 2 / 3 < openvino.speedup.high
@@ -174,7 +179,7 @@ def test_time_and_speedup_have_a_ratio_each():
     assert torch_run.time.ratio == pytest.approx(1 / 1.2)
     assert torch_run.speedup is None
     assert torch_run.verdict == "inconclusive"
-    assert verdicts(before, after, by="time") == {"torch": "slower", "openvino": "slower"}
+    assert verdicts_of(before, after, by="time") == {"torch": "slower", "openvino": "slower"}
 
 
 @pytest.mark.parametrize(
@@ -184,7 +189,7 @@ def test_a_slower_machine_is_no_slower_engine(by, verdict):
     before, after = measured(0), measured(0)
     for run in after["groups"][0]["runs"]:
         run["samples_s"] = [1.2 * x for x in run["samples_s"]]
-    assert verdicts(before, after, by=by)["openvino"] == verdict
+    assert verdicts_of(before, after, by=by)["openvino"] == verdict
 
 
 @pytest.mark.parametrize("drift", [1.2, 0.7, 2.0])
@@ -195,25 +200,25 @@ def test_on_a_machine_that_is_another_nothing_is_said(command, drift):
         run["samples_s"] = [drift * factor * x for x in run["samples_s"]]
     said = "the baseline itself changed by a factor of"
     is_another = drift != 1.2
-    assert verdicts(before, after)["openvino"] == ("inconclusive" if is_another else "slower")
+    assert verdicts_of(before, after)["openvino"] == ("inconclusive" if is_another else "slower")
     assert (said in command(before, after)[1].out) == is_another
     for by in ("time", "speedup"):
-        assert verdicts(before, after, by=by)["openvino"] == "slower"
+        assert verdicts_of(before, after, by=by)["openvino"] == "slower"
         assert said not in command(before, after, "--by", by)[1].out
 
 
 def test_few_rounds_are_inconclusive():
     before, after = measured(0, rounds=3), measured(1, {"torch": 0.4, "openvino": 9.0}, rounds=3)
-    assert verdicts(before, after)["openvino"] == "inconclusive"
+    assert verdicts_of(before, after)["openvino"] == "inconclusive"
 
 
 def test_without_a_baseline_times_are_compared():
     before, after = measured(0), measured(0)
     before["groups"][0]["runs"][0]["samples_s"] = []
-    assert verdicts(before, after) == {"torch": "-", "openvino": "same"}
+    assert verdicts_of(before, after) == {"torch": "-", "openvino": "same"}
     after = measured(0, SLOW)
-    assert verdicts(before, after)["openvino"] == "inconclusive"
-    assert verdicts(before, after, by="time")["openvino"] == "slower"
+    assert verdicts_of(before, after)["openvino"] == "inconclusive"
+    assert verdicts_of(before, after, by="time")["openvino"] == "slower"
 
 
 OTHER_SIZE = {"opt": [[32, 32]]}
@@ -225,7 +230,6 @@ OTHER_SIZE = {"opt": [[32, 32]]}
         (lambda d: d["environment"]["cpu"].update(model="B"), "cpu.model differs"),
         (lambda d: d["environment"]["cpu"].update(flags=["fma", "avx2"]), "cpu.flags differs"),
         (lambda d: d["environment"].update(gpu="B"), "gpu differs"),
-        (lambda d: d["groups"][0].update(gpu=[{"name": "B"}]), "gpu differs"),
         (lambda d: d["settings"].update(threads=4), "--threads differs"),
         (lambda d: d["settings"].update(device="cuda"), "--device differs"),
         (lambda d: d["settings"].update(weights="mine.pth"), "--weights differs"),
@@ -237,7 +241,7 @@ def test_what_is_not_comparable_is_refused(command, change, words):
     before, after = measured(0), measured(1)
     for document in (before, after):
         document["groups"][0]["image_digest"] = "a"
-        document["groups"][0]["gpu"] = [{"name": "A"}]
+        document["environment"]["gpu"] = "A"
         document["environment"]["cpu"]["flags"] = ["fma", "avx2", "avx512f"]
     change(after)
     code, printed = command(before, after)
@@ -259,7 +263,7 @@ FOUND = {size: agreement(100, 100) for size in ("min", "opt", "max")}
     [
         (lambda d: None, None),
         (lambda d: d["groups"][0].update(image_digest="b"), "image digest differs"),
-        (lambda d: d["groups"][0].update(weights_digest="b"), "weights digest differs"),
+        (lambda d: d["groups"][0]["weights"].update(digest="b"), "weights digest differs"),
         (lambda d: d["settings"].update(seed=9), "--seed differs"),
     ],
 )
@@ -267,7 +271,8 @@ def test_what_is_found_in_another_task_is_not_compared(command, change, words):
     """Neither counts nor a mismatch there say anything of what was before."""
     before, after = measured(0), measured(1)
     for document in (before, after):
-        document["groups"][0].update(image_digest="a", weights_digest="a")
+        weights = {"source": "synthetic", "digest": "a"}
+        document["groups"][0].update(image_digest="a", weights=weights)
         document["groups"][0]["runs"][1]["detections"] = FOUND
     spoil(after, "mismatch", detections={"opt": agreement(20, 40)})
     change(after)
@@ -285,12 +290,12 @@ def test_what_is_found_on_another_machine_is_compared(command):
     for document, digest in ((before, "a"), (after, "b")):
         # Other kernels round the same synthetic weights in another way.
         group = document["groups"][0]
-        group.update(weights="weights: synthetic, made to find", weights_digest=digest)
+        group["weights"] = {"source": "synthetic", "objects": 100, "digest": digest}
     code, printed = command(before, after, *FAIL_ON_ALL)
     assert code == 4
     assert "times not compared, as cpu.model differs" in printed.out
     for document in (after, before):
-        document["groups"][0]["weights"] = "weights: synthetic.pth"
+        document["groups"][0]["weights"].update(source="file", file="synthetic.pth")
         assert command(before, after, *FAIL_ON_ALL)[0] == 2
 
 
@@ -329,6 +334,44 @@ def test_what_differs_is_named_first(command):
     assert printed.out.startswith(
         "What differs:\n\n- openvino: 2026.3 before, 2026.4 now\n\n| Model"
     )
+
+
+def test_runs_of_other_environments_are_pairs_of_their_own(command):
+    before, after = measured(0, THREE), measured(1, THREE)
+    for document, version in ((before, "2025.3"), (after, "2025.4")):
+        other = document["groups"][0]["runs"][2]
+        other.update(backend="openvino", environment="old", label="OpenVINO@old")
+        other.update(python="3.11.7", versions={"openvino": version})
+    found = compare.pairs(records(before), records(after))
+    assert [pair.key[1] for pair in found] == ["torch", "openvino", "openvino@old"]
+    _, printed = command(before, after)
+    assert printed.out.startswith(
+        "What differs:\n\n- openvino@old: openvino 2025.3 before, 2025.4 now\n\n| Model"
+    )
+    assert printed.out.count("| unchanged") == 3
+    after["groups"][0]["runs"][2]["environment"] = "new"
+    _, printed = command(before, after)
+    assert "- missing: testRetinaNet openvino@old fp32" in printed.out
+    assert "- new: testRetinaNet openvino@new fp32" in printed.out
+
+
+THREE = {"torch": 0.4, "openvino": 0.2, "inductor": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("label", "environment", "code"),
+    [
+        ("ONNXRuntime", None, 5),
+        ("ONNXRuntime-TensorRT", None, 5),
+        ("ONNXRuntime@old", "old", 0),
+        ("ONNX", None, 0),
+    ],
+)
+def test_what_is_left_out_is_of_the_own_environment(command, label, environment, code):
+    before, after = measured(0), measured(1, {"torch": 0.4})
+    before["groups"][0]["runs"][1].update(label=label, environment=environment)
+    after["left_out"] = {"ONNXRuntime": "it is not installed"}
+    assert command(before, after, *FAIL_ON_ALL)[0] == code
 
 
 def test_missing_and_new_runs_are_listed(command):
@@ -376,7 +419,7 @@ def test_what_never_ran_is_not_broken(command, before, after):
 def test_a_backend_that_cannot_be_had_any_more_is_broken(command):
     before, after = measured(0), measured(1, {"torch": 0.4})
     assert command(before, after, *FAIL_ON_ALL)[0] == 0  # It was not asked for.
-    after["notes"] = ["Openvino left out: it is not usable here"]
+    after["left_out"] = {"Openvino": "it is not usable here"}
     code, printed = command(before, after, *FAIL_ON_ALL)
     assert code == 5
     assert "- missing: testRetinaNet openvino fp32 (Openvino left out: it is not" in printed.out
@@ -431,14 +474,15 @@ def test_a_changed_status_is_shown_with_its_reason(command):
     ("content", "words"),
     [
         ("", "is empty"),
-        ('{"tool": "run_blade", "schema": 1, "groups": [', "cut short"),
+        ('{"tool": "run_blade", "schema": 2, "groups": [', "cut short"),
         ('{"tool": "run_blade", "schema": 99}', "schema 99"),
+        ('{"tool": "run_blade", "schema": 1}', "schema 1, of an older version"),
         ('{"tool": "other"}', "not a result file of run_blade"),
     ],
 )
 def test_a_bad_file(tmp_path, capsys, content, words):
     good, bad = tmp_path / "good.json", tmp_path / "bad.json"
-    results.save(measured(0), good)
+    save(records(measured(0)), good)
     bad.write_text(content)
     for paths in ((good, bad), (bad, good)):
         assert compare.main([str(path) for path in paths]) == 2
@@ -470,14 +514,29 @@ def test_keys_that_were_added_later_do_not_matter(command):
     assert command(measured(0), after)[0] == 0
 
 
-def test_a_name_that_is_no_utf8_is_printed(command):
-    code, printed = command(measured(0, weights="a"), measured(1, weights="a", cache=NAME))
+def test_a_name_that_is_no_utf8_is_printed(tmp_path, capsys):
+    """The suite saves it spelled out."""
+
+    def saved(before: Dict[str, Any], after: Dict[str, Any], *options: str) -> Any:
+        paths = [tmp_path / "before.json", tmp_path / "after.json"]
+        for path, document in zip(paths, (before, after)):
+            save(records(document), path)
+        return compare.main([*map(str, paths), *options]), capsys.readouterr()
+
+    code, printed = saved(measured(0, weights="a"), measured(1, weights="a", cache=NAME))
     assert (code, printed.err) == (0, "")
-    code, printed = command(measured(0, image="a.jpg"), measured(1, image=NAME), "--by", "time")
+    code, printed = saved(measured(0, image=["a.jpg"]), measured(1, image=[NAME]), "--by", "time")
     assert "--image differs" in printed.err
     after = measured(1)
     after["environment"]["variables"] = {"OMP_PLACES": NAME}
-    assert f"- OMP_PLACES: none before, {SPELLED} now" in command(measured(0), after)[1].out
+    assert f"- OMP_PLACES: none before, {SPELLED} now" in saved(measured(0), after)[1].out
+
+
+def test_half_a_character_is_refused(command):
+    code, printed = command(measured(0), measured(1, cache=NAME))
+    assert (code, printed.out) == (2, "")
+    assert "is not JSON" in printed.err
+    assert printed.err.count("\n") == 1
 
 
 def test_nothing_in_common(command):

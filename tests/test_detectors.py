@@ -21,12 +21,12 @@ import torch
 from seeded_weights import seeded_image, seeded_weights
 from torch import nn
 
-import detectors
-from catalog import MODELS
 from detectors import boxes as box_ops
 from detectors import images, masks
+from detectors.config import ARCHITECTURES, build_detector
+from detectors.export import TraceableDetector
 from detectors.instances import Instances, flatten
-from models import TraceableDetector
+from models import MODELS
 
 PARAMETERS = json.loads((golden.DATA / "parameters.json").read_text(encoding="utf-8"))
 MODES = ("eager", "traced", "scripted")
@@ -42,7 +42,7 @@ class Subject:
 
     def __init__(self, model):
         self.model = model
-        self.detector = detectors.build(model.config, model.postprocess)
+        self.detector = build_detector(model.config, model.postprocess)
         self.detector.load_state_dict(seeded_weights(self.detector.state_dict()))
         self.eager = TraceableDetector(self.detector).eval()
         self.warned = {}
@@ -218,18 +218,18 @@ def test_traced_without_objects(subject):
     assert_all_same(golden.fields_of(found, subject.model), outputs[call])
 
 
-@pytest.mark.parametrize("config", detectors.ARCHITECTURES)
+@pytest.mark.parametrize("config", ARCHITECTURES)
 def test_parameters_are_detectron2s(config):
     shapes = {
         name: "x".join(str(side) for side in value.shape)
-        for name, value in detectors.build(config, False).state_dict().items()
+        for name, value in build_detector(config, False).state_dict().items()
     }
     assert shapes == PARAMETERS[config]["state_dict"]
 
 
-@pytest.mark.parametrize("config", detectors.ARCHITECTURES)
+@pytest.mark.parametrize("config", ARCHITECTURES)
 def test_anchors_are_detectron2s(config):
-    detector = detectors.build(config, False)
+    detector = build_detector(config, False)
     owner = detector if "retinanet" in config else detector.proposal_generator
     expected = [json.loads(level) for level in PARAMETERS[config]["cell_anchors"]]
     np.testing.assert_array_equal(owner.anchor_generator.cell_anchors.numpy(), np.float32(expected))

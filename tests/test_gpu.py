@@ -8,7 +8,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-import gpu
+from measure import gpu
+from measure.protocol import Survey
+from results.record import GpuState
 
 UUID = "aaaa-bbbb"
 
@@ -51,46 +53,49 @@ def check(handle: bytes, answer: object) -> object:
 
 
 def test_what_it_is_and_how_it_is(nvml):
-    assert gpu.describe() == {
-        "name": "Some GPU",
-        "driver": "580.1",
-        "memory_mb": 8192,
-        "max_sm_clock_mhz": 1980,
-    }
-    assert gpu.state() == {
-        "sm_clock_mhz": 1200,
-        "memory_clock_mhz": 2600,
-        "temperature_c": 88,
-        "throttled": ["software power cap", "hardware thermal slowdown"],
-    }
+    assert gpu.read() == GpuState(
+        name="Some GPU",
+        driver="580.1",
+        memory_mb=8192,
+        max_sm_clock_mhz=1980,
+        sm_clock_mhz=1200,
+        memory_clock_mhz=2600,
+        temperature_c=88,
+        throttled=("software power cap", "hardware thermal slowdown"),
+    )
     assert nvml.opened == 0
 
 
 def test_its_name_takes_no_nvml(monkeypatch):
+    from measure.run import survey
+
     monkeypatch.setitem(sys.modules, "pynvml", None)  # import raises ImportError
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
-    assert gpu.name() == "Some GPU"
+    found = survey(Survey(("torch",), None))
+    assert (found.device, found.gpu) == ("cuda", "Some GPU")
+    # It is none of those that were measured on.
+    assert survey(Survey(("torch",), "cpu")).gpu is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.name() is None
+    found = survey(Survey(("torch",), None))
+    assert (found.device, found.gpu) == ("cpu", None)
 
 
 def test_an_idle_gpu_is_not_throttled():
-    assert gpu.throttle_reasons(0x1 | 0x2 | 0x10 | 0x100) == []
+    assert gpu.throttle_reasons(0x1 | 0x2 | 0x10 | 0x100) == ()
 
 
-@pytest.mark.parametrize("function", [gpu.describe, gpu.state])
-def test_without_nvml_there_is_nothing(function, monkeypatch, nvml):
+def test_without_nvml_there_is_nothing(monkeypatch, nvml):
     def refuse(*args: object) -> None:
         raise NVMLError("driver not loaded")
 
     monkeypatch.setattr(nvml, "nvmlDeviceGetHandleByUUID", refuse)
-    assert function() is None
+    assert gpu.read() == GpuState()
     assert nvml.opened == 0
     monkeypatch.setattr(nvml, "nvmlInit", refuse)
-    assert function() is None
+    assert gpu.read() == GpuState()
     monkeypatch.setitem(sys.modules, "pynvml", None)  # import raises ImportError
-    assert function() is None
+    assert gpu.read() == GpuState()
 
 
 @pytest.mark.cuda
@@ -98,6 +103,7 @@ def test_without_nvml_there_is_nothing(function, monkeypatch, nvml):
 def test_a_real_gpu():
     pytest.importorskip("pynvml")
     torch.zeros(1, device="cuda")
-    assert gpu.name() == gpu.describe()["name"]
-    assert gpu.describe()["memory_mb"] > 1000
-    assert 0 < gpu.state()["sm_clock_mhz"] <= gpu.describe()["max_sm_clock_mhz"]
+    found = gpu.read()
+    assert found.name == torch.cuda.get_device_name()
+    assert found.memory_mb > 1000
+    assert 0 < found.sm_clock_mhz <= found.max_sm_clock_mhz

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
+import msgspec
+import numpy as np
 import pytest
-import torch
+from PIL import Image
 from test_compare import measured
-from test_results import DAMAGES, NAME, SPELLED
+from test_results import DAMAGES, NAME, SPELLED, records, write
 
-import models
 import report
-import results
-from stages import STAGES
+from results.file import FOUND, Found, load, save
+from results.record import Stages
 
 CHROMIUM = shutil.which("chromium")
 
@@ -56,11 +57,12 @@ class Page(HTMLParser):
 
 
 def make_results() -> Dict[str, Any]:
-    """A result file with all that a page shows, and something that is no markup."""
+    """A result file with all that a page shows, and something that is no markup, as JSON has it."""
     document = measured(0, {"torch": 0.4, "openvino": 0.2, "inductor": 0.3})
-    document["notes"] = ["weights: <synthetic> & made up"]
+    document["left_out"] = {"ONNXRuntime": "<no> such & package"}
     document["warnings"] = ["testRetinaNet fp32: other processes took 20% of the cores"]
     group = document["groups"][0]
+    group["weights"] = {"source": "file", "file": "<synthetic> & made up"}
     group["image_sizes"] = {"min": [[60, 80]], "opt": [[96, 128]], "max": [[200, 260]]}
     for run in group["runs"]:
         run["size_seconds"] = {"min": [0.1, 0.2], "opt": [0.3], "max": [1.0]}
@@ -82,11 +84,20 @@ def make_found() -> Dict[str, Any]:
     }
     boxes = [[1.0, 2.0, 31.0, 42.0], [70.0, 60.0, 90.0, 90.0]]
     run = {**reference, "boxes": boxes, "agrees": [True, False], "lost": [1]}
-    return {"testRetinaNet": {"reference": [reference], "runs": {"fp32": {"OpenVINO": [run]}}}}
+    runs = {"fp32": {"OpenVINO": [run]}}
+    return {"testRetinaNet": {"image": "image.png", "reference": [reference], "runs": runs}}
+
+
+def pictures(found: Dict[str, Any]) -> Found:
+    return msgspec.convert(found, Found)
+
+
+def stages() -> Dict[str, float]:
+    return dict.fromkeys(Stages.__dataclass_fields__, 0.1)
 
 
 def page_of(document: Dict[str, Any]) -> str:
-    return " ".join("".join(Page(report.page(document, {}, {})).text).split())
+    return " ".join("".join(Page(report.page(records(document), {}, {})).text).split())
 
 
 def test_where_the_time_goes_is_shown_if_it_is_known():
@@ -95,8 +106,7 @@ def test_where_the_time_goes_is_shown_if_it_is_known():
     assert not any(word in page_of(document) for word in words)
     document["settings"]["roofline"] = True
     document["peaks"] = {"fp32": 1e12}
-    stages = dict.fromkeys(STAGES, 0.1)
-    document["groups"][0].update(flops=10**9, stages=stages)
+    document["groups"][0].update(flops=10**9, stages=stages())
     assert all(word in page_of(document) for word in words)
 
 
@@ -111,7 +121,7 @@ def test_each_image_is_below_its_own_boxes():
         "testRetinaNet on a.jpg": {**drawn, "image": "image2.png"},
     }
     images = {"image.png": b"first", "image2.png": b"second"}
-    page = Page(report.page(document, found, images))
+    page = Page(report.page(records(document), pictures(found), images))
     uses = [x["href"] for x in page.all("use") if "href" in x]
     assert uses == ["#image.png"] * 2 + ["#image2.png"] * 2
     sizes = {x["id"]: (x["height"], x["width"]) for x in page.all("image")}
@@ -125,9 +135,9 @@ def test_names_that_are_alike_have_ids_of_their_own():
 def test_nothing_is_drawn_of_a_run_that_found_nothing_sensible():
     document, found = make_results(), make_found()
     found["testRetinaNet"]["runs"]["fp32"] = {}
-    assert "Torch fp32, the reference" in report.page(document, found, {})
+    assert "Torch fp32, the reference" in report.page(records(document), pictures(found), {})
     document["groups"][0]["image_sizes"] = {}  # Preparing failed, when it was started again.
-    assert "Torch fp32, the reference" not in report.page(document, found, {})
+    assert "Torch fp32, the reference" not in report.page(records(document), pictures(found), {})
 
 
 def test_several_images_have_a_section_each():
@@ -144,10 +154,10 @@ def test_several_images_have_a_section_each():
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A folder as `run_blade.py --output` leaves it."""
-    results.save(make_results(), tmp_path / "results.json")
-    results.write_text(tmp_path / results.FOUND, json.dumps(make_found()))
-    image = torch.arange(3 * 96 * 128).reshape(3, 96, 128).float() % 256
-    models.write_image(image, tmp_path / "image.png")
+    write(make_results(), tmp_path / "results.json")
+    write(make_found(), tmp_path / FOUND)
+    image = np.arange(3 * 96 * 128).reshape(96, 128, 3) % 256
+    Image.fromarray(image.astype(np.uint8)).save(tmp_path / "image.png")
     return tmp_path
 
 
@@ -201,9 +211,9 @@ def test_sizes_are_plotted_with_the_median_of_the_table(page):
 
 
 def test_sizes_are_not_plotted_of_several_images_together():
-    (group,) = make_results()["groups"]
+    (group,) = records(make_results()).groups
     assert report.sizes_plot([group], "a") is not None
-    several = {**group, "image_sizes": {**group["image_sizes"], "image 2": [[77, 55]]}}
+    several = replace(group, image_sizes={**group.image_sizes, "image 2": ((77, 55),)})
     assert report.sizes_plot([several], "a") is None
 
 
@@ -233,6 +243,7 @@ def test_its_words(page):
         "RetinaNet",
         "other processes took 20% of the cores",
         "weights: <synthetic> & made up",
+        "ONNXRuntime left out: <no> such & package",
         "out of <memory>",
         "break-even (images)",
         "cpu.usable_cores",
@@ -242,11 +253,11 @@ def test_its_words(page):
 
 
 def test_without_image_and_detections(folder):
-    (folder / results.FOUND).unlink()
+    (folder / FOUND).unlink()
     (folder / "image.png").unlink()
     document = make_results()
     document["complete"] = False
-    results.save(document, folder / "results.json")
+    write(document, folder / "results.json")
     assert report.main([str(folder / "results.json"), "--output", str(folder / "x.html")]) == 0
     page = Page((folder / "x.html").read_text(encoding="utf-8"))
     assert len(page.all("svg")) == 3
@@ -257,7 +268,7 @@ def test_without_image_and_detections(folder):
 def test_a_result_file_of_the_wrong_shape(folder, capsys, damage, words):
     document = make_results()
     damage(document)
-    results.save(document, folder / "results.json")
+    write(document, folder / "results.json")
     assert report.main([str(folder / "results.json")]) == 2
     printed = capsys.readouterr()
     assert words in printed.err
@@ -268,61 +279,71 @@ def test_a_result_file_of_the_wrong_shape(folder, capsys, damage, words):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"boxes": [[1, 2, 3], [1, 2, 3, 4]]}, "has 3 values, not 4"),
-        ({"boxes": [[1, 2, 3, None], [1, 2, 3, 4]]}, "is of the wrong type"),
-        ({"scores": ["x", 0.5]}, "item 0 of 'scores' of item 0 of 'OpenVINO' of 'fp32' of 'runs'"),
-        ({"scores": [0.5]}, "differ in length"),
+        ({"boxes": [[1, 2, 3], [1, 2, 3, 4]]}, "Expected `array` of length 4, got 3"),
+        ({"boxes": [[1, 2, 3, None], [1, 2, 3, 4]]}, "got `null` - at `$[...].runs[...][...][0]"),
+        ({"scores": ["x", 0.5]}, "got `str` - at `$[...].runs[...][...][0].scores[0]`"),
+        ({"scores": [0.5]}, "lists of one image differ in length - at `$['testRetinaNet']`"),
+        ({"classes": [0.5, "x"]}, "got `float` - at `$[...].runs[...][...][0].classes[0]`"),
         ({"agrees": [True]}, "differ in length"),
         ({"lost": [2]}, "names a detection that the reference does not have"),
         ({"lost": [-1]}, "names a detection that the reference does not have"),
-        ({"lost": ["x"]}, "item 0 of 'lost'"),
-        ({"scores": [float("nan"), 0.5]}, "NaN is not a number"),
+        ({"lost": ["x"]}, "got `str` - at `$[...].runs[...][...][0].lost[0]`"),
+        ({"scores": [float("nan"), 0.5]}, "is not JSON"),
+        ({"scores": [1e300, 0.5]}, "too large a number"),
     ],
 )
 def test_detections_of_the_wrong_shape(folder, capsys, change, words):
     found = make_found()
     found["testRetinaNet"]["runs"]["fp32"]["OpenVINO"][0].update(change)
-    (folder / results.FOUND).write_text(json.dumps(found))
+    write(found, folder / FOUND)
     assert report.main([str(folder / "results.json")]) == 2
     printed = capsys.readouterr()
     assert words in printed.err
     assert printed.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["a\0b.png", NAME, "", "missing.png"])
+@pytest.mark.parametrize("name", ["a\0b.png", SPELLED, "", "missing.png", "..", "/"])
 def test_an_image_that_cannot_be_there(folder, name):
     found = make_found()
     found["testRetinaNet"]["image"] = name
-    (folder / results.FOUND).write_text(json.dumps(found))
+    write(found, folder / FOUND)
     assert report.main([str(folder / "results.json")]) == 0
+
+
+def test_an_image_whose_name_is_half_a_character(folder, capsys):
+    found = make_found()
+    found["testRetinaNet"]["image"] = NAME
+    write(found, folder / FOUND)
+    assert report.main([str(folder / "results.json")]) == 2
+    assert "is not JSON" in capsys.readouterr().err
 
 
 def test_keys_that_were_added_later_are_ignored():
     document, found = make_results(), make_found()
-    document["aa"] = {"model": "testRetinaNet", "precision": "fp32", "verdict": "same"}
-    document["aa"].update(ratio=1.0, low=0.9, high=1.1, resolution=0.1)
+    document["aa"] = {"model": "testRetinaNet", "precision": "fp32", "resolution": 0.1}
+    document["aa"]["speedup"] = {"ratio": 1.0, "low": 0.9, "high": 1.1, "verdict": "same"}
+    document["aa"]["samples_s"] = [[0.1], [0.1]]
     group, (case,) = document["groups"][0], found.values()
-    stages = dict.fromkeys(STAGES, 0.1)
-    group.update(stages=stages, gpu=[{"name": "A", "throttled": []}], objects=5)
+    group.update(stages=stages(), gpu=[{"name": "A", "throttled": []}], objects=5)
     found = {"testRetinaNet with 5 objects": case}
     document["groups"].append({**group, "objects": 9})
     run = group["runs"][1]
     agreement = {"verdict": "match", "reason": "", "expected": 2, "matched": 2}
     run.update(detections={"opt": agreement}, speedup_over_fp32=dict(run["speedup"]))
     run["break_even"] = {"images": 3.0, "low": 1.0, "high": None}
-    before = Page(report.page(document, found, {})).text
-    added = [document, group, *group["gpu"], run, document["aa"], stages, agreement, case]
+    before = Page(report.page(records(document), pictures(found), {})).text
+    added = [document, group, *group["gpu"], run, document["aa"], group["stages"], agreement, case]
     added += [run[key] for key in ("statistics", "speedup", "speedup_over_fp32", "break_even")]
     added += [run["prepare"], case["reference"][0], case["runs"]["fp32"]["OpenVINO"][0]]
     for part in added:
         part["added"] = {"x": [1]}
-    assert Page(report.page(document, found, {})).text == before
+    assert Page(report.page(records(document), pictures(found), {})).text == before
 
 
 def test_a_name_that_is_no_utf8_is_spelled_out(folder):
     document = make_results()
-    document["settings"]["image"] = NAME
-    results.save(document, folder / "results.json")
+    document["settings"]["image"] = [NAME]
+    save(records(document), folder / "results.json")
     assert report.main([str(folder / "results.json")]) == 0
     assert SPELLED in (folder / "report.html").read_text(encoding="utf-8")
 
@@ -337,8 +358,8 @@ def test_a_label_of_signs_is_a_label(folder):
 
 def test_an_older_result_file():
     """Written before there were pages: nothing that came later may be missed."""
-    path = Path(report.__file__).parent / "results" / "cpu-2-cores" / "results.json"
-    text = report.page(results.load(path), {}, {})
+    path = Path(report.__file__).parent / "docs" / "measured" / "cpu-2-cores" / "results.json"
+    text = report.page(load(path), {}, {})
     assert len(Page(text).all("svg")) >= 14
 
 
@@ -348,13 +369,19 @@ def test_an_older_result_file():
         ("results.json", "", "is empty"),
         ("results.json", '{"tool": "run_blade", "sch', "cut short"),
         ("results.json", '{"tool": "run_blade", "schema": 99}', "schema 99"),
+        ("results.json", '{"tool": "run_blade", "schema": 1}', "schema 1, of an older version"),
         ("results.json", '{"tool": "other"}', "not a result file"),
-        (results.FOUND, '{"testRetinaNet": ', "cannot be read"),
-        (results.FOUND, "[1, 2]", "is not what run_blade.py writes"),
-        (results.FOUND, '{"a": {"runs": {}}}', "is not what run_blade.py writes"),
-        (results.FOUND, '{"a": {"reference": [], "runs": {}, "image": 1}}', "is not what run_bl"),
-        (results.FOUND, '{"a": {"reference": [5], "runs": {}}}', "is not what run_blade.py writ"),
-        (results.FOUND, '{"a": {"reference": [], "runs": {"fp32": {"x": []}}}}', "is not what r"),
+        (FOUND, '{"testRetinaNet": ', "is not JSON, or it is cut short"),
+        (FOUND, "[1, 2]", "Expected `object`, got `array`"),
+        (FOUND, '{"a": {"runs": {}}}', "missing required field `image` - at `$[...]`"),
+        (FOUND, '{"a": {"image": "a", "runs": {}}}', "missing required field `reference`"),
+        (FOUND, '{"a": {"reference": [], "runs": {}, "image": 1}}', "at `$[...].image`"),
+        (FOUND, '{"a": {"image": "a", "reference": [5]}}', "at `$[...].reference[0]`"),
+        (
+            FOUND,
+            '{"a": {"image": "a", "reference": [], "runs": {"fp32": {"x": []}}}}',
+            "a run has no images - at `$['a']`",
+        ),
     ],
 )
 def test_a_bad_file_leaves_the_old_page(folder, capsys, name, content, words):
@@ -366,7 +393,7 @@ def test_a_bad_file_leaves_the_old_page(folder, capsys, name, content, words):
     assert printed.err.count("\n") == 1
     assert (folder / "report.html").read_text() == "precious"
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        ["results.json", results.FOUND, "image.png", "report.html"]
+        ["results.json", FOUND, "image.png", "report.html"]
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import getpass
 import importlib.metadata
 import json
@@ -11,18 +10,35 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, Dict, Set, get_args
 
+import msgspec
 import numpy as np
 import pytest
 
-import results
-from benchmark import Rounds, StopRule, describe_stop
 from errors import InputError
-from schema import STOPPED
+from results import environment, facts
+from results.environment import file_name
+from results.file import (
+    FOUND,
+    load,
+    load_found,
+    prepare_directory,
+    save,
+    save_found,
+    schema,
+    write_text,
+)
+from results.record import SCHEMA, Commit, Picture, Results, Stages, Stopped, Weights
+from results.tables import describe_stop
+
+ROOT = Path(environment.__file__).parent.parent
 
 
-def make_document():
+def make_document() -> Dict[str, Any]:
+    """A result file, as JSON has it."""
     run = {
         "backend": "torch",
         "label": "Torch",
@@ -65,44 +81,78 @@ def make_document():
         "runs": [run],
     }
     return {
-        "schema": results.SCHEMA,
+        "schema": SCHEMA,
         "tool": "run_blade",
         "version": "0.1.0",
         "environment": {},
         "settings": {"seed": 0},
         "groups": [group],
         "aa": None,
-        "notes": ["größer"],
+        "warnings": ["größer"],
         "complete": True,
     }
 
 
+def records(document: Dict[str, Any]) -> Results:
+    """What a document says."""
+    return msgspec.convert(document, Results)
+
+
+def write(document: Dict[str, Any], path: Path) -> None:
+    """Writes a document as it is, whatever is wrong with it."""
+    path.write_text(json.dumps(document), encoding="utf-8")
+
+
+def with_run(results: Results, **changes: Any) -> Results:
+    """The same with another first run."""
+    (group, *others) = results.groups
+    runs = (replace(group.runs[0], **changes), *group.runs[1:])
+    return replace(results, groups=(replace(group, runs=runs), *others))
+
+
 def test_round_trip(tmp_path):
     path = tmp_path / "results.json"
-    results.save(make_document(), path)
-    assert results.load(path) == make_document()
+    save(records(make_document()), path)
+    assert load(path) == records(make_document())
     assert os.listdir(tmp_path) == ["results.json"]
 
 
+def test_what_is_saved_has_all_that_the_document_has(tmp_path):
+    """And no more than defaults besides."""
+    save(records(make_document()), tmp_path / "results.json")
+    saved = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert {key: saved[key] for key in ("version", "warnings", "complete")} == {
+        "version": "0.1.0",
+        "warnings": ["größer"],
+        "complete": True,
+    }
+    asked = make_document()["groups"][0]["runs"][0]
+    run = saved["groups"][0]["runs"][0]
+    assert {key: run[key] for key in asked if key not in ("prepare", "coverage")} == {
+        key: value for key, value in asked.items() if key not in ("prepare", "coverage")
+    }
+
+
 def test_environment_fits_into_the_document(tmp_path):
-    document = {**make_document(), "environment": results.environment({})}
-    results.save(document, tmp_path / "results.json")
-    assert results.load(tmp_path / "results.json") == document
+    results = replace(records(make_document()), environment=environment.environment({}))
+    save(results, tmp_path / "results.json")
+    assert load(tmp_path / "results.json") == results
 
 
 def test_numpy_values_become_numbers(tmp_path):
-    document = make_document()
-    run = document["groups"][0]["runs"][0]
-    run["samples_s"] = np.array([0.5, 0.25])
-    run["threads"] = np.int64(4)
-    run["peak_memory_mb"] = np.float32(0.5)
-    run["baseline"] = np.bool_(True)
-    results.save(document, tmp_path / "results.json")
-    loaded = results.load(tmp_path / "results.json")["groups"][0]["runs"][0]
-    assert loaded["samples_s"] == [0.5, 0.25]
-    assert loaded["threads"] == 4
-    assert loaded["peak_memory_mb"] == 0.5
-    assert loaded["baseline"] is True
+    results = with_run(
+        records(make_document()),
+        samples_s=np.array([0.5, 0.25]),
+        threads=np.int64(4),
+        peak_memory_mb=np.float32(0.5),
+        baseline=np.bool_(True),
+    )
+    save(results, tmp_path / "results.json")
+    loaded = load(tmp_path / "results.json").groups[0].runs[0]
+    assert loaded.samples_s == (0.5, 0.25)
+    assert loaded.threads == 4
+    assert loaded.peak_memory_mb == 0.5
+    assert loaded.baseline is True
 
 
 @pytest.mark.parametrize(
@@ -110,12 +160,10 @@ def test_numpy_values_become_numbers(tmp_path):
 )
 def test_value_that_does_not_fit_leaves_the_old_file(tmp_path, bad):
     path = tmp_path / "results.json"
-    results.save(make_document(), path)
+    save(records(make_document()), path)
     old = path.read_bytes()
-    document = make_document()
-    document["notes"].append(bad)
     with pytest.raises((TypeError, ValueError)):
-        results.save(document, path)
+        save(with_run(records(make_document()), samples_s=(0.1, bad)), path)
     assert path.read_bytes() == old
     assert os.listdir(tmp_path) == ["results.json"]
 
@@ -125,47 +173,50 @@ def test_save_that_cannot_replace_leaves_nothing_behind(tmp_path):
     path.mkdir()
     (path / "kept").touch()
     with pytest.raises(InputError, match=r"cannot write .*results\.json"):
-        results.save(make_document(), path)
+        save(records(make_document()), path)
     assert os.listdir(tmp_path) == ["results.json"]
     assert os.listdir(path) == ["kept"]
 
 
 def test_save_into_a_missing_directory(tmp_path):
     with pytest.raises(InputError, match="No such file"):
-        results.save(make_document(), tmp_path / "missing" / "results.json")
+        save(records(make_document()), tmp_path / "missing" / "results.json")
 
 
 def test_killed_while_saving_leaves_a_whole_file(tmp_path):
     """A process that saves without pause is killed: what is there is one of its documents."""
     path = tmp_path / "results.json"
-    results.save(make_document(), path)
+    save(records(make_document()), path)
     program = (
-        "import sys, results\n"
-        "document = results.load(sys.argv[1])\n"
-        "run = document['groups'][0]['runs'][0]\n"
+        "import sys\n"
+        "from dataclasses import replace\n"
+        "from results.file import load, save\n"
+        "results = load(sys.argv[1])\n"
+        "(group,) = results.groups\n"
         "print('saving', flush=True)\n"
+        "count = 0\n"
         "while True:\n"
-        "    run['samples_s'] = [0.5] * (len(run['samples_s']) % 10000 + 1000)\n"
-        "    results.save(document, sys.argv[1])\n"
+        "    count = count % 10000 + 1000\n"
+        "    run = replace(group.runs[0], samples_s=(0.5,) * count)\n"
+        "    save(replace(results, groups=(replace(group, runs=(run,)),)), sys.argv[1])\n"
     )
-    root = Path(results.__file__).parent
     for _ in range(3):
         process = subprocess.Popen(
-            [sys.executable, "-c", program, str(path)], cwd=root, stdout=subprocess.PIPE
+            [sys.executable, "-c", program, str(path)], cwd=ROOT, stdout=subprocess.PIPE
         )
         assert process.stdout.readline() == b"saving\n"
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.05)
         process.kill()
         process.communicate()
-        assert results.load(path)["complete"] is True
+        assert load(path).complete is True
 
 
 def test_load_missing_file_and_directory(tmp_path):
     with pytest.raises(InputError, match=r"cannot read .*none\.json: No such file"):
-        results.load(tmp_path / "none.json")
+        load(tmp_path / "none.json")
     with pytest.raises(InputError, match="cannot read"):
-        results.load(tmp_path)
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -176,40 +227,53 @@ def test_load_missing_file_and_directory(tmp_path):
         (b"median: 3\n", "is not JSON"),
         (b"\x89PNG\r\n\x1a\n\xff", "is not text"),
         (b"[" * 100_000, "is not JSON"),
+        *((b"[" * deep + b"]" * deep, "is not") for deep in (300, 600, 900, 5000, 100_000)),
         (b"[]", "is not a result file of run_blade"),
         (b"3", "is not a result file of run_blade"),
         (b'{"schema": 1, "benchmarks": []}', "is not a result file of run_blade"),
-        (b'{"tool": "run_blade", "schema": "one"}', "schema is 'one'"),
-        (b'{"tool": "run_blade", "schema": 0}', "schema is 0"),
-        (b'{"tool": "run_blade", "schema": 1, "version": NaN}', "NaN is not a number"),
-        (b'{"tool": "run_blade", "schema": 1, "version": 1e999}', "1e999... is too large a number"),
-        (b'{"tool": "run_blade", "schema": 1}', "the document has no 'version'"),
+        (b'{"tool": "run_blade"}', "its schema is None"),
+        (b'{"tool": "run_blade", "schema": "one"}', "its schema is 'one'"),
+        (b'{"tool": "run_blade", "schema": 0}', "its schema is 0"),
+        (b'{"tool": "run_blade", "schema": 2.5}', "its schema is 2.5"),
+        (b'{"tool": "run_blade", "schema": 2, "version": NaN}', "JSON is malformed"),
+        (b'{"tool": "run_blade", "schema": 2, "version": -Infinity}', "JSON is malformed"),
+        (b'{"tool": "run_blade", "schema": 2, "version": 1e999}', "Number out of range"),
+        (b'{"tool": "run_blade", "schema": 2, "x": 1e101}', "too large a number - at `$.x`"),
+        (b'{"tool": "run_blade", "schema": 2, "x": "\\ud800"}', "is not JSON"),
+        (b'{"tool": "run_blade", "schema": 2, "\\ud800 ": 1}', "is not JSON"),
+        (b'{"tool": "run_blade", "schema": 2}', "missing required field `version`"),
+        (
+            b'{"tool": "run_blade", "schema": 1}',
+            "has schema 1, of an older version, and this one reads 2: measure again",
+        ),
     ],
+    ids=lambda value: str(value)[:60],
 )
 def test_load_refuses_what_is_not_a_result_file(tmp_path, content, message):
     path = tmp_path / "results.json"
     path.write_bytes(content)
     with pytest.raises(InputError) as caught:
-        results.load(path)
+        load(path)
     assert message in str(caught.value)
     assert "results.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_load_refuses_every_truncation(tmp_path):
     path = tmp_path / "results.json"
-    results.save(make_document(), path)
+    save(records(make_document()), path)
     whole = path.read_bytes().rstrip()
     for length in range(0, len(whole), 97):
         path.write_bytes(whole[:length])
         with pytest.raises(InputError):
-            results.load(path)
+            load(path)
 
 
 def test_load_refuses_a_newer_schema(tmp_path):
     path = tmp_path / "results.json"
-    results.save({**make_document(), "schema": results.SCHEMA + 1}, path)
-    with pytest.raises(InputError, match="has schema 2 and this version reads up to 1"):
-        results.load(path)
+    write({**make_document(), "schema": SCHEMA + 1}, path)
+    with pytest.raises(InputError, match="has schema 3 and this version reads 2: update run_blade"):
+        load(path)
 
 
 def walk(value, path=()):
@@ -223,51 +287,99 @@ def walk(value, path=()):
             yield from walk(item, (*path, position))
 
 
+def at(place) -> str:
+    """The place, as a message names it."""
+    return "$" + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place)
+
+
+def at_place(document, place):
+    for step in place:
+        document = document[step]
+    return document
+
+
 REQUIRED = [
-    ("groups",),
-    ("complete",),
+    ("version",),
+    ("environment",),
+    ("settings",),
     ("groups", 0, "runs"),
     ("groups", 0, "stopped"),
+    ("groups", 0, "image_sizes"),
+    ("groups", 0, "runs", 0, "baseline"),
     ("groups", 0, "runs", 0, "status"),
-    ("groups", 0, "runs", 0, "samples_s"),
+    ("groups", 0, "runs", 0, "prepare", "total"),
     ("groups", 0, "runs", 0, "statistics", "median_ms"),
     ("groups", 0, "runs", 0, "speedup", "ratio"),
+]
+WITH_DEFAULT = [
+    ("groups",),
+    ("complete",),
+    ("aa",),
+    ("settings", "seed"),
+    ("groups", 0, "runs", 0, "samples_s"),
+    ("groups", 0, "runs", 0, "coverage"),
+    ("groups", 0, "runs", 0, "detections"),
 ]
 
 
 @pytest.mark.parametrize("place", REQUIRED)
-def test_load_names_the_key_that_is_missing_or_wrong(tmp_path, place):
+def test_load_names_the_key_that_is_missing(tmp_path, place):
+    document = make_document()
+    del at_place(document, place[:-1])[place[-1]]
+    write(document, tmp_path / "results.json")
+    with pytest.raises(InputError) as caught:
+        load(tmp_path / "results.json")
+    assert f"missing required field `{place[-1]}`" in str(caught.value)
+    assert len(place) == 1 or f"at `{at(place[:-1])}`" in str(caught.value)
+
+
+WRONG = (5, "x", ["x"], {"x": []}, 0.5, True)
+
+
+@pytest.mark.parametrize("place", [*REQUIRED, *WITH_DEFAULT])
+def test_load_names_the_key_that_is_wrong(tmp_path, place):
     assert place in set(walk(make_document()))
-    path = tmp_path / "results.json"
-    for damage in ("missing", "wrong"):
+    right = at_place(make_document(), place)
+    # An integer is a number, too; and an object may lack what the last one has.
+    fitting = {float: (int, float), type(None): (dict,)}.get(type(right), (type(right),))
+    for wrong in (x for x in WRONG if type(x) not in fitting):
         document = make_document()
-        parent = document
-        for step in place[:-1]:
-            parent = parent[step]
-        if damage == "missing":
-            del parent[place[-1]]
-        else:
-            parent[place[-1]] = {"a": []} if place[-1] != "settings" else 1
-        results.save(document, path)
-        with pytest.raises(InputError, match=f"'{place[-1]}'"):
-            results.load(path)
+        at_place(document, place[:-1])[place[-1]] = wrong
+        write(document, tmp_path / "results.json")
+        with pytest.raises(InputError) as caught:
+            load(tmp_path / "results.json")
+        assert f"at `{at(place)}`" in str(caught.value)
+
+
+@pytest.mark.parametrize("place", WITH_DEFAULT)
+def test_load_fills_in_what_does_not_have_to_be_there(tmp_path, place):
+    document = make_document()
+    del at_place(document, place[:-1])[place[-1]]
+    write(document, tmp_path / "results.json")
+    loaded = load(tmp_path / "results.json")
+    for step in place[:-1]:
+        loaded = loaded[step] if isinstance(step, int) else getattr(loaded, step)
+    fields = type(loaded).__dataclass_fields__
+    default = fields[place[-1]].default
+    made = fields[place[-1]].default_factory
+    assert getattr(loaded, place[-1]) == (made() if callable(made) else default)
 
 
 @pytest.mark.parametrize("sample", [0, -0.5, "0.5", None])
 def test_load_refuses_samples_that_are_no_times(tmp_path, sample):
     document = make_document()
     document["groups"][0]["runs"][0]["samples_s"].append(sample)
-    results.save(document, tmp_path / "results.json")
-    with pytest.raises(InputError, match="not a positive number"):
-        results.load(tmp_path / "results.json")
+    write(document, tmp_path / "results.json")
+    with pytest.raises(InputError, match=r"took no time - at|Expected `float`"):
+        load(tmp_path / "results.json")
 
 
 def test_load_refuses_an_unknown_status(tmp_path):
     document = make_document()
     document["groups"][0]["runs"][0]["status"] = "fine"
-    results.save(document, tmp_path / "results.json")
-    with pytest.raises(InputError, match=r"'status' of group 0, run 0 is none of ok, failed"):
-        results.load(tmp_path / "results.json")
+    write(document, tmp_path / "results.json")
+    with pytest.raises(InputError, match=r"'fine' - at `\$\.groups\[0\]\.runs\[0\]\.status`"):
+        load(tmp_path / "results.json")
 
 
 def change(*place, to):
@@ -288,41 +400,69 @@ GROUP = ("groups", 0)
 RUN = (*GROUP, "runs", 0)
 # What readers would stumble over, with the words that name it.
 DAMAGES = [
-    (change("aa", to={}), "'aa' of the document has no 'model'"),
-    (change("peaks", to={"fp32": "x"}), "'fp32' of 'peaks' of the document is of the wrong"),
-    (change("notes", to=[None]), "item 0 of 'notes' of the document is of the wrong type"),
-    (change("warnings", to=5), "'warnings' of the document is of the wrong type"),
-    (change("settings", "time_budget", to="x"), "'time_budget' of 'settings' of the document"),
-    (change("environment", "cpu", to=[]), "'cpu' of 'environment' of the document is of the"),
-    (change("environment", "versions", to=None), "'versions' of 'environment' of the document"),
-    (change("environment", "variables", to=[]), "'variables' of 'environment' of the document"),
-    (change("environment", "commit", to={"dirty": True}), "of the document has no 'revision'"),
-    (change(*GROUP, "runs", to=[]), "'runs' of group 0 is empty"),
-    (change(*RUN, "baseline", to=False), "no run of group 0 is the baseline"),
-    (change(*GROUP, "image", to=["a"]), "'image' of group 0 is of the wrong type"),
-    (change(*GROUP, "objects", to="x"), "'objects' of group 0 is of the wrong type"),
-    (change(*GROUP, "image_digest", to=[]), "'image_digest' of group 0 is of the wrong type"),
-    (change(*GROUP, "image_sizes", to={"opt": []}), "'opt' of 'image_sizes' of group 0 is empty"),
-    (change(*GROUP, "image_sizes", to={"opt": [[9]]}), "has 1 values, not 2"),
-    (change(*GROUP, "image_sizes", to={"min": [[9, 9]]}), "has none that is timed"),
-    (change(*GROUP, "stopped", to="bored"), "'stopped' of group 0 is none of interval, max rounds"),
-    (change(*GROUP, "half_width", to=None), "'half_width' of group 0 is of the wrong type"),
-    (change(*GROUP, "gpu", to=None), "'gpu' of group 0 is of the wrong type"),
-    (change(*GROUP, "gpu", to=[5]), "item 0 of 'gpu' of group 0 is not an object"),
-    (change(*GROUP, "stages", to={}), "'stages' of group 0 has no 'backbone + FPN'"),
-    (change(*GROUP, "machine", to={"steal_share": None}), "'steal_share' of 'machine' of group 0"),
-    (change(*RUN, "coverage", to=...), "group 0, run 0 has no 'coverage'"),
-    (change(*RUN, "coverage", to={"share_of_flops": "x"}), "'share_of_flops' of 'coverage' of"),
-    (change(*RUN, "provider", to=...), "group 0, run 0 has no 'provider'"),
-    (change(*RUN, "peak_memory_mb", to="x"), "'peak_memory_mb' of group 0, run 0 is of the wrong"),
-    (change(*RUN, "prepare", to={"total": 1.0}), "'prepare' of group 0, run 0 has no 'build'"),
-    (change(*RUN, "size_seconds", to={"opt": []}), "'opt' of 'size_seconds' of group 0, run 0 is"),
-    (change(*RUN, "samples_s", to=[10**400]), "1000000000... is too large a number"),
-    (change(*RUN, "statistics", "relative_iqr", to=...), "group 0, run 0 has no 'relative_iqr'"),
-    (change(*RUN, "speedup_over_fp32", to={}), "'speedup_over_fp32' of group 0, run 0 has no"),
-    (change(*RUN, "break_even", to={"images": 1}), "'break_even' of group 0, run 0 has no 'low'"),
-    (change(*RUN, "detections", to={}), "'detections' of group 0, run 0 is empty"),
-    (change(*RUN, "detections", to={"opt": {}}), "'opt' of 'detections' of group 0, run 0 has no"),
+    (change("aa", to={}), "missing required field `model` - at `$.aa`"),
+    (change("peaks", to={"fp32": "x"}), "Expected `float`, got `str` - at `$.peaks[...]`"),
+    (change("warnings", to=[None]), "Expected `str`, got `null` - at `$.warnings[0]`"),
+    (change("warnings", to=5), "Expected `array`, got `int` - at `$.warnings`"),
+    (change("left_out", to=["a"]), "Expected `object`, got `array` - at `$.left_out`"),
+    (change("without", to={"fp32": "a"}), "Expected `array`, got `str` - at `$.without[...]`"),
+    (change("settings", "time_budget", to="x"), "got `str` - at `$.settings.time_budget`"),
+    (change("environment", "cpu", to=[]), "got `array` - at `$.environment.cpu`"),
+    (change("environment", "versions", to=None), "got `null` - at `$.environment.versions`"),
+    (change("environment", "variables", to=[]), "got `array` - at `$.environment.variables`"),
+    (
+        change("environment", "commit", to={"dirty": True}),
+        "missing required field `revision` - at `$.environment.commit`",
+    ),
+    (change(*GROUP, "runs", to=[]), "no run is the baseline - at `$.groups[0]`"),
+    (change(*RUN, "baseline", to=False), "no run is the baseline - at `$.groups[0]`"),
+    (change(*GROUP, "image", to=["a"]), "got `array` - at `$.groups[0].image`"),
+    (change(*GROUP, "objects", to="x"), "got `str` - at `$.groups[0].objects`"),
+    (change(*GROUP, "image_digest", to=[]), "got `array` - at `$.groups[0].image_digest`"),
+    (change(*GROUP, "image_sizes", to={"opt": []}), "`image_sizes` has no images"),
+    (change(*GROUP, "image_sizes", to={"opt": [[9, 0]]}), "or sides without pixels"),
+    (change(*GROUP, "image_sizes", to={"opt": [[9]]}), "Expected `array` of length 2, got 1"),
+    (change(*GROUP, "image_sizes", to={"min": [[9, 9]]}), "none of `image_sizes` is timed"),
+    (change(*GROUP, "stopped", to="bored"), "enum value 'bored' - at `$.groups[0].stopped`"),
+    (change(*GROUP, "half_width", to="x"), "got `str` - at `$.groups[0].half_width`"),
+    (change(*GROUP, "weights", to="zoo"), "got `str` - at `$.groups[0].weights`"),
+    (change(*GROUP, "gpu", to=None), "got `null` - at `$.groups[0].gpu`"),
+    (change(*GROUP, "gpu", to=[5]), "Expected `object`, got `int` - at `$.groups[0].gpu[0]`"),
+    (change(*GROUP, "stages", to={}), "`stages` has no rest - at `$.groups[0]`"),
+    (
+        change(*GROUP, "stages", to={"rest": 0.1, "nms": -0.1}),
+        "`stages` has less than no time - at `$.groups[0]`",
+    ),
+    (
+        change(*GROUP, "machine", to={"steal_share": None}),
+        "got `null` - at `$.groups[0].machine.steal_share`",
+    ),
+    (change(*RUN, "label", to=...), "missing required field `label` - at `$.groups[0].runs[0]`"),
+    (change(*RUN, "coverage", to=None), "got `null` - at `$.groups[0].runs[0].coverage`"),
+    (
+        change(*RUN, "coverage", to={"share_of_flops": "x"}),
+        "got `str` - at `$.groups[0].runs[0].coverage.share_of_flops`",
+    ),
+    (change(*RUN, "provider", to=5), "got `int` - at `$.groups[0].runs[0].provider`"),
+    (change(*RUN, "peak_memory_mb", to="x"), "got `str` - at `$.groups[0].runs[0].peak_memory_mb`"),
+    (
+        change(*RUN, "prepare", to={"total": 1.0}),
+        "missing required field `build` - at `$.groups[0]",
+    ),
+    (change(*RUN, "size_seconds", to={"opt": []}), "`size_seconds` of torch has an input without"),
+    (
+        change(*RUN, "samples_s", to=[10**400]),
+        "too large a number - at `$.groups[0].runs[0].samples_s[0]`",
+    ),
+    (change(*RUN, "statistics", "relative_iqr", to=...), "missing required field `relative_iqr`"),
+    (change(*RUN, "statistics", "median_ms", to=0), "the median of torch is not positive"),
+    (change(*RUN, "speedup_over_fp32", to={}), "missing required field `ratio` - at `$.groups[0]"),
+    (
+        change(*RUN, "break_even", to={"images": 1}),
+        "missing required field `low` - at `$.groups[0]",
+    ),
+    (change(*RUN, "detections", to={}), "`detections` of torch is empty - at `$.groups[0]`"),
+    (change(*RUN, "detections", to={"opt": {}}), "missing required field `verdict` - at `$.groups"),
 ]
 
 
@@ -330,9 +470,9 @@ DAMAGES = [
 def test_load_names_what_readers_would_stumble_over(tmp_path, damage, words):
     document = make_document()
     damage(document)
-    results.save(document, tmp_path / "results.json")
+    write(document, tmp_path / "results.json")
     with pytest.raises(InputError) as caught:
-        results.load(tmp_path / "results.json")
+        load(tmp_path / "results.json")
     assert words in str(caught.value)
 
 
@@ -344,100 +484,159 @@ def test_load_takes_a_group_that_never_came_to_run(tmp_path):
     run.update(status="failed", reason="no memory", samples_s=[])
     run.update(dict.fromkeys(("effective_precision", "provider", "peak_memory_mb", "detections")))
     run.update(dict.fromkeys(("statistics", "speedup", "speedup_over_fp32", "break_even")))
-    run.update({key: {} for key in ("size_seconds", "prepare", "coverage")})
-    results.save(document, tmp_path / "results.json")
-    assert results.load(tmp_path / "results.json") == document
+    run.update(prepare=None, size_seconds={}, coverage={})
+    write(document, tmp_path / "results.json")
+    assert load(tmp_path / "results.json") == records(document)
 
 
-@pytest.mark.parametrize("stopped", STOPPED)
+@pytest.mark.parametrize("stopped", get_args(Stopped))
 def test_whatever_ends_the_rounds_has_words(stopped):
-    assert describe_stop(Rounds(rounds=3, stopped=stopped), StopRule()).startswith("3 rounds, ")
+    assert describe_stop(3, stopped).startswith("3 rounds, ")
 
 
 NAME, SPELLED = os.fsdecode(b"caf\xe9.jpg"), "caf\\udce9.jpg"
 
 
 def test_names_that_are_no_utf8_are_spelled_out(tmp_path, monkeypatch):
-    assert results.file_name(f"/somewhere/{NAME}") == SPELLED
-    assert results.file_name("/somewhere/café.jpg") == "café.jpg"
+    assert file_name(f"/somewhere/{NAME}") == SPELLED
+    assert file_name("/somewhere/café.jpg") == "café.jpg"
     monkeypatch.setenv("OMP_PLACES", NAME)
-    assert results.environment({})["variables"]["OMP_PLACES"] == SPELLED
-    results.write_text(tmp_path / "page", f"größer: {NAME}")
+    assert environment.environment({}).variables["OMP_PLACES"] == SPELLED
+    write_text(tmp_path / "page", f"größer: {NAME}")
     assert (tmp_path / "page").read_text(encoding="utf-8") == f"größer: {SPELLED}"
 
 
 def test_what_is_loaded_can_be_printed(tmp_path):
     document = make_document()
-    document["settings"]["image"] = NAME
-    document["notes"].append(NAME)
-    (tmp_path / results.FOUND).write_text(json.dumps({NAME: {"reference": [], "runs": {}}}))
-    results.save(document, tmp_path / "results.json")
-    loaded = results.load(tmp_path / "results.json")
-    assert (loaded["settings"]["image"], loaded["notes"][-1]) == (SPELLED, SPELLED)
-    assert list(results.read_found(tmp_path)) == [SPELLED]
+    document["settings"]["image"] = [NAME]
+    document["warnings"].append(NAME)
+    save(records(document), tmp_path / "results.json")
+    save_found({NAME: Picture(NAME, ())}, tmp_path)
+    loaded = load(tmp_path / "results.json")
+    assert (loaded.settings.image, loaded.warnings[-1]) == ((SPELLED,), SPELLED)
+    assert load_found(tmp_path) == {SPELLED: Picture(SPELLED, ())}
 
 
-def test_load_keeps_keys_it_does_not_know(tmp_path):
-    document = copy.deepcopy(make_document())
+def test_half_a_character_is_refused(tmp_path):
+    """Where somebody else has written a file: JSON can spell it, and nobody could print it."""
+    document = make_document()
+    document["settings"]["image"] = [NAME]
+    write(document, tmp_path / "results.json")
+    write({NAME: {"image": "image.png", "reference": []}}, tmp_path / FOUND)
+    for read in (lambda: load(tmp_path / "results.json"), lambda: load_found(tmp_path)):
+        with pytest.raises(InputError, match="is not JSON"):
+            read()
+
+
+def test_load_ignores_keys_it_does_not_know(tmp_path):
+    document = make_document()
     document["groups"][0]["runs"][0]["energy_j"] = 3.5
-    results.save(document, tmp_path / "results.json")
-    assert results.load(tmp_path / "results.json") == document
+    document["groups"][0]["weather"] = {"rain": [1]}
+    write(document, tmp_path / "results.json")
+    assert load(tmp_path / "results.json") == records(make_document())
 
 
-def test_every_key_is_documented():
-    text = (Path(results.__file__).parent / "docs" / "results.md").read_text(encoding="utf-8")
-    document = {**make_document(), "environment": results.environment({})}
-    keys = {place[-1] for place in walk(document) if place[0] not in ("environment", "settings")}
-    keys |= set(document["environment"]) - {"cpu"}
-    keys |= {f"cpu.{key}" for key in document["environment"]["cpu"]}
-    free = {"seed", "torch"}  # an option's name, a distribution's name
-    assert sorted(key for key in keys - free if f"`{key}`" not in text) == []
+# What documents the format ---------------------------------------------------------------------
+
+
+def test_the_schema_is_that_of_the_code():
+    """tools/write_schema.py writes it."""
+    written = json.loads((ROOT / "docs" / "results.schema.json").read_text(encoding="utf-8"))
+    assert written == json.loads(json.dumps(schema()))
+
+
+def test_the_schema_has_every_key_and_says_what_it_is_about():
+    described = schema()["$defs"]
+    results = replace(records(make_document()), environment=environment.environment({}))
+    for record in (results, results.environment, results.settings, results.groups[0]):
+        assert set(described[type(record).__name__]["properties"]) == set(asdict(record))
+    assert "SameAgainstSame" in described
+    assert all(len(record["description"]) > 7 for record in described.values())
+    assert not any(record["description"].startswith("Run(") for record in described.values())
+
+
+def test_the_document_points_to_the_schema():
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    for name in ("results.schema.json", "results/record.py", "detections.json"):
+        assert name in text
+    assert f"`schema` is {SCHEMA}" in text
+
+
+# What was measured on --------------------------------------------------------------------------
 
 
 def test_environment_describes_this_machine(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("TORCH_HOME", "/somewhere/private")
     monkeypatch.setenv("SOME_TOKEN", "secret")
-    environment = results.environment({"openvino": "2026.4.1"})
-    assert environment["versions"]["torch"] == importlib.metadata.version("torch")
-    assert environment["versions"]["openvino"] == "2026.4.1"
-    assert 1 <= environment["cpu"]["usable_cores"] <= environment["cpu"]["logical_cores"]
-    assert environment["memory_mb"] > 100
-    assert environment["variables"]["OMP_NUM_THREADS"] == "3"
-    assert environment["variables"]["TORCH_HOME"] == "(path)"
-    assert "SOME_TOKEN" not in environment["variables"]
-    assert environment["time"].endswith("+00:00")
-    assert set(environment["cpu"]["flags"]) <= set(results.RELEVANT_FLAGS)
+    here = environment.environment({"openvino": "2026.4.1"})
+    assert here.versions["torch"] == importlib.metadata.version("torch")
+    assert here.versions["openvino"] == "2026.4.1"
+    assert 1 <= here.cpu.usable_cores <= here.cpu.logical_cores
+    assert here.memory_mb > 100
+    assert here.variables["OMP_NUM_THREADS"] == "3"
+    assert here.variables["TORCH_HOME"] == "(path)"
+    assert "SOME_TOKEN" not in here.variables
+    assert here.time.endswith("+00:00")
+    assert set(here.cpu.flags) <= set(environment.RELEVANT_FLAGS)
+
+
+def on_cpu(*flags: str) -> Results:
+    return records({**make_document(), "environment": {"cpu": {"flags": flags}}})
 
 
 def test_of_flags_only_those_that_differ_are_shown():
-    before, after = make_document(), make_document()
-    before["environment"] = {"cpu": {"flags": ["fma", "avx2", "avx512f", "avx512_vnni"]}}
-    after["environment"] = {"cpu": {"flags": ["fma", "avx2", "avx_vnni"]}}
+    before = on_cpu("fma", "avx2", "avx512f", "avx512_vnni")
     line = "cpu.flags: avx512f avx512_vnni only before, avx_vnni only now"
-    assert results.differences(before, after) == [line]
-    after["environment"]["cpu"]["flags"].pop()
-    assert results.differences(before, after) == ["cpu.flags: avx512f avx512_vnni only before"]
-    del after["environment"]["cpu"]["flags"]
-    assert results.differences(before, after) == []
+    assert facts.differences(before, on_cpu("fma", "avx2", "avx_vnni")) == [line]
+    assert facts.differences(before, on_cpu("fma", "avx2")) == [
+        "cpu.flags: avx512f avx512_vnni only before"
+    ]
+    assert facts.differences(before, records(make_document())) == []
 
 
-def test_the_gpu_is_named_by_the_environment_or_else_by_nvml():
-    document = make_document()
-    assert results.facts(document)["gpu"] is None
-    document["groups"][0]["gpu"] = [{"name": "A"}]
-    assert results.facts(document)["gpu"] == "A"
-    document["environment"] = results.environment({}, "B")
-    assert results.facts(document)["gpu"] == "B"
+def test_the_gpu_is_named_by_the_environment():
+    results = records(make_document())
+    assert facts.facts(results)["gpu"] is None
+    named = replace(results, environment=environment.environment({}, "B"))
+    assert facts.facts(named)["gpu"] == "B"
+    assert (
+        facts.differences(
+            results, replace(results, environment=replace(results.environment, gpu="B"))
+        )
+        == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("weights", "note"),
+    [
+        (Weights("file", file="a.pth"), "weights: a.pth"),
+        (Weights("zoo", file="a.pkl"), "weights: a.pkl of the model zoo"),
+        (Weights("synthetic", objects=5), "weights: synthetic, made to find 5 objects"),
+        (
+            Weights("synthetic", objects=5, no_zoo="no network"),
+            "weights: synthetic, made to find 5 objects (no network)",
+        ),
+    ],
+)
+def test_where_weights_come_from_is_said(weights, note):
+    assert facts.weights_note(weights) == note
+
+
+def test_the_ceiling_is_amdahls():
+    stages = Stages(backbone=0.3, head=0.05, nms=0.01, postprocessing=0.02, rest=0.02)
+    assert facts.ceiling(stages) == pytest.approx(4.0)
+    assert facts.ceiling(stages, ("backbone", "head")) == pytest.approx(8.0)
 
 
 def test_environment_is_not_private():
-    text = json.dumps(results.environment({}))
+    text = json.dumps(asdict(environment.environment({})))
     words = {word.strip('",:{}[]()') for word in text.split()}
     assert socket.gethostname() not in words
     assert getpass.getuser() not in words
     assert os.path.expanduser("~") not in text
-    assert str(Path(results.__file__).parent) not in text
+    assert str(ROOT) not in text
     assert sys.prefix not in text
 
 
@@ -447,7 +646,7 @@ def test_usable_cores_follow_the_affinity():
     before = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(before)})
-        assert results.usable_cores() == 1
+        assert environment.usable_cores() == 1
     finally:
         os.sched_setaffinity(0, before)
 
@@ -478,19 +677,19 @@ def test_usable_cores_follow_a_container_quota(tmp_path, monkeypatch, group, fil
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    read_text = results._read_text
-    monkeypatch.setattr(results, "_CGROUPS", tmp_path)
+    read_text = environment._read_text
+    monkeypatch.setattr(environment, "_CGROUPS", tmp_path)
     monkeypatch.setattr(
-        results,
+        environment,
         "_read_text",
         lambda path: group if path == Path("/proc/self/cgroup") else read_text(path),
     )
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(64), raising=False)
-    assert results.usable_cores() == cores
+    assert environment.usable_cores() == cores
 
 
 def test_commit(tmp_path, monkeypatch):
-    """A copy of results.py in a checkout of its own: clean, changed, inside another one."""
+    """A checkout of its own: clean, changed, inside another one."""
 
     def git(*arguments):
         identity = ["-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
@@ -499,44 +698,44 @@ def test_commit(tmp_path, monkeypatch):
             command, cwd=tmp_path, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         ).stdout.decode()
 
-    copied = tmp_path / "results.py"
-    copied.write_text("pass\n")
-    monkeypatch.setattr(results, "__file__", str(copied))
+    tracked = tmp_path / "results.py"
+    tracked.write_text("pass\n")
+    monkeypatch.setattr(environment, "_HOME", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):  # a git hook sets them
         monkeypatch.delenv(name, raising=False)
-    assert results.commit() is None
+    assert environment.commit() is None
     git("init", "-q")
-    assert results.commit() is None  # no commit yet
+    assert environment.commit() is None  # no commit yet
     git("add", ".")
     git("commit", "-q", "-m", "one")
     revision = git("rev-parse", "HEAD").strip()
-    assert results.commit() == {"revision": revision, "dirty": False}
+    assert environment.commit() == Commit(revision, dirty=False)
     (tmp_path / "untracked").touch()
-    assert results.commit() == {"revision": revision, "dirty": False}
-    copied.write_text("changed\n")
-    assert results.commit() == {"revision": revision, "dirty": True}
+    assert environment.commit() == Commit(revision, dirty=False)
+    tracked.write_text("changed\n")
+    assert environment.commit() == Commit(revision, dirty=True)
     (tmp_path / "sub").mkdir()
-    monkeypatch.setattr(results, "__file__", str(tmp_path / "sub" / "results.py"))
-    assert results.commit() is None
-    monkeypatch.setattr(results, "__file__", str(copied))
+    monkeypatch.setattr(environment, "_HOME", tmp_path / "sub")
+    assert environment.commit() is None
+    monkeypatch.setattr(environment, "_HOME", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))  # no git
-    assert results.commit() is None
+    assert environment.commit() is None
 
 
 def test_native_bf16():
-    assert results.has_native_bf16(["avx2", "avx512_bf16"])
-    assert results.has_native_bf16(["amx_bf16"])
-    assert results.has_native_bf16(["asimd", "bf16"])
-    assert not results.has_native_bf16(["avx2", "fma", "avx512f", "avx512_vnni"])
-    assert not results.has_native_bf16([])
+    assert environment.has_native_bf16(["avx2", "avx512_bf16"])
+    assert environment.has_native_bf16(["amx_bf16"])
+    assert environment.has_native_bf16(["asimd", "bf16"])
+    assert not environment.has_native_bf16(["avx2", "fma", "avx512f", "avx512_vnni"])
+    assert not environment.has_native_bf16([])
 
 
 def test_prepare_directory(tmp_path):
-    path = results.prepare_directory(tmp_path / "a" / "b")
+    path = prepare_directory(tmp_path / "a" / "b")
     assert path.is_dir()
     (path / "results.json").write_text("kept")
-    assert results.prepare_directory(str(path)) == path
+    assert prepare_directory(str(path)) == path
     assert os.listdir(path) == ["results.json"]
 
 
@@ -544,7 +743,7 @@ def test_prepare_directory(tmp_path):
 def test_prepare_directory_that_is_a_file(tmp_path, below):
     (tmp_path / "file").write_text("kept")
     with pytest.raises(InputError, match=r"output directory .*file"):
-        results.prepare_directory(tmp_path / "file" / below)
+        prepare_directory(tmp_path / "file" / below)
     assert (tmp_path / "file").read_text() == "kept"
 
 
@@ -553,16 +752,36 @@ def test_prepare_directory_that_cannot_be_written():
     # Existing and new: not even root can create files in /proc.
     for path in ("/proc", "/proc/results"):
         with pytest.raises(InputError, match=f"output directory {path} cannot be written"):
-            results.prepare_directory(path)
+            prepare_directory(path)
 
 
-def test_importing_is_light():
+def imported(*modules: str) -> Set[str]:
+    """The packages that importing some modules brings along, in a process of its own."""
     program = (
-        "import sys, results; "
-        "print([m for m in ('torch', 'numpy', 'openvino') if m in sys.modules])"
+        f"import sys, {', '.join(modules)}; print(*{{name.split('.')[0] for name in sys.modules}})"
     )
-    root = Path(results.__file__).parent
-    completed = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, check=True, stdout=subprocess.PIPE
-    )
-    assert completed.stdout.strip() == b"[]"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE)
+    return set(done.stdout.decode().split())
+
+
+HEAVY = {"torch", "torchvision", "scipy", "openvino", "onnxruntime", "psutil", "PIL", "tqdm"}
+
+
+@pytest.mark.parametrize(
+    ("module", "more"),
+    [
+        ("results.record", {"msgspec", "tabulate"}),
+        ("results.environment", {"msgspec", "tabulate"}),
+        ("results.tables", {"msgspec", "jinja2", "matplotlib"}),
+        ("results.file", {"tabulate", "jinja2", "matplotlib"}),
+        ("compare", {"jinja2", "matplotlib"}),
+        ("report", set()),
+    ],
+)
+def test_importing_is_light(module, more):
+    """Where there is no PyTorch, result files can be read; and workers need no more than NumPy."""
+    brought = imported(module)
+    assert "numpy" in brought
+    # Matplotlib reads images with Pillow.
+    assert brought & ((HEAVY - {"PIL"} if module == "report" else HEAVY) | more) == set()

@@ -6,14 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import needs_bf16
+from conftest import arrays, needs_bf16
 
-import detectors
-import models
-import verify
-from catalog import MODELS
-from detectors import synthetic
+from detectors import inputs, synthetic
+from detectors.build import build
+from detectors.config import ARCHITECTURES, build_detector
 from detectors.synthetic import synthesize
+from measure import verify
+from models import MODELS
 
 RETINANET = MODELS["testRetinaNet"]
 MASK_RCNN = MODELS["testMaskRCNNFPN"]
@@ -24,23 +24,23 @@ SIZES = ("min", "opt", "max")
 
 @functools.lru_cache(maxsize=None)
 def tuning_inputs(height, width):
-    return models.tuning_inputs(models.read_image(None, (height, width)), 1, seed=0)
+    return inputs.tuning_inputs(inputs.read_image(None, (height, width)), 1, seed=0)
 
 
 def weights(model, detections, size=(160, 224), seed=0):
-    inputs = tuning_inputs(*size)
-    return synthesize(model.config, [inputs[name][0] for name in SIZES], detections, seed)
+    images = tuning_inputs(*size)
+    return synthesize(model.config, [images[name][0] for name in SIZES], detections, seed)
 
 
 @functools.lru_cache(maxsize=1)
 def export(model, detections, size=(160, 224)):
-    return models.build(model, weights(model, detections, size), "synthetic", tuning_inputs(*size))
+    return build(model, weights(model, detections, size), "synthetic", tuning_inputs(*size))
 
 
 def find(model, detections, which, size=(160, 224)):
     ready = export(model, detections, size)
     with torch.no_grad():
-        return verify.split(ready.eager(*ready.tuning_inputs[which]), model.fields)[0]
+        return verify.split(arrays(ready.eager(*ready.tuning_inputs[which])), model.fields)[0]
 
 
 @pytest.mark.parametrize("detections", [0, 5, 30, 100])
@@ -96,7 +96,7 @@ def test_a_healthy_engine_at_bfloat16_agrees(model, which):
         reference = ready.eager(*images)
         with torch.autocast("cpu", torch.bfloat16):
             rounded = ready.eager(*images)
-    agreement = verify.verify(reference, rounded, model.fields, "bf16")
+    agreement = verify.verify(arrays(reference), arrays(rounded), model.fields, "bf16")
     assert agreement.verdict == "match", agreement.reason
     assert agreement.matched >= 0.97 * agreement.expected
     # It is not the same computation: the check above could fail.
@@ -104,7 +104,7 @@ def test_a_healthy_engine_at_bfloat16_agrees(model, which):
 
 
 def test_rounding_makes_the_errors_that_bfloat16_makes():
-    detector = detectors.build(MASK_RCNN.config, False).requires_grad_(False)
+    detector = build_detector(MASK_RCNN.config, False).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     batch = torch.empty(1, 3, 64, 96).uniform_(-2, 2, generator=generator)
     with torch.no_grad():
@@ -157,11 +157,11 @@ def test_weights_are_those_of_the_seed(model):
 @pytest.mark.parametrize("model", [RETINANET, MASK_RCNN], ids=lambda model: model.name)
 def test_further_images_have_their_objects_too(model):
     """Three more: in RetinaNet the last of them share anchors with earlier ones."""
-    image = models.read_image(None, (160, 224))
+    image = torch.from_numpy(inputs.read_image(None, (160, 224)))
     others = [image.flip(2), image.transpose(1, 2).contiguous(), image.flip(1)]
     views = [tuning_inputs(160, 224)[name][0] for name in SIZES]
     state = synthesize(model.config, [*views, *others], 30, seed=0)
-    detector = detectors.build(model.config, True)
+    detector = build_detector(model.config, True)
     detector.load_state_dict(state)
     with torch.no_grad():
         counts = [len(detector([view])[0].scores) for view in (*views, *others)]
@@ -169,11 +169,11 @@ def test_further_images_have_their_objects_too(model):
     assert max(counts) == 30
 
 
-@pytest.mark.parametrize("config", detectors.ARCHITECTURES)
+@pytest.mark.parametrize("config", ARCHITECTURES)
 def test_weights_have_the_names_of_the_architecture(config):
     image = torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(0)) * 255
     state = synthesize(config, [image, image, image], 3, seed=0)
-    detectors.build(config, False).load_state_dict(state, strict=True)
+    build_detector(config, False).load_state_dict(state, strict=True)
     assert all(torch.isfinite(value).all() for value in state.values())
 
 
@@ -183,7 +183,7 @@ def test_an_image_of_one_colour_has_nothing_to_find_but_does_no_harm(model, leve
     images = [torch.full((3, side, side), level) for side in (64, 96, 192)]
     state = synthesize(model.config, images, 20, seed=0)
     assert all(torch.isfinite(value).all() for value in state.values())
-    detector = detectors.build(model.config, True)
+    detector = build_detector(model.config, True)
     detector.load_state_dict(state)
     with torch.no_grad():
         found = detector([images[1]])[0]
@@ -194,9 +194,9 @@ def test_an_image_of_one_colour_has_nothing_to_find_but_does_no_harm(model, leve
 
 
 def test_the_smallest_image_works():
-    inputs = models.tuning_inputs(models.read_image(None, (32, 32)), 1, seed=0)
-    state = synthesize(MASK_RCNN.config, [inputs[name][0] for name in SIZES], 100, seed=0)
-    detector = detectors.build(MASK_RCNN.config, False)
+    images = tuning_inputs(32, 32)
+    state = synthesize(MASK_RCNN.config, [images[name][0] for name in SIZES], 100, seed=0)
+    detector = build_detector(MASK_RCNN.config, False)
     detector.load_state_dict(state)
     with torch.no_grad():
-        assert 0 < len(detector([inputs["opt"][0]])[0].scores) <= 100
+        assert 0 < len(detector([images["opt"][0]])[0].scores) <= 100

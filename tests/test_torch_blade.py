@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 from backends import base
-from backends.torch_blade import TorchBlade, first_cause
-from errors import InputError, Unsupported
+from backends.torch_blade import TorchBlade
+from errors import InputError, Unsupported, first_cause
+from results.record import Coverage
 
 FALLBACK = "TORCH_BLADE_ENABLE_RUNTIME_FALLBACK"
 SUBGRAPH = """graph(%x : Tensor, %w : Tensor):
@@ -47,7 +48,7 @@ class Net(nn.Module):
 
 @dataclass(frozen=True)
 class Export:
-    """What `models.Export` shows of itself to a backend."""
+    """What `detectors.export.Export` shows of itself to a backend."""
 
     name: str
     eager: nn.Module
@@ -231,7 +232,7 @@ def test_before_v0_3_the_tuning_inputs_are_given_as_shapes(install):
         {"min": tuning["min"], "max": tuning["max"], "opts": [tuning["opt"]]}
     ]
     assert not {"dynamic_tuning_inputs", "_inputs"} & set(blade.settings)
-    assert "nodes_by_segment" not in result.coverage
+    assert result.coverage.nodes_by_segment is None
 
 
 def test_optimizes_the_script_module_in_the_context_and_then_stops_the_jit(install):
@@ -312,18 +313,19 @@ def test_says_what_the_engines_took_and_keeps_code_and_graph(install):
     graph = result.artifacts["testTiny_b1.graph.txt"]
     assert graph.count("= aten::") > 0
     # Each engine's subgraph has two operators, a constant and a list.
-    assert result.coverage == {
-        "operators": graph.count("= aten::") + 4,
-        "operators_in_engine": 4,
-        "segments": 2,
-        "nodes_by_segment": [6, 9],
-        "warnings": ["Building engine failed"],
-    }
+    assert result.coverage == Coverage(
+        operators=graph.count("= aten::") + 4,
+        operators_in_engine=4,
+        segments=2,
+        nodes_by_segment=(6, 9),
+        warnings=("Building engine failed",),
+    )
     assert result.artifacts["testTiny_b1.code.py"].startswith("def forward(self")
     assert set(result.artifacts) == {"testTiny_b1.code.py", "testTiny_b1.graph.txt"}
     assert result.provider == "TensorRT"
-    assert set(result.seconds) == {"export", "compile"}
-    assert all(seconds > 0 for seconds in result.seconds.values())
+    assert result.seconds.export > 0
+    assert result.seconds.convert is None
+    assert result.seconds.compile > 0
 
 
 def test_a_module_without_an_engine_is_not_torchblade(install):

@@ -27,9 +27,9 @@ from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch.fx.passes.split_module import split_module
 
 from backends import base
-from backends.torch_blade import first_cause
 from backends.torch_tensorrt import TorchTensorRT, bound_sizes, engine_precision, size_factors
-from errors import InputError, Unsupported
+from errors import InputError, Unsupported, first_cause
+from results.record import Coverage
 
 DTYPES = {
     torch.float16: "Row major linear FP16 format",
@@ -74,7 +74,7 @@ class Whole(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """What `models.Export` shows of itself to a backend."""
+    """What `detectors.export.Export` shows of itself to a backend."""
 
     name: str
     eager: nn.Module
@@ -431,7 +431,7 @@ def test_call_equals_eager_at_the_tuned_sizes(install, name):
         torch.testing.assert_close(output, expected.detach())
     assert result.provider == "TensorRT through torch.compile"
     assert result.precision == "fp32"
-    assert result.seconds["compile"] > 0
+    assert result.seconds.compile > 0
 
 
 def test_a_detector_as_a_whole(install, exports):
@@ -442,10 +442,10 @@ def test_a_detector_as_a_whole(install, exports):
     for images in export.tuning_inputs.values():
         for output, expected in zip(result.call(*images), export.eager(*images)):
             torch.testing.assert_close(output, expected)
-    assert not any("convolution" in name for name in result.coverage["fallback_operators"])
+    assert not any("convolution" in name for name in result.coverage.fallback_operators)
     assert sum(trt.weights) > 100
-    assert result.coverage["segments"] >= 2
-    assert result.read_coverage() == {"recompilations_while_timed": 0}
+    assert result.coverage.segments >= 2
+    assert result.read_coverage() == Coverage(recompilations_while_timed=0)
 
 
 def test_engines_have_their_weights_and_take_images_only(install):
@@ -564,13 +564,13 @@ def test_says_what_the_engines_took_and_what_is_left(install):
     install()
     result = TorchTensorRT().optimize(make_export(), "fp32", "cpu")
     coverage = result.coverage
-    assert coverage["segments"] == 2
-    assert coverage["fallback_operators"] == {"aten.sigmoid.default": 1}
+    assert coverage.segments == 2
+    assert coverage.fallback_operators == {"aten.sigmoid.default": 1}
     # Two convolutions and a product, padding, and arithmetic on sizes.
-    assert coverage["operators_in_engine"] >= 4
-    assert coverage["operators"] == coverage["operators_in_engine"] + 1
-    assert coverage["failures"] == []
-    assert coverage["refittable_engines"] is False
+    assert coverage.operators_in_engine >= 4
+    assert coverage.operators == coverage.operators_in_engine + 1
+    assert coverage.failures == ()
+    assert coverage.refittable_engines is False
     assert result.cached is False
 
 
@@ -578,10 +578,10 @@ def test_counts_what_is_compiled_while_timed(install):
     install()
     export = make_export()
     result = TorchTensorRT().optimize(export, "fp32", "cpu")
-    assert result.read_coverage() == {"recompilations_while_timed": 0}
+    assert result.read_coverage() == Coverage(recompilations_while_timed=0)
     torch._dynamo.reset()
     result.call(*export.inputs)
-    assert result.read_coverage() == {"recompilations_while_timed": 1}
+    assert result.read_coverage() == Coverage(recompilations_while_timed=1)
 
 
 def test_size_of_the_engines(install):
@@ -598,7 +598,7 @@ def test_engines_come_from_the_cache_the_second_time(install, tmp_path):
     assert options["cache_built_engines"] is options["reuse_cached_engines"] is True
     assert options["immutable_weights"] is False  # else nothing would be cached
     assert first.cached is False
-    assert first.coverage["refittable_engines"] is True
+    assert first.coverage.refittable_engines is True
 
     torch._dynamo.reset()
     install()
@@ -646,9 +646,9 @@ def test_a_subgraph_that_fails_is_left_to_pytorch_and_named(install, error):
     install(fail=fail_once)
     export = make_export()
     result = TorchTensorRT().optimize(export, "fp32", "cpu")
-    assert result.coverage["failures"] == [first_cause(error)]
-    assert result.coverage["operators_in_engine"] == 0  # of the graph at `opt`
-    assert result.coverage["fallback_operators"]["conv2d"] == 2
+    assert result.coverage.failures == (first_cause(error),)
+    assert result.coverage.operators_in_engine == 0  # of the graph at `opt`
+    assert result.coverage.fallback_operators["conv2d"] == 2
     torch.testing.assert_close(result.call(*export.inputs), export.eager(*export.inputs))
 
 
@@ -680,7 +680,7 @@ def test_the_torchscript_front_end_has_its_turn_where_torch_compile_builds_nothi
     assert [x.dtype for x in call["inputs"]] == [torch.float32]
     assert call["enabled_precisions"] == {torch.float32}
     assert call["truncate_long_and_double"] is True
-    assert result.coverage == {"segments": 1, "fallback_operators": {"aten::nonzero": 1}}
+    assert result.coverage == Coverage(segments=1, fallback_operators={"aten::nonzero": 1})
     torch.testing.assert_close(result.call(*export.inputs), export.eager(*export.inputs))
     with pytest.raises(InputError, match="Torch-TensorRT's engines"):
         result.call(torch.rand(3, 39, 60))

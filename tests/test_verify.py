@@ -1,14 +1,20 @@
 """The check of the detections, tried on engines that are broken on purpose."""
 
 import functools
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torchvision.ops import box_iou
 
-import verify
-from verify import Detections
+from measure import verify
+from measure.verify import Detections
+from results import facts
+from results.record import Agreement
 
 HEIGHT, WIDTH = 480, 640
 FIELDS = ("pred_boxes", "pred_classes", "pred_masks", "scores", "image_size")
@@ -62,9 +68,9 @@ def take(detections, index):
 
 
 def flat(*images):
-    """The flat tuple of tensors that a model returns."""
+    """The flat tuple that a model returns, as arrays."""
     return tuple(
-        torch.as_tensor(np.ascontiguousarray(value))
+        np.ascontiguousarray(value)
         for image in images
         for value in (
             image.boxes.astype(np.float32),
@@ -219,7 +225,7 @@ def test_bfloat16_coordinates_are_a_match():
 def test_equal_sets_match_exactly():
     reference = random_detections(0)
     agreement = verify.compare([reference], [reference], "fp32")
-    assert agreement == verify.Agreement(
+    assert agreement == Agreement(
         "match", "", 100, 100, 0, 0, 0, 0.0, 0.0, 0.0, (0.0, 0.0, 0.0, 0.0)
     )
     assert agreement.text == "100/100 match"
@@ -372,6 +378,51 @@ def test_box_of_no_width_matches_itself():
     assert verify.compare([reference], [moved_a_little], "fp32").text == "3/3 match"
 
 
+def random_boxes(generator, count):
+    """Ordinary boxes, and some of no width, of no height, or turned inside out."""
+    corners = generator.uniform(-20, 300, size=(count, 2))
+    sides = generator.uniform(0, 200, size=(count, 2))
+    sides[generator.random((count, 2)) < 0.2] = 0
+    sides[generator.random((count, 2)) < 0.1] *= -1
+    return np.concatenate([corners, corners + sides], axis=1)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_overlaps_are_torchvisions(seed):
+    """Of boxes that are half a pixel wider to each side."""
+    generator = np.random.default_rng(seed)
+    first = random_boxes(generator, 40)
+    # Some are the same, or moved a little.
+    second = np.concatenate([first[:10], first[10:20] + 3, random_boxes(generator, 20)])
+    wide = [torch.from_numpy(x + [-0.5, -0.5, 0.5, 0.5]) for x in (first, second)]
+    wanted = box_iou(*wide).numpy()
+    assert np.isfinite(wanted).all()
+    assert (wanted > 0).sum() > 50
+    np.testing.assert_allclose(verify._box_iou(first, second), wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (0, 3), (3, 0)])
+def test_overlaps_of_no_boxes(counts):
+    boxes = random_boxes(np.random.default_rng(0), 3)
+    assert verify._box_iou(boxes[: counts[0]], boxes[: counts[1]]).shape == counts
+
+
+def test_boxes_turned_inside_out_overlap_with_nothing():
+    """With the half pixel to each side, nothing is left of them."""
+    inside_out = replace(
+        random_detections(0, 2, masks=False),
+        boxes=np.array([[10.0, 10, 9, 20], [40, 40, 39, 60]]),
+    )
+    agreement = verify.compare([inside_out], [inside_out], "fp32")
+    assert (agreement.verdict, agreement.matched) == ("mismatch", 0)
+
+
+def test_it_imports_no_pytorch():
+    code = "import sys, measure.verify; sys.exit('torch' in sys.modules)"
+    root = Path(verify.__file__).parent.parent
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+
+
 def test_pasted_masks_are_compared_in_the_image():
     reference = random_detections(0, 4)
     masks = np.zeros((4, HEIGHT, WIDTH), dtype=bool)
@@ -412,12 +463,12 @@ def test_worst_size_is_named():
     match = verify.compare([reference], [reference], "bf16")
     few = verify.compare([reference], [only_the_best(reference)], "bf16")
     none = verify.compare([reference], [blind(reference)], "bf16")
-    assert verify.worst({"min": match, "opt": match, "max": match}) == match
-    agreement = verify.worst({"min": none, "opt": match, "max": few})
+    assert facts.worst({"min": match, "opt": match, "max": match}) == match
+    agreement = facts.worst({"min": none, "opt": match, "max": few})
     assert agreement.text == "MISMATCH 0/100"
     assert agreement.reason.startswith("at min: of 100 detections 100 are lost")
-    error = verify.Agreement("error", "the output is malformed")
-    agreement = verify.worst({"opt": none, "max": error})
+    error = Agreement("error", "the output is malformed")
+    agreement = facts.worst({"opt": none, "max": error})
     assert (agreement.text, agreement.reason) == ("ERROR", "at max: the output is malformed")
 
 
@@ -439,9 +490,9 @@ def test_split_takes_the_images_apart():
 def test_split_takes_arrays_and_other_types():
     image = random_detections(0, 7, masks=False)
     outputs = (
-        torch.as_tensor(image.boxes).bfloat16(),
+        torch.as_tensor(image.boxes).bfloat16().float().numpy(),
         image.classes.astype(np.float32),
-        torch.as_tensor(image.scores.copy()).half(),
+        image.scores.astype(np.float16),
         np.array([HEIGHT, WIDTH]),
     )
     fields = ("pred_boxes", "pred_classes", "scores", "image_size")
@@ -458,10 +509,10 @@ def changed(position, value):
 
 
 def with_one(value):
-    def change(tensor):
-        tensor = tensor.clone()
-        tensor.view(-1)[3] = value
-        return tensor
+    def change(array):
+        array = array.copy()
+        array.reshape(-1)[3] = value
+        return array
 
     return change
 
@@ -471,9 +522,9 @@ MALFORMED = {
     "infinite box": (changed(0, with_one(float("inf"))), "pred_boxes holds NaN or infinity"),
     "nan score": (changed(3, with_one(float("nan"))), "scores holds NaN or infinity"),
     "nan mask": (changed(2, with_one(float("nan"))), "pred_masks holds NaN or infinity"),
-    "boxes flat": (changed(0, torch.flatten), "pred_boxes is 28 where 7 x 4 was expected"),
+    "boxes flat": (changed(0, np.ravel), "pred_boxes is 28 where 7 x 4 was expected"),
     "boxes of five": (
-        changed(0, lambda boxes: torch.cat([boxes, boxes[:, :1]], 1)),
+        changed(0, lambda boxes: np.concatenate([boxes, boxes[:, :1]], 1)),
         "pred_boxes is 7 x 5 where 7 x 4 was expected",
     ),
     "a score short": (
@@ -488,19 +539,23 @@ MALFORMED = {
         changed(2, lambda masks: masks[:-1]),
         "pred_masks is 6 x 1 x 28 x 28 where 7 masks was expected",
     ),
-    "no scores": (changed(3, torch.sum), "scores is a single number where one dimension was"),
+    "no scores": (
+        changed(3, lambda scores: np.array(scores.sum())),
+        "scores is a single number where one dimension was",
+    ),
     "one-hot classes": (
-        changed(1, lambda classes: torch.nn.functional.one_hot(classes, 80)),
+        changed(1, lambda classes: np.eye(80, dtype=np.int64)[classes]),
         "pred_classes is 7 x 80 where 7 was expected",
     ),
     "half a class": (changed(1, lambda classes: classes + 0.5), "pred_classes holds fractions"),
     "size of one": (changed(4, lambda size: size[:1]), "image_size is 1 where 2 was expected"),
     "none": (changed(0, lambda boxes: None), "a NoneType where a tensor should be"),
     "ragged": (changed(0, lambda boxes: [[1, 2], [3]]), "a list where a tensor should be"),
-    "a tensor too few": (changed(0, torch.clone)[:4], "4 tensors, where an image has 5"),
+    "a tensor too few": (changed(0, np.copy)[:4], "4 tensors, where an image has 5"),
     "nothing": ((), "0 tensors, where an image has 5"),
-    "a dict": ({"scores": torch.ones(3)}, "a dict instead of a tuple of tensors"),
-    "a tensor": (torch.ones(5), "a Tensor instead of a tuple of tensors"),
+    "a dict": ({"scores": np.ones(3)}, "a dict instead of a tuple of tensors"),
+    "an array": (np.ones(5), "a ndarray instead of a tuple of tensors"),
+    "texts": (changed(1, lambda classes: classes.astype(str)), "a ndarray where a tensor should"),
 }
 
 
@@ -517,7 +572,7 @@ def test_malformed_output_is_an_error(name):
 
 def test_malformed_second_image_is_an_error():
     images = flat(random_detections(0, 7), random_detections(1, 7))
-    broken = images[:8] + (torch.full((7,), float("nan")),) + images[9:]
+    broken = images[:8] + (np.full(7, np.nan),) + images[9:]
     assert verify.verify(images, broken, FIELDS, "bf16").verdict == "error"
 
 
@@ -545,7 +600,7 @@ def test_another_image_size_is_a_mismatch():
     assert agreement.reason == "the detections are for an image of 800x1333 instead of 480x640"
 
 
-def test_tensor_tuple_that_agrees():
+def test_tuple_that_agrees():
     reference = flat(random_detections(0, 100), random_detections(1, 100))
     agreement = verify.verify(reference, reference, FIELDS, "fp32")
     assert agreement.text == "200/200 match"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,50 +16,64 @@ import psutil
 import pytest
 import torch
 
-import worker
 from benchmark import RunFailed, WarmUp
-from catalog import MODELS
-from errors import InputError, sentence
-from worker import Job, ModelRequest, Worker
+from errors import InputError, first_cause
+from measure import protocol, run, worker
+from measure.group import load_outputs
+from measure.worker import Command, Host, Hosts, Worker
+from models import MODELS
 
-ROOT = Path(worker.__file__).parent
-ENDLESS = WarmUp.fixed(10**9)
+ROOT = Path(__file__).resolve().parent.parent
+ENDLESS = protocol.Warm.by(WarmUp.fixed(10**9))
+OWN = Command.own()
 
 
 @pytest.fixture(scope="module")
 def prepared(exports, tmp_path_factory) -> Path:
-    """Weights and inputs of a small RetinaNet, as `worker.prepare_model` leaves them."""
+    """Weights and inputs of a small RetinaNet, as the request `PrepareModel` leaves them."""
     export = exports("testRetinaNet")
-    path = tmp_path_factory.mktemp("prepared") / "testRetinaNet.pt"
-    state = export.eager.detector.state_dict()
-    torch.save({"state": state, "name": "weights", "inputs": export.tuning_inputs}, path)
-    return path
+    folder = tmp_path_factory.mktemp("prepared")
+    state = {name: x.numpy() for name, x in export.eager.detector.state_dict().items()}
+    np.savez(folder / "state.npz", **state)
+    images = {f"{name}/0": call[0].numpy() for name, call in export.tuning_inputs.items()}
+    np.savez(folder / "inputs.npz", **images)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    """The host of the suite's own environment."""
+    host = Host(OWN, tmp_path_factory.mktemp("host") / "host.log")
+    yield host
+    host.close()
 
 
 @pytest.fixture
-def start(tmp_path):
+def start(host, tmp_path):
     """Starts workers, and ends those that are left."""
     started = []
 
     def start() -> Worker:
-        started.append(Worker(tmp_path / f"{len(started)}.log", threads=1))
+        started.append(host.start(tmp_path / f"{len(started)}.log", threads=1))
         return started[-1]
 
     yield start
-    for process in started:
-        process.kill()
+    for one in started:
+        one.kill()
 
 
-def job(prepared: Path, model: str = "testRetinaNet", backend: str = "torch") -> Job:
-    return Job(model, backend, "fp32", "cpu", "bundled", str(prepared), threads=1)
+def request(
+    prepared: Path, model: str = "testRetinaNet", backend: str = "torch"
+) -> protocol.PrepareRun:
+    return protocol.PrepareRun(model, backend, "fp32", "cpu", "bundled", str(prepared))
 
 
 @pytest.fixture
-def run(start, prepared) -> Worker:
+def ready(start, prepared) -> Worker:
     """A worker with Torch fp32 prepared in it."""
-    process = start()
-    worker.prepare(process, job(prepared))
-    return process
+    one = start()
+    one.ask(request(prepared))
+    return one
 
 
 def after(seconds: float, action) -> None:
@@ -68,43 +83,47 @@ def after(seconds: float, action) -> None:
 # What they answer ------------------------------------------------------------------------------
 
 
-def test_a_run(run, exports):
-    warm = run.ask("warm_up", WarmUp.fixed(2))
+def test_a_run(ready, exports, tmp_path):
+    warm = ready.ask(protocol.Warm.by(WarmUp.fixed(2))).seconds
     assert len(warm) == 2
     start = time.perf_counter()
-    seconds = run.ask("timed_call")
+    (seconds,) = ready.ask(protocol.TimedCalls()).seconds
     assert 0 < seconds < time.perf_counter() - start
-    assert run.ask("precision") == "fp32"
-    assert 100 < run.ask("peak_memory")["peak_memory_mb"] < 100_000
+    assert ready.ask(protocol.ReadPrecision()).precision == "fp32"
+    assert 100 < ready.ask(protocol.ReadMemory()).peak_memory_mb < 100_000
     export = exports("testRetinaNet")
     for size, images in export.tuning_inputs.items():
         with torch.no_grad():
             wanted = export.eager(*images)
-        answer = run.ask("detect", (size,))
-        assert all(0 < seconds < 60 for seconds in answer["seconds"])
-        found = answer["outputs"]
+        answer = ready.ask(protocol.Detect(size, str(tmp_path / "found.npz")))
+        assert len(answer.seconds) == 2
+        assert all(0 < seconds < 60 for seconds in answer.seconds)
+        found = load_outputs(tmp_path / "found.npz")
         assert len(found[0]) > 10
-        for one, other in zip(wanted, found):
+        for one, other in zip(wanted, found, strict=True):
             assert isinstance(other, np.ndarray)
             np.testing.assert_allclose(other, one.numpy(), atol=1e-3)
+    once = ready.ask(protocol.Detect("opt", str(tmp_path / "found.npz"), repeat=False))
+    assert len(once.seconds) == 1
 
 
 def test_what_is_known_of_a_run(start, prepared):
-    description = worker.prepare(start(), job(prepared, backend="torchscript"))
-    assert description["provider"] == "cpu"
-    assert description["threads"] == 1
-    assert description["coverage"]["operators"] > 100
-    assert set(description["versions"]) == {"torch", "torchvision"}
-    prepare = description["prepare"]
-    phases = [prepare[phase] for phase in ("build", "export", "compile")]
+    facts = start().ask(request(prepared, backend="torchscript"))
+    assert facts.provider == "cpu"
+    assert facts.threads == 1
+    assert facts.coverage.operators > 100
+    assert set(facts.versions) == {"torch", "torchvision"}
+    assert facts.python == ".".join(map(str, sys.version_info[:3]))
+    prepare = facts.prepare
+    phases = [prepare.build, prepare.export, prepare.compile]
     assert all(seconds > 0 for seconds in phases)
-    assert prepare["total"] >= sum(phases)
-    assert description["cached"] is False
+    assert prepare.convert is None
+    assert prepare.total >= sum(phases)
+    assert facts.cached is False
 
 
 def test_a_model_is_prepared(start, tmp_path):
-    file = tmp_path / "prepared.pt"
-    request = ModelRequest(
+    asked = protocol.PrepareModel(
         model="testMaskRCNNFPN_b2",
         source="bundled",
         weights="synthetic",
@@ -112,53 +131,84 @@ def test_a_model_is_prepared(start, tmp_path):
         image_size=(64, 96),
         detections=5,
         seed=0,
-        threads=1,
-        prepared=str(file),
+        folder=str(tmp_path),
     )
-    answer = start().ask("prepare_model", request)
-    assert answer["fields"] == MODELS["testMaskRCNNFPN_b2"].fields
-    assert answer["note"] == "weights: synthetic, made to find 5 objects"
-    assert answer["sizes"]["opt"] == [[64, 96], [64, 96]]
-    assert set(answer["reference"]) == {"min", "opt", "max"}
-    for name, outputs in answer["reference"].items():
+    facts = start().ask(asked)
+    assert facts.fields == MODELS["testMaskRCNNFPN_b2"].fields
+    assert (facts.weights.source, facts.weights.objects) == ("synthetic", 5)
+    assert facts.sizes["opt"] == ((64, 96), (64, 96))
+    assert facts.timed == ("opt",)
+    assert facts.flops["opt"] > 1e9
+    for name in ("min", "opt", "max"):
+        outputs = load_outputs(tmp_path / f"reference-{name}.npz")
         assert len(outputs) == 10
-        assert outputs[4].tolist() == answer["sizes"][name][0]
-    kept = torch.load(file, weights_only=True)
-    assert [image.shape for image in kept["inputs"]["opt"]] == [(3, 64, 96)] * 2
-    assert "proposal_generator.rpn_head.conv.weight" in kept["state"]
+        assert tuple(outputs[4].tolist()) == facts.sizes[name][0]
+    with np.load(tmp_path / "inputs.npz") as inputs:
+        assert [inputs[f"opt/{place}"].shape for place in range(2)] == [(3, 64, 96)] * 2
+    with np.load(tmp_path / "state.npz") as state:
+        assert "proposal_generator.rpn_head.conv.weight" in state.files
 
 
-def test_it_prints_nothing_here(run, capfd):
+def test_it_prints_nothing_here(ready, capfd, tmp_path):
     """Engines write to the file descriptors; the log has it."""
     with pytest.raises(RunFailed):
-        run.ask("detect", ("huge",))
+        ready.ask(protocol.Detect("huge", str(tmp_path / "found.npz")))
     captured = capfd.readouterr()
     assert captured.out == captured.err == ""
-    assert "KeyError: 'huge'" in run.log.read_text()
+    assert "KeyError: 'huge'" in ready.log.read_text()
 
 
 def test_its_temporary_files_are_beside_its_log(tmp_path):
     """There they are removed even if it is killed; TorchInductor looks there for earlier code."""
     code = (
-        "import os, subprocess, sys, tempfile, worker\n"
-        "worker._isolate(sys.argv[1])\n"
+        "import os, subprocess, sys, tempfile\n"
+        "from measure import run\n"
+        "run._isolate(sys.argv[1])\n"
         "tempfile.mkdtemp(prefix='python_')\n"
         "subprocess.run(['mktemp', '-d', '--tmpdir', 'child_XXXX'], check=True)\n"
     )
     log = tmp_path / "log"
-    subprocess.run([sys.executable, "-c", code, str(log)], check=True, cwd=ROOT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code, str(log)], check=True, cwd=ROOT, env=environment)
     made = sorted(path.name.split("_")[0] for path in tmp_path.iterdir())
     assert made == ["child", "log", "python"]
+
+
+def test_a_host_computes_nothing(host, start):
+    """Workers are forked from it: a thread of its own would not come along."""
+    start()
+    process = psutil.Process(host.process.pid)
+    assert {"torch", "torchvision", "numpy"} <= imported(host)
+    assert not {"openvino", "onnxruntime", "nncf", "scipy"} & imported(host)
+    libraries = [thread.id for thread in process.threads()]
+    assert len(libraries) <= 1 + threads_of_numpy()
+
+
+def imported(host: Host) -> set:
+    """Packages whose libraries the host's process has open."""
+    maps = [Path(entry.path) for entry in psutil.Process(host.process.pid).memory_maps()]
+    return {part for path in maps for part in path.parts}
+
+
+def threads_of_numpy() -> int:
+    """OpenBLAS has its threads from the start, and starts them anew where it was forked."""
+    code = "import os, numpy; print(len(os.listdir('/proc/self/task')) - 1)"
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True).stdout)
 
 
 # What goes wrong there -------------------------------------------------------------------------
 
 
-def test_an_exception_costs_one_request(run):
+def test_an_exception_costs_one_request(ready, tmp_path):
     with pytest.raises(RunFailed) as failure:
-        run.ask("detect", ("huge",))
+        ready.ask(protocol.Detect("huge", str(tmp_path / "found.npz")))
     assert str(failure.value) == "KeyError: 'huge'"
-    assert run.ask("timed_call") > 0
+    assert ready.ask(protocol.TimedCalls()).seconds[0] > 0
+
+
+def test_a_question_to_a_worker_without_a_run(start):
+    with pytest.raises(RunFailed, match="TimedCalls"):
+        start().ask(protocol.TimedCalls())
 
 
 def test_the_message_of_torchscript_is_that_of_its_operator():
@@ -168,17 +218,17 @@ def test_the_message_of_torchscript_is_that_of_its_operator():
     module = torch.jit.trace(add, (torch.ones(2), torch.ones(2)))
     with pytest.raises(RuntimeError) as failure:
         module(torch.ones(2), torch.ones(3))
-    message = sentence(failure.value)
+    message = first_cause(failure.value)
     assert message.startswith("RuntimeError: The size of tensor a (2) must match")
     assert "\n" not in message
 
 
 def test_a_users_error_comes_through(start, prepared):
-    process = start()
-    with pytest.raises(InputError, match="weights belongs to another architecture"):
-        worker.prepare(process, job(prepared, model="testMaskRCNNFPN"))
+    one = start()
+    with pytest.raises(InputError, match="belongs to another architecture"):
+        one.ask(request(prepared, model="testMaskRCNNFPN"))
     with pytest.raises(InputError, match="unknown backend 'tvm'"):
-        worker.prepare(process, job(prepared, backend="tvm"))
+        one.ask(request(prepared, backend="tvm"))
 
 
 @pytest.mark.parametrize(
@@ -188,91 +238,306 @@ def test_a_users_error_comes_through(start, prepared):
         (signal.SIGFPE, "the process was killed by SIGFPE"),
     ],
 )
-def test_killed_during_a_call(run, number, sentence):
-    after(1, lambda: os.kill(run.process.pid, number))
+def test_killed_during_a_call(ready, number, sentence):
+    after(1, lambda: os.kill(ready.pid, number))
     with pytest.raises(RunFailed) as failure:
-        run.ask("warm_up", ENDLESS)
+        ready.ask(ENDLESS)
     assert str(failure.value).startswith(sentence)
     assert "\n" not in str(failure.value)
 
 
-def test_killed_between_calls(run):
-    os.kill(run.process.pid, signal.SIGKILL)
-    run.process.join()
+def test_killed_between_calls(ready):
+    os.kill(ready.pid, signal.SIGKILL)
     for _ in range(2):
         with pytest.raises(RunFailed, match="killed by SIGKILL"):
-            run.ask("timed_call")
+            ready.ask(protocol.TimedCalls())
 
 
-def test_a_process_that_hangs_is_ended(run):
-    os.kill(run.process.pid, signal.SIGSTOP)
+def test_one_that_dies_leaves_the_others_alone(ready, start):
+    other = start()
+    os.kill(other.pid, signal.SIGKILL)
+    assert ready.ask(protocol.TimedCalls()).seconds[0] > 0
+    with pytest.raises(RunFailed, match="killed by SIGKILL"):
+        other.ask(protocol.ReadCpuTime())
+
+
+def test_a_process_that_hangs_is_ended(ready):
+    os.kill(ready.pid, signal.SIGSTOP)
     with pytest.raises(RunFailed, match=r"^no answer within 0\.5 s$"):
-        run.ask("timed_call", (), 0.5)
-    assert not psutil.pid_exists(run.process.pid)
+        ready.ask(protocol.TimedCalls(), 0.5)
+    assert not psutil.pid_exists(ready.pid)
 
 
-def test_a_call_that_takes_too_long_is_ended(run):
+def test_a_call_that_takes_too_long_is_ended(ready):
     with pytest.raises(RunFailed, match=r"^no answer within 1 s$"):
-        run.ask("warm_up", ENDLESS, 1)
-    assert not psutil.pid_exists(run.process.pid)
+        ready.ask(ENDLESS, 1)
+    assert not psutil.pid_exists(ready.pid)
 
 
-def test_stop_is_polite_and_kill_is_not(start):
+def test_an_answer_that_nobody_waits_for_is_no_other_answer(ready):
+    """Ctrl-C may come while one is awaited."""
+    after(0.2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        ready.ask(protocol.Warm.by(WarmUp.fixed(20)))
+    assert ready.ask(protocol.ReadPrecision()).precision == "fp32"
+
+
+def test_stop_is_polite_and_kill_is_not(start, host):
     polite, killed = start(), start()
-    with pytest.raises(RunFailed):
-        polite.ask("timed_call")  # It is up, and nothing is prepared in it.
+    polite.ask(protocol.ReadCpuTime())
     polite.stop()
-    assert polite.process.exitcode == 0
+    assert host._deaths[polite._number] == 0
     killed.kill()
-    assert killed.process.exitcode == -signal.SIGKILL
+    assert host._deaths[killed._number] == -signal.SIGKILL
+    assert not psutil.pid_exists(killed.pid)
     killed.kill()  # A second time does no harm.
 
 
-def test_ctrl_c_does_not_reach_them(run):
-    os.kill(run.process.pid, signal.SIGINT)
-    assert run.ask("timed_call") > 0
+@pytest.mark.parametrize("is_dead", [False, True])
+def test_what_a_worker_has_started_ends_with_it(is_dead):
+    """Compilers that an engine started, for example: they are in its process group."""
+    command = ["sh", "-c", "sleep 600 & echo $!; wait"]
+    leader = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0)
+    started = psutil.Process(int(leader.stdout.readline()))
+    if is_dead:
+        leader.kill()
+        leader.wait()
+        run._kill_group(leader.pid)
+    else:
+        run._kill(leader.pid)
+    leader.wait(10)
+    _, alive = psutil.wait_procs([started], timeout=10)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_an_interruption_waits_until_a_process_has_started():
-    """Whichever thread the system hands it to."""
-    started = []
+def test_a_worker_leads_a_process_group(start):
+    one = start()
+    one.ask(protocol.ReadCpuTime())
+    assert os.getpgid(one.pid) == one.pid
 
-    def start() -> None:
-        with worker._interrupts_held():
-            os.kill(os.getpid(), signal.SIGINT)
-            # As another thread has it.
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-            time.sleep(0.1)
-            started.append(True)
 
-    with pytest.raises(KeyboardInterrupt):
-        start()
-    assert started
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
+def test_ctrl_c_does_not_reach_them(ready):
+    """A terminal sends it to the process group of the parent."""
+    assert os.getpgid(ready.host.process.pid) != os.getpgid(0) != os.getpgid(ready.pid)
+
+
+def test_cpu_time_is_the_same_from_outside_and_from_within(ready):
+    ready.ask(protocol.Warm.by(WarmUp.fixed(3)))
+    outside = ready.cpu_seconds()
+    within = ready.ask(protocol.ReadCpuTime()).seconds
+    assert outside > 0.05
+    assert within == pytest.approx(outside, abs=0.1)
+
+
+def test_one_that_cannot_be_seen_tells_its_cpu_time(ready, monkeypatch):
+    monkeypatch.setattr(ready.host, "is_visible", False)
+    ready.pid = 2**22 + 1  # Of another namespace.
+    assert ready.cpu_seconds() > 0
+    ready.host.ask(protocol.HOST, protocol.Kill(ready._number), 10)
+    assert ready.cpu_seconds() is None
+
+
+PARENT = """
+import sys, time
+from pathlib import Path
+from measure.worker import Command, Host
+host = Host(Command.own(), Path(sys.argv[1]) / "host.log")
+workers = [host.start(Path(sys.argv[1]) / f"{number}.log", 1) for number in range(2)]
+print(host.process.pid, *(worker.pid for worker in workers), flush=True)
+time.sleep(600)
+"""
 
 
 def test_they_do_not_outlive_their_parent(tmp_path):
-    """Not even when it had no time to say goodbye, and they are in the middle of something."""
-    program = (
-        "import sys, time\n"
-        "from pathlib import Path\n"
-        "from worker import Worker\n"
-        "if __name__ == '__main__':\n"
-        f"    process = Worker(Path({str(tmp_path / 'log')!r}), 1)\n"
-        "    print(process.process.pid, flush=True)\n"
-        "    time.sleep(600)\n"
-    )
-    script = tmp_path / "parent.py"
-    script.write_text(program)
+    """Not even when it had no time to say goodbye, and one of them does not listen."""
     parent = subprocess.Popen(
-        [sys.executable, str(script)],
+        [sys.executable, "-c", PARENT, str(tmp_path)],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    child = psutil.Process(int(parent.stdout.readline()))
+    children = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+    assert len(children) == 3
+    children[1].suspend()
     parent.kill()
     parent.wait()
-    _, alive = psutil.wait_procs([child], timeout=30)
+    _, alive = psutil.wait_procs(children, timeout=30)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+# Environments ----------------------------------------------------------------------------------
+
+
+def script_of(tmp_path: Path, text: str) -> Command:
+    """A program that stands where an interpreter should."""
+    path = tmp_path / "python"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return Command.of("openvino@odd", str(path))
+
+
+def refusal(command: Command, tmp_path: Path) -> str:
+    """Why a host cannot be had; nothing of it is left."""
+    host = Host(command, tmp_path / "host.log")
+    try:
+        with pytest.raises(InputError) as refused:
+            host.wait()
+    finally:
+        host.close()
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_a_command_in_front_of_the_interpreter(tmp_path, prepared):
+    """As a container's is; it cannot be seen then, if it does not become the interpreter."""
+    command = script_of(tmp_path, f'"{sys.executable}" "$@"; exit $?')
+    host = Host(command, tmp_path / "host.log")
+    try:
+        one = host.start(tmp_path / "log", 1)
+        assert not host.is_visible
+        assert one.ask(request(prepared)).provider == "cpu"
+        assert one.cpu_seconds() > 0
+        pid = one.pid
+    finally:
+        host.close()
+    assert not psutil.pid_exists(pid)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("echo hello", "is no Python that runs workers: it printed 'hello' in place of the"),
+        ("echo '[]'", "it printed '[]' in place of the protocol"),
+        ("echo '{}'", "in place of the protocol"),
+        ('echo \'{"hello": {"protocol": "new"}}\'', "in place of the protocol"),
+        ("echo no such library >&2; exit 3", "it ended with exit code 3: no such library"),
+        ("kill -9 $$", "it was killed by SIGKILL"),
+    ],
+)
+def test_what_is_no_worker(tmp_path, text, words):
+    command = script_of(tmp_path, text)
+    assert words in refusal(command, tmp_path)
+    assert refusal(command, tmp_path).startswith("environment openvino@odd ")
+
+
+def test_another_protocol(tmp_path):
+    hello = json.dumps({"hello": {"protocol": 99, "python": "3.11.7", "pid": 1}})
+    command = script_of(tmp_path, f"echo '{hello}'; sleep 60")
+    assert "speaks protocol 99" in refusal(command, tmp_path)
+
+
+def test_one_that_hangs(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "HELLO_LIMIT_S", 0.5)
+    assert "did not start within 0.5 s" in refusal(script_of(tmp_path, "sleep 60"), tmp_path)
+
+
+def test_one_without_pytorch(tmp_path):
+    """Found out before a worker is started."""
+    (tmp_path / "torch.py").write_text("raise ImportError('libtorch.so is missing')")
+    text = f'PYTHONPATH="{tmp_path}" exec "{sys.executable}" "$@"'
+    words = "environment openvino@odd cannot run workers: ImportError: libtorch.so is missing"
+    assert refusal(script_of(tmp_path, text), tmp_path) == words
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("/no/such/python", "there is no program /no/such/python"),
+        ("", "there is no command"),
+        ("python 'x", "is no command"),
+    ],
+)
+def test_commands_that_are_none(text, words):
+    with pytest.raises(InputError, match=words):
+        Command.of("openvino@odd", text)
+
+
+def test_a_command_may_have_words_and_a_home():
+    words = Command.of("openvino", f"env -u FOO {sys.executable}").words
+    assert words == ("env", "-u", "FOO", sys.executable)
+    home = Command.of("openvino", "sh ~/python").words
+    assert home == ("sh", str(Path.home() / "python"))
+
+
+def test_garbage_in_the_middle_costs_the_run(tmp_path, host):
+    """The parent is told; the others of that host are gone with it, those of other hosts not."""
+    hello = json.dumps({"hello": {"protocol": 1, "python": "3", "pid": 1}})
+    ready = json.dumps({"ready": {"problem": None}})
+    started = json.dumps({"from": 0, "id": 1, "answer": {"pid": 2**22 + 1}})
+    command = script_of(tmp_path, f"echo '{hello}'; echo '{ready}'; echo '{started}'; echo oh; cat")
+    odd = Host(command, tmp_path / "odd.log")
+    try:
+        one = odd.start(tmp_path / "log", 1)
+        with pytest.raises(RunFailed, match="is out of step: it printed 'oh'"):
+            one.ask(protocol.TimedCalls())
+    finally:
+        odd.close()
+
+
+def test_hosts_are_renewed(tmp_path):
+    hosts = Hosts((OWN,), tmp_path)
+    try:
+        first = hosts.of(OWN)
+        assert hosts.of(OWN) is first
+        hosts.start_next()
+        assert hosts.of(OWN) is first
+        hosts.renew()
+        second = hosts.of(OWN)
+        assert second is not first
+        assert first.process.poll() is not None
+        assert second.wait().pid == second.process.pid
+    finally:
+        hosts.close()
+    assert second.process.poll() is not None
+
+
+# The protocol ----------------------------------------------------------------------------------
+
+
+def test_requests_survive_the_way():
+    asked = protocol.PrepareModel("m", "s", "w", ("a", "b"), (1, 2), 3, 4, "f")
+    line = json.dumps({"ask": "PrepareModel", "with": vars(asked)})
+    found = protocol.request(json.loads(line))
+    assert type(found) is protocol.PrepareModel
+    assert (found.images, found.image_size) == (["a", "b"], [1, 2])
+    rule = WarmUp.on("cuda")
+    assert protocol.Warm.by(rule).rule == rule
+
+
+@pytest.mark.parametrize(
+    "message", [{}, {"ask": "Nothing", "with": {}}, {"ask": "Detect", "with": {"size": 3}}]
+)
+def test_what_is_no_request(message):
+    with pytest.raises(ValueError, match="no request of this protocol"):
+        protocol.request(message)
+
+
+def test_every_request_is_known_and_answered():
+    kinds = {kind for kind in vars(protocol).values() if isinstance(kind, type)}
+    kinds = {kind for kind in kinds if issubclass(kind, protocol.Request)} - {protocol.Request}
+    assert set(protocol.REQUESTS.values()) == kinds
+    assert all(isinstance(kind.answer, type) for kind in kinds)
+
+
+def test_the_lines_of_a_buffer():
+    buffer = bytearray(b"one\ntwo\nthr")
+    assert protocol.lines(buffer) == [b"one", b"two"]
+    assert buffer == b"thr"
+    assert protocol.lines(buffer) == []
+    buffer += b"ee\n"
+    assert protocol.lines(buffer) == [b"three"]
+    assert buffer == b""
+
+
+def test_its_start_does_not_shadow_the_standard_library():
+    """Python puts the folder of a script first, and there is a `profile.py` in this one."""
+    folder = ROOT / "measure"
+    code = (
+        "import runpy, sys\n"
+        f"sys.path[0] = {str(folder)!r}\n"
+        f"runpy.run_path({str(folder / 'run.py')!r})\n"
+        "import profile\n"
+        "print(profile.__file__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not Path(done.stdout.strip()).is_relative_to(ROOT)

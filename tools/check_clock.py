@@ -22,9 +22,10 @@ import torch
 from torch.utils.benchmark import Timer
 
 import benchmark
-import results
-from catalog import MODELS
-from worker import Job, ModelRequest, Run, prepare_model
+from measure import protocol
+from measure.run import Run, prepare_model
+from models import MODELS
+from results.environment import usable_cores
 
 
 def main() -> None:
@@ -35,21 +36,26 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--rounds", type=int, default=25)
     options = parser.parse_args()
-    threads = results.usable_cores()
+    threads = usable_cores()
     torch.set_num_threads(threads)
-    run = prepare(options, threads)
-    benchmark.warm_up(run.timed_call, benchmark.WarmUp.on("cpu"))
+    run = prepare(options)
+
+    def ours() -> float:
+        """Seconds of a call as the suite times it."""
+        return run.timed_calls().seconds[0]
+
+    benchmark.warm_up(ours, benchmark.WarmUp.on("cpu"))
     timer = Timer(
         "call(*images)",
         globals={"call": run.optimized.call, "images": run.export.inputs},
         num_threads=threads,
     )
     calls = {
-        "ours": run.timed_call,
+        "ours": ours,
         # Two calls a block at least: one is what ours makes.
         "theirs": lambda: timer.blocked_autorange(min_run_time=2 * typical).median,
     }
-    typical = statistics.median(run.timed_call() for _ in range(3))
+    typical = statistics.median(ours() for _ in range(3))
     rounds = benchmark.run_rounds(calls, "theirs", benchmark.StopRule.fixed(options.rounds), seed=0)
     for name, samples in rounds.samples.items():
         print(f"{name:8}{1000 * statistics.median(samples):10.2f} ms, {len(samples)} rounds")
@@ -57,12 +63,11 @@ def main() -> None:
     print(f"theirs / ours {ratio.ratio:.3f}, {ratio.low:.3f} to {ratio.high:.3f}")
 
 
-def prepare(options: argparse.Namespace, threads: int) -> Run:
+def prepare(options: argparse.Namespace) -> Run:
     """The run of a test model with synthetic weights, in this process."""
     with tempfile.TemporaryDirectory() as folder:
-        prepared = str(Path(folder) / "prepared.pt")
         prepare_model(
-            ModelRequest(
+            protocol.PrepareModel(
                 model=options.model,
                 source="bundled",
                 weights="synthetic",
@@ -70,19 +75,17 @@ def prepare(options: argparse.Namespace, threads: int) -> Run:
                 image_size=None,
                 detections=100,
                 seed=0,
-                threads=threads,
-                prepared=prepared,
+                folder=folder,
             )
         )
         return Run(
-            Job(
-                options.model,
-                options.backend,
-                options.precision,
-                "cpu",
-                "bundled",
-                prepared,
-                threads,
+            protocol.PrepareRun(
+                model=options.model,
+                backend=options.backend,
+                precision=options.precision,
+                device="cpu",
+                source="bundled",
+                folder=folder,
             )
         )
 

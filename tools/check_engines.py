@@ -26,24 +26,33 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Tuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
 import benchmark
-import results
 import run_blade
 from backends import base
 from benchmark import RunFailed
-from catalog import MODELS
 from errors import InputError, Unsupported
-from progress import Progress
-from worker import CALL_LIMIT_S, PREPARE_LIMIT_S, Job, ModelRequest, Worker, prepare, warm
+from measure import protocol
+from measure.progress import Progress
+from measure.worker import CALL_LIMIT_S, PREPARE_LIMIT_S, Command, Host, Worker
+from models import MODELS
+from results.environment import usable_cores
+from results.tables import Table, left, markdown, right
+
+if TYPE_CHECKING:
+    from detectors.export import Export
 
 OTHERS = {"openvino": "benchmark_app", "onnxruntime": "bare session loop"}
-HEADER = ["engine", "other", "suite (ms)", "other (ms)", "other/suite", "95% interval", "within 3%"]
+COLUMNS = (
+    *left("engine", "other"),
+    *right("suite (ms)", "other (ms)"),
+    *left("other/suite", "95% interval", "within 3%"),
+)
 ANSWERS = {"same": "yes", "faster": "no", "slower": "no", "inconclusive": "inconclusive"}
 
 
@@ -56,7 +65,7 @@ def main() -> int:
     parser.add_argument("--image-size", type=run_blade.image_size, metavar="HxW")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--calls", type=int, default=11, help="of each side in a round")
-    parser.add_argument("--threads", type=int, default=results.usable_cores())
+    parser.add_argument("--threads", type=int, default=usable_cores())
     options = parser.parse_args()
     if min(options.rounds, options.calls, options.threads) < 1:
         parser.error("--rounds, --calls and --threads must be at least 1")
@@ -66,15 +75,15 @@ def main() -> int:
     except (InputError, Unsupported, RunFailed) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
-    print("\n".join(benchmark.markdown([HEADER, *rows], [False, False, True, True, *3 * [False]])))
-    print(
-        f"\n- {options.model} {options.precision}, threads: {options.threads}; medians of ", end=""
+    note = (
+        f"{options.model} {options.precision}, threads: {options.threads}; medians of "
+        f"{options.rounds} rounds, each the median of {options.calls} calls a side"
     )
-    print(f"{options.rounds} rounds, each the median of {options.calls} calls a side")
+    print(markdown(Table("The engines' own tools", COLUMNS, tuple(rows), (note,))))
     return 0
 
 
-def compare_all(options: argparse.Namespace, folder: Path) -> List[List[str]]:
+def compare_all(options: argparse.Namespace, folder: Path) -> List[Tuple[str, ...]]:
     """Rows of the table. An engine that was not asked for by name may be left out."""
     progress, engines = Progress(), []
     for engine in options.engine or OTHERS:
@@ -90,10 +99,9 @@ def compare_all(options: argparse.Namespace, folder: Path) -> List[List[str]]:
             progress.say(f"{engine} is left out: {reason}")
     if not engines:
         raise InputError("no engine can be checked here; see --engine")
-    prepared = str(folder / "prepared.pt")
     progress.say(f"{options.model}: weights and inputs")
-    with worker_for(folder / "model.log", options.threads) as worker:
-        request = ModelRequest(
+    with host_in(folder) as host:
+        request = protocol.PrepareModel(
             model=options.model,
             source="bundled",
             weights="synthetic",
@@ -101,32 +109,31 @@ def compare_all(options: argparse.Namespace, folder: Path) -> List[List[str]]:
             image_size=options.image_size,
             detections=100,
             seed=0,
-            threads=options.threads,
-            prepared=prepared,
+            folder=str(folder),
         )
-        worker.ask("prepare_model", request, PREPARE_LIMIT_S)
-    return [compare(engine, options, prepared, folder, progress) for engine in engines]
+        with worker_of(host, folder / "model.log", options.threads) as worker:
+            worker.ask(request, PREPARE_LIMIT_S)
+        return [compare(engine, options, host, folder, progress) for engine in engines]
 
 
 def compare(
-    engine: str, options: argparse.Namespace, prepared: str, folder: Path, progress: Progress
-) -> List[str]:
+    engine: str, options: argparse.Namespace, host: Host, folder: Path, progress: Progress
+) -> Tuple[str, ...]:
     """The row of one engine: both sides take turns."""
-    job = Job(
+    job = protocol.PrepareRun(
         model=options.model,
         backend=engine,
         precision=options.precision,
         device="cpu",
         source="bundled",
-        prepared=prepared,
-        threads=options.threads,
+        folder=str(folder),
     )
     progress.say(f"{engine}: preparing both sides")
-    with worker_for(folder / f"{engine}.log", options.threads) as worker:
-        prepare(worker, job)
-        warm(worker, benchmark.WarmUp.on("cpu"))
-        model, images = write_model(job, folder)
-        with other_side(job, model, images) as other:
+    with worker_of(host, folder / f"{engine}.log", options.threads) as worker:
+        worker.ask(job, PREPARE_LIMIT_S)
+        worker.ask(protocol.Warm.by(benchmark.WarmUp.on("cpu")), PREPARE_LIMIT_S)
+        model, images = write_model(job)
+        with other_side(job, options.threads, model, images) as other:
             calls = {
                 "other": lambda: other(options.calls),
                 "suite": lambda: suite(worker, options.calls),
@@ -139,20 +146,30 @@ def compare(
     ratio = benchmark.speedup(rounds.samples["other"], rounds.samples["suite"], seed=0)
     medians = [1000 * statistics.median(rounds.samples[side]) for side in ("suite", "other")]
     interval = "too few rounds" if ratio.low is None else f"{ratio.low:.3f} to {ratio.high:.3f}"
-    return [
+    return (
         engine,
         OTHERS[engine],
         *(f"{median:.2f}" for median in medians),
         f"{ratio.ratio:.3f}",
         interval,
         ANSWERS[ratio.verdict],
-    ]
+    )
 
 
 @contextlib.contextmanager
-def worker_for(log: Path, threads: int) -> Iterator[Worker]:
+def host_in(folder: Path) -> Iterator[Host]:
+    """The process that the suite's workers come from; it ends with the block, and they with it."""
+    host = Host(Command.own(), folder / "host.log")
+    try:
+        yield host
+    finally:
+        host.close()
+
+
+@contextlib.contextmanager
+def worker_of(host: Host, log: Path, threads: int) -> Iterator[Worker]:
     """A process of the suite that ends with the block."""
-    worker = Worker(log, threads)
+    worker = host.start(log, threads)
     try:
         yield worker
     finally:
@@ -161,25 +178,20 @@ def worker_for(log: Path, threads: int) -> Iterator[Worker]:
 
 def suite(worker: Worker, calls: int) -> float:
     """The median seconds of calls as the suite times them, after one that is not counted."""
-    times = [worker.ask("timed_call") for _ in range(1 + calls)]
+    times = [worker.ask(protocol.TimedCalls()).seconds[0] for _ in range(1 + calls)]
     return statistics.median_low(times[1:])  # What benchmark_app calls a median.
 
 
-def write_model(job: Job, folder: Path) -> Tuple[str, List[str]]:
+def write_model(job: protocol.PrepareRun) -> Tuple[str, List[str]]:
     """Writes the model that the suite's worker compiles, and its images, to files.
 
     Returns:
         the path of the model, and those of the images, float32 3 x H x W, as `.npy`.
     """
-    import torch
-
-    import models
     from backends import onnxruntime, openvino
 
-    kept = torch.load(job.prepared, weights_only=True)
-    export = models.build(
-        MODELS[job.model], kept["state"], kept["name"], kept["inputs"], job.source
-    )
+    folder = Path(job.folder)
+    export = export_of(job)
     images = [str(folder / f"image_{number}.npy") for number in range(len(export.inputs))]
     for path, image in zip(images, export.inputs):
         np.save(path, image.numpy())
@@ -197,18 +209,36 @@ def write_model(job: Job, folder: Path) -> Tuple[str, List[str]]:
     return str(model), images
 
 
+def export_of(job: protocol.PrepareRun) -> Export:
+    """The export of the suite's worker, in this process: with the same weights and inputs."""
+    import torch
+
+    from detectors.build import build
+
+    with np.load(Path(job.folder) / "state.npz") as arrays:
+        state = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    inputs: Dict[str, Tuple[torch.Tensor, ...]] = {}
+    with np.load(Path(job.folder) / "inputs.npz") as arrays:
+        for place in arrays.files:  # `opt/0`
+            name = place.rsplit("/", 1)[0]
+            inputs[name] = (*inputs.get(name, ()), torch.from_numpy(arrays[place]))
+    return build(MODELS[job.model], state, "the weights", inputs, job.source)
+
+
 @contextlib.contextmanager
-def other_side(job: Job, model: str, images: List[str]) -> Iterator[Callable[[int], float]]:
+def other_side(
+    job: protocol.PrepareRun, threads: int, model: str, images: List[str]
+) -> Iterator[Callable[[int], float]]:
     """A function that makes so many calls outside of the suite and returns the median seconds."""
     if job.backend == "openvino":
-        yield lambda calls: benchmark_app(job, model, images, calls)
+        yield lambda calls: benchmark_app(job, threads, model, images, calls)
         return
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as process:
 
         def call(calls: int) -> float:
             try:
-                arguments = model, tuple(images), job.threads, calls
+                arguments = model, tuple(images), threads, calls
                 return process.submit(session_loop, *arguments).result()
             except BrokenProcessPool:
                 raise RunFailed("the process died") from None
@@ -216,7 +246,9 @@ def other_side(job: Job, model: str, images: List[str]) -> Iterator[Callable[[in
         yield call
 
 
-def benchmark_app(job: Job, model: str, images: List[str], calls: int) -> float:
+def benchmark_app(
+    job: protocol.PrepareRun, threads: int, model: str, images: List[str], calls: int
+) -> float:
     """The median seconds that OpenVINO's own benchmark reports, after one call uncounted.
 
     Raises:
@@ -234,7 +266,7 @@ def benchmark_app(job: Job, model: str, images: List[str], calls: int) -> float:
         # Threads are only taken without a hint; the plugin's own default is that of latency.
         "-hint": "none",
         "-nstreams": 1,
-        "-nthreads": job.threads,
+        "-nthreads": threads,
         "-infer_precision": HINTS[job.precision],
         "-niter": calls,
         "-report_type": "no_counters",

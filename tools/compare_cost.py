@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import benchmark
-import models
-import results
-from catalog import MODELS
+from detectors.build import build, find_weights
+from detectors.inputs import read_image, tuning_inputs
+from models import MODELS
+from results.environment import usable_cores
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=list(MODELS), default=["testRetinaNet"])
     parser.add_argument("--rounds", type=int, default=30)
     options = parser.parse_args()
-    torch.set_num_threads(results.usable_cores())
+    torch.set_num_threads(usable_cores())
     for name in options.model:
         speedup = compare(name, options.rounds)
         interval = "too few rounds for an interval"
@@ -43,11 +44,11 @@ def main() -> None:
 def compare(name: str, rounds: int) -> benchmark.Speedup:
     """The time of Detectron2's eager module over that of the bundled one."""
     model = MODELS[name]
-    inputs = models.tuning_inputs(models.read_image(None, None), model.images_per_call, seed=0)
-    weights = models.find_weights(model, "synthetic", inputs, detections=100, seed=0)
+    inputs = tuning_inputs(read_image(None, None), model.images_per_call, seed=0)
+    weights = find_weights(model, "synthetic", inputs, detections=100, seed=0)
     calls = {}
     for source in ("detectron2", "bundled"):
-        export = models.build(model, weights.state, weights.name, inputs, source)
+        export = build(model, weights.state, weights.name, inputs, source)
         calls[source] = timed(export.eager, inputs["opt"])
         benchmark.warm_up(calls[source], benchmark.WarmUp.on("cpu"))
     rule = benchmark.StopRule.fixed(rounds)

@@ -44,7 +44,7 @@ def main() -> None:
         raise SystemExit(f"Detectron2 cannot be imported ({error}); see --help") from None
     import detectron2_reference as reference
 
-    from catalog import MODELS
+    from models import MODELS
 
     about = _about(arguments.commit)
     configs = list(dict.fromkeys(model.config for model in MODELS.values()))

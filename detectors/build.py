@@ -1,0 +1,168 @@
+"""From a test model and weights to an export, and from `--weights` to the weights."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, Iterable, Optional, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detectors.checkpoint import load_into, read
+from detectors.config import build_detector
+from detectors.export import Export, ScriptableBoxDetector, TraceableDetector
+from detectors.inputs import digest
+from detectors.zoo import NAMED_WEIGHTS, CheckpointUnavailable, zoo_checkpoint
+from errors import InputError
+from models import TUNING, TestModel
+from results.environment import file_name
+from results.record import Weights
+
+
+def build(
+    model: TestModel,
+    state: Dict[str, Tensor],
+    weights_name: str,
+    tuning_inputs: Dict[str, Tuple[Tensor, ...]],
+    source: str = "bundled",
+) -> Export:
+    """Builds a test model with the given weights, which are copied.
+
+    Args:
+        state: parameters by Detectron2's names.
+        weights_name: what errors call them.
+        tuning_inputs: `min`, `opt`, `max` -> the images of a call.
+        source: `bundled`, or `detectron2` where it is installed.
+
+    Raises:
+        errors.InputError: the weights are of another architecture.
+    """
+    if source == "detectron2":
+        from detectors.from_detectron2 import Detectron2Export
+
+        return Detectron2Export(model, state, weights_name, tuning_inputs)
+    detector = build_detector(model.config, model.postprocess, initialize=False)
+    load_into(detector, state, weights_name)
+    wrapper = ScriptableBoxDetector if model.kind == "scripted" else TraceableDetector
+    return Export(model, wrapper(detector).eval(), tuning_inputs)
+
+
+# Detectron2 as the source ----------------------------------------------------------------------
+
+
+def detectron2_unavailable() -> Optional[str]:
+    """Why `--source detectron2` does not work here, in a sentence; None where it does."""
+    try:
+        with warnings.catch_warnings():
+            # It uses what recent PyTorch calls deprecated.
+            warnings.simplefilter("ignore")
+            import detectron2.model_zoo  # noqa: F401
+    except ImportError as error:
+        return f"detectron2 is not usable here ({error}); install it or use --source bundled"
+    return None
+
+
+def resolve_source(source: str) -> str:
+    """The source that is meant by `auto`, `detectron2` or `bundled`: one of the latter two.
+
+    Raises:
+        errors.InputError: detectron2 was asked for and is not usable.
+    """
+    if source == "bundled":
+        return source
+    reason = detectron2_unavailable()
+    if reason is None:
+        return "detectron2"
+    if source == "detectron2":
+        raise InputError(reason)
+    return "bundled"
+
+
+# Weights ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FoundWeights:
+    """Parameters of a test model.
+
+    Attributes:
+        state: parameters by Detectron2's names.
+        name: of where they come from, for errors.
+        record: the same for the result file, with their digest.
+    """
+
+    state: Dict[str, Tensor]
+    name: str
+    record: Weights
+
+
+def find_weights(
+    model: TestModel,
+    weights: str,
+    inputs: Dict[str, Tuple[Tensor, ...]],
+    detections: int,
+    seed: int,
+) -> FoundWeights:
+    """Finds the weights that `--weights` asks for.
+
+    Args:
+        weights: `auto`, `zoo`, `synthetic` or the path of a checkpoint.
+        inputs: whose first images synthetic weights are made for, see `detectors.inputs.inputs`.
+        detections: how many objects synthetic weights find.
+        seed: of synthetic weights.
+
+    Raises:
+        errors.InputError: the checkpoint cannot be downloaded or read.
+    """
+    no_zoo = None
+    if weights in ("auto", "zoo"):
+        try:
+            return _from_file(zoo_checkpoint(model.config), "zoo")
+        except CheckpointUnavailable as error:
+            if weights == "zoo":
+                raise
+            no_zoo = str(error)
+    elif weights != "synthetic":
+        return _from_file(Path(weights), "file")
+    from detectors.synthetic import synthesize
+
+    others = [name for name in inputs if name not in TUNING]
+    images = [inputs[name][0] for name in (*TUNING, *others)]
+    state = synthesize(model.config, images, detections, seed)
+    record = Weights("synthetic", None, detections, no_zoo, _digest(state))
+    return FoundWeights(state, "synthetic weights", record)
+
+
+def _from_file(path: Path, source: str) -> FoundWeights:
+    state = read(path)
+    return FoundWeights(state, str(path), Weights(source, file_name(path), digest=_digest(state)))
+
+
+def _digest(state: Dict[str, Tensor]) -> str:
+    return digest(_array(state[name]) for name in sorted(state))
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    # NumPy has no bfloat16, and of a digest only the bytes count.
+    bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+    return bits.cpu().numpy()
+
+
+def check_weights(models: Iterable[TestModel], weights: str) -> None:
+    """Makes sure that a checkpoint fits all of these models, before any is measured.
+
+    Args:
+        weights: as for `find_weights`; named ones fit. `detectors.zoo.download_zoo` makes sure that
+            they are there.
+
+    Raises:
+        errors.InputError: the checkpoint cannot be read, or is of another architecture.
+    """
+    if weights in NAMED_WEIGHTS:
+        return
+    state = read(weights)
+    for config in dict.fromkeys(model.config for model in models):
+        load_into(build_detector(config, False, initialize=False), state, weights)

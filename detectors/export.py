@@ -1,0 +1,80 @@
+"""A test model made ready: the eager module, its traced or scripted module, and its inputs."""
+
+from __future__ import annotations
+
+from typing import Dict, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from detectors.instances import Instances, flatten
+from models import TestModel
+
+
+class TraceableDetector(nn.Module):
+    """A detector with the flat signature of an export: images in, tuple of tensors out."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, *images: Tensor) -> Tuple[Tensor, ...]:
+        found = self.detector(list(images))
+        return tuple(tensor for instances in found for tensor in flatten(instances))
+
+
+class ScriptableBoxDetector(nn.Module):
+    """The same for TorchScript, which knows no variable number of images: one, without masks."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, image: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        found: Instances = self.detector([image])[0]
+        return found.pred_boxes, found.pred_classes, found.scores, found.image_size
+
+
+class Export:
+    """A test model made ready.
+
+    Attributes:
+        name: of the test model.
+        kind: `traced` or `scripted`.
+        eager: module in eval mode; takes the images of a call and gives the flat tuple.
+        tuning_inputs: `min`, `opt`, `max` -> the images of a call, float tensors 3 x H x W.
+        other_inputs: images of calls that are timed besides `opt`, for backends that compile when
+            they first see a size.
+        fields: names of the tensors that the flat tuple has for each image.
+    """
+
+    other_inputs: Sequence[Tuple[Tensor, ...]] = ()
+
+    def __init__(
+        self, model: TestModel, eager: nn.Module, tuning_inputs: Dict[str, Tuple[Tensor, ...]]
+    ) -> None:
+        self.name = model.name
+        self.kind = model.kind
+        self.fields = model.fields
+        self.eager = eager
+        self.tuning_inputs = tuning_inputs
+        self._script_module: Optional[torch.jit.ScriptModule] = None
+
+    @property
+    def inputs(self) -> Tuple[Tensor, ...]:
+        """The images that are timed: those of `opt`."""
+        return self.tuning_inputs["opt"]
+
+    def script_module(self) -> torch.jit.ScriptModule:
+        """The traced or scripted module, called like `eager`; made the first time it is needed."""
+        if self._script_module is None:
+            self._script_module = self._script() if self.kind == "scripted" else self.trace()
+        return self._script_module
+
+    def trace(self) -> torch.jit.ScriptModule:
+        """Traces the eager module as it would run now: under autocast, the casts are traced too."""
+        with torch.no_grad():
+            return torch.jit.trace(self.eager, self.inputs, check_trace=False)
+
+    def _script(self) -> torch.jit.ScriptModule:
+        return torch.jit.script(self.eager)

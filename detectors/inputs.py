@@ -1,0 +1,218 @@
+"""What a test model is called with: images as arrays, and the tensors that are made of them.
+
+PyTorch is imported by the functions that return tensors, and by no other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+
+import numpy as np
+
+from errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# The images that TorchBlade's benchmark tunes for are smaller and larger by factors from here.
+MIN_SCALE = (0.5, 0.7)
+MAX_SCALE = (2.0, 3.0)
+DEFAULT_SIZE = (480, 640)
+# Two halvings less than the stride of the coarsest feature map: below, nothing is left of it.
+SMALLEST_SIDE = 32
+
+# Height and width in pixels.
+Size = Tuple[int, int]
+
+
+# Images ----------------------------------------------------------------------------------------
+
+
+def default_image() -> Path:
+    """A photograph that a dependency brings along: Grace Hopper, from matplotlib's sample data.
+
+    Raises:
+        errors.InputError: matplotlib is not installed.
+    """
+    spec = importlib.util.find_spec("matplotlib")
+    for folder in (spec and spec.submodule_search_locations) or []:
+        path = Path(folder) / "mpl-data" / "sample_data" / "grace_hopper.jpg"
+        if path.exists():
+            return path
+    raise InputError(
+        "the default image comes with matplotlib, which is not installed here: "
+        "pip install matplotlib, or give an --image"
+    )
+
+
+def read_image(path: Optional[Path], size: Optional[Size]) -> np.ndarray:
+    """Reads an image as Detectron2 wants it: BGR, 0 to 255, float32, 3 x H x W.
+
+    Args:
+        path: any format that Pillow reads; None for the default image.
+        size: height and width to crop (around the center) and resize it to; None for the image's
+            own, or 480 x 640 for the default image.
+
+    Raises:
+        errors.InputError: it is no image, is broken, or has a side below 32 pixels.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if path is None:
+        path, size = default_image(), size or DEFAULT_SIZE
+    try:
+        with Image.open(path) as image:
+            # Cameras store photographs lying on the side and say so in a tag.
+            image = ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"image {path} does not exist") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{path} is not an image that Pillow can read") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"image {path} cannot be read: {error}") from None
+    if size is not None:
+        height, width = size
+        image = ImageOps.fit(image, (width, height), Image.BICUBIC)
+    if min(image.size) < SMALLEST_SIDE:
+        raise InputError(
+            f"image {path} has {image.width} x {image.height} pixels; "
+            f"both sides must have at least {SMALLEST_SIDE}"
+        )
+    bgr = np.asarray(image)[:, :, ::-1].transpose(2, 0, 1)
+    return np.ascontiguousarray(bgr, dtype=np.float32)
+
+
+def read_images(paths: Sequence[Path], size: Optional[Size], seed: int) -> List[np.ndarray]:
+    """Reads images as `read_image` does; without any path, the default image.
+
+    Args:
+        seed: of `tuning_sizes`.
+
+    Raises:
+        errors.InputError: one cannot be read, or engines for the first one do not take its size.
+    """
+    images = [read_image(path, size) for path in paths or (None,)]
+    ranges = tuning_sizes(images[0].shape[-2:], seed)
+    smallest, largest = ranges["min"], ranges["max"]
+    for path, image in zip(paths, images):
+        own = image.shape[-2:]
+        if not all(a <= b <= c for a, b, c in zip(smallest, own, largest)):
+            raise InputError(
+                f"image {path} has {own[0]}x{own[1]} pixels, and the engines are made for "
+                f"{smallest[0]}x{smallest[1]} to {largest[0]}x{largest[1]}, after the first image: "
+                "give an --image-size, or measure it alone"
+            )
+    return images
+
+
+def write_image(image: np.ndarray, path: Path) -> None:
+    """Writes an image as a file of the format of its name.
+
+    Args:
+        image: 3 x H x W, BGR, 0 to 255, as `read_image` gives it.
+    """
+    from PIL import Image
+
+    rgb = np.clip(np.round(image[::-1].transpose(1, 2, 0)), 0, 255).astype(np.uint8)
+    Image.fromarray(rgb).save(path)
+
+
+def digest(arrays: Iterable[np.ndarray]) -> str:
+    """Tells one image, or one set of weights, from another: 16 hexadecimal digits.
+
+    Args:
+        arrays: their order counts, their shapes do not.
+    """
+    hasher = hashlib.sha256()
+    for array in arrays:
+        hasher.update(np.ascontiguousarray(array))
+    return hasher.hexdigest()[:16]
+
+
+# Inputs ----------------------------------------------------------------------------------------
+
+
+def tuning_sizes(size: Sequence[int], seed: int) -> Dict[str, Size]:
+    """The sizes of the tuning inputs: `opt` is the image's, `min` and `max` are scaled both ways.
+
+    Args:
+        size: height and width of the image.
+        seed: of the scales, uniform in 0.5 to 0.7 and 2 to 3. No side gets below 32 pixels.
+    """
+    generator = np.random.default_rng(seed)
+    smallest = _scaled(size, generator.uniform(*MIN_SCALE))
+    largest = _scaled(size, generator.uniform(*MAX_SCALE))
+    return {"min": smallest, "opt": (int(size[0]), int(size[1])), "max": largest}
+
+
+def _scaled(size: Sequence[int], factor: float) -> Size:
+    height, width = (max(SMALLEST_SIDE, int(side * factor)) for side in size)
+    return height, width
+
+
+def tuning_inputs(
+    image: Union[np.ndarray, Tensor], images_per_call: int, seed: int
+) -> Dict[str, Tuple[Tensor, ...]]:
+    """The images of a call in three sizes: `opt` as it is, `min` and `max` scaled both ways.
+
+    Args:
+        image: 3 x H x W.
+        seed: of `tuning_sizes`.
+    """
+    opt = _tensor(image)
+    sizes = tuning_sizes(opt.shape[-2:], seed)
+    scaled = {
+        "min": _resize(opt, sizes["min"]),
+        "opt": opt,
+        "max": _resize(opt, sizes["max"]),
+    }
+    return {name: _copies(x, images_per_call) for name, x in scaled.items()}
+
+
+def inputs(
+    images: Sequence[Union[np.ndarray, Tensor]], images_per_call: int, seed: int
+) -> Dict[str, Tuple[Tensor, ...]]:
+    """All that a test model is called with: `tuning_inputs` of the first image, and the others.
+
+    The others are named by their place, `image 2` and so on.
+
+    Args:
+        images: 3 x H x W each.
+    """
+    others = {
+        f"image {place}": _copies(_tensor(image), images_per_call)
+        for place, image in enumerate(images[1:], start=2)
+    }
+    return {**tuning_inputs(images[0], images_per_call, seed), **others}
+
+
+def describe_sizes(inputs: Dict[str, Tuple[Any, ...]]) -> Dict[str, Tuple[Size, ...]]:
+    """Input (`min`, `opt`, `max` and others) -> height and width of each image of the call.
+
+    Args:
+        inputs: tensors or arrays, ... x H x W.
+    """
+    return {
+        name: tuple((int(image.shape[-2]), int(image.shape[-1])) for image in images)
+        for name, images in inputs.items()
+    }
+
+
+def _tensor(image: Union[np.ndarray, Tensor]) -> Tensor:
+    import torch
+
+    # A copy, as an array that was read from a file may not be written to.
+    return torch.from_numpy(image.copy()) if isinstance(image, np.ndarray) else image
+
+
+def _resize(image: Tensor, size: Size) -> Tensor:
+    import torch.nn.functional as F
+
+    return F.interpolate(image[None], size=list(size), mode="bilinear", align_corners=False)[0]
+
+
+def _copies(image: Tensor, count: int) -> Tuple[Tensor, ...]:
+    return tuple(image.clone() for _ in range(count))

@@ -1,0 +1,745 @@
+"""A group: the runs of a test model at one precision. Prepare them, take turns, check them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+
+import benchmark
+from benchmark import RunFailed, StopRule
+from errors import InputError, Unsupported
+from measure import protocol, quiet, verify
+from measure.plan import Choice, Plan
+from measure.progress import Progress
+from measure.worker import CALL_LIMIT_S, PREPARE_LIMIT_S, Command, Hosts, Worker, scratch_folder
+from models import MODELS, RUN_BUDGET_S, TUNING
+from results import facts
+from results.environment import file_name
+from results.record import (
+    Agreement,
+    Coverage,
+    Drawn,
+    DrawnRun,
+    GpuState,
+    Group,
+    Machine,
+    Run,
+    SameAgainstSame,
+    Stages,
+)
+
+# Runs that take part without a row of their own: Torch once more, and Torch at fp32.
+AGAIN = "torch again"
+FP32 = "torch fp32"
+# Where Torch is timed against itself, speedups are to be known this well: what the machine can
+# resolve is the noise of both, and has to be below the 5% that most people ask for.
+AGAIN_HALF_WIDTH = 0.02
+# Calls of which the stages are timed.
+STAGE_CALLS = 5
+
+# Timed input -> label of a run -> what it found in each image of the call.
+FoundBy = dict[str, dict[str, tuple[DrawnRun, ...]]]
+
+
+# A test model ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model:
+    """A test model that was made ready.
+
+    Attributes:
+        objects: that its weights find, if they are synthetic.
+        folder: has its weights and inputs, for the workers.
+        facts: what else is known of it.
+        reference: input -> the flat tuple that eager fp32 found, as arrays.
+    """
+
+    name: str
+    objects: int
+    folder: Path
+    facts: protocol.ModelFacts
+    reference: dict[str, list[np.ndarray]]
+
+
+def prepare_model(
+    name: str, objects: int, plan: Plan, hosts: Hosts, folder: Path, progress: Progress
+) -> Model:
+    """Makes weights and inputs of a test model and computes its reference, in its own process.
+
+    Args:
+        objects: that synthetic weights find.
+        folder: an existing one, for the files that workers share.
+
+    Raises:
+        errors.InputError: image or weights cannot be had.
+        benchmark.RunFailed: the process died.
+    """
+    progress.say(f"{name}: weights, inputs, and the reference detections (Torch fp32)")
+    worker = hosts.of(Command.own()).start(folder / "model.log", plan.threads)
+    request = protocol.PrepareModel(
+        model=name,
+        source=plan.source,
+        weights=plan.weights,
+        images=plan.images,
+        image_size=plan.image_size,
+        detections=objects,
+        seed=plan.seed,
+        folder=str(folder),
+    )
+    try:
+        answer = worker.ask(request, PREPARE_LIMIT_S * max(1, len(plan.images)))
+    except RunFailed:
+        if plan.debug:
+            progress.say(worker.log.read_text(errors="replace"))
+        raise
+    finally:
+        worker.kill()
+    reference = {key: load_outputs(folder / f"reference-{key}.npz") for key in answer.sizes}
+    return Model(name, objects, folder, answer, reference)
+
+
+def load_outputs(path: Path) -> list[np.ndarray]:
+    """The flat tuple that a worker has left in a file."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return [arrays[name] for name in arrays.files]
+
+
+def reference_detections(model: Model, name: str) -> list[verify.Detections]:
+    """What eager fp32 found in each image of an input; nothing where that is malformed."""
+    try:
+        return verify.split(model.reference[name], model.facts.fields)
+    except verify.Malformed:
+        return []
+
+
+def image_names(plan: Plan, model: Model) -> dict[str, str | None]:
+    """Timed input -> the name of its image; None where there is but one image."""
+    timed = model.facts.timed
+    if len(timed) == 1:
+        return {timed[0]: None}
+    # They are to stand in a cell of a table.
+    names = [re.sub(r"[|\s]+", " ", file_name(path)) for path in plan.images]
+    return {
+        key: name if names.count(name) == 1 else f"{name} ({place})"
+        for place, (key, name) in enumerate(zip(timed, names, strict=True), start=1)
+    }
+
+
+# What is measured ------------------------------------------------------------------------------
+
+
+@dataclass
+class Running:
+    """One run while it is being measured: its worker, and what is known of it so far.
+
+    Attributes:
+        key: tells it from the others that take turns.
+        precision: requested.
+        calls_s: seconds of each round's calls, one for each input that is timed.
+        agreements: input -> whether its detections are those of the reference.
+        found: timed input -> what was found in each image of the call.
+    """
+
+    key: str
+    choice: Choice
+    precision: str
+    worker: Worker | None = None
+    log: Path | None = None
+    status: str = "ok"
+    reason: str | None = None
+    facts: protocol.RunFacts | None = None
+    warmup_s: tuple[float, ...] = ()
+    calls_s: list[tuple[float, ...]] = field(default_factory=list)
+    size_seconds: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    memory: protocol.Memory | None = None
+    coverage: Coverage | None = None
+    artifact_mb: float | None = None
+    effective_precision: str | None = None
+    agreements: dict[str, Agreement] = field(default_factory=dict)
+    found: dict[str, tuple[DrawnRun, ...]] = field(default_factory=dict)
+    artifacts: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What the table calls it."""
+        return self.choice.labelled(self.facts and self.facts.label)
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the others' detections are compared with those of the same computation."""
+        return self.choice.is_baseline and self.precision == "fp32"
+
+    def give_up(self, status: str, reason: str) -> None:
+        """Takes note of why it goes no further, and ends its process."""
+        self.status, self.reason = status, reason
+        self.end()
+
+    def end(self, politely: bool = False) -> None:
+        """Ends its process, if there is one; politely, it can clear away what engines opened."""
+        if self.worker is not None:
+            self.worker.stop() if politely else self.worker.kill()
+            self.worker = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came of a group.
+
+    Attributes:
+        groups: with several images that of all together, then one for each; none where an
+            interruption came before there was something in it.
+        aa: where Torch took part twice, and could be measured.
+        interruption: what ended it early, to be raised when the rest has been kept.
+    """
+
+    groups: tuple[Group, ...]
+    found: FoundBy
+    aa: SameAgainstSame | None = None
+    interruption: BaseException | None = None
+
+
+def runs_for(plan: Plan, precision: str) -> list[Running]:
+    """The rows of a group: the baseline, and the backends that know that precision.
+
+    A baseline that does not know it runs at fp32.
+    """
+    runs = []
+    for choice in plan.choices:
+        if precision in choice.backend.precisions[plan.device]:
+            runs.append(Running(choice.name, choice, precision))
+        elif choice.is_baseline:
+            runs.append(Running(choice.name, choice, "fp32"))
+    return runs
+
+
+def extra_runs(runs: Sequence[Running], same_again: bool) -> list[Running]:
+    """Runs that are timed with a group but have no row.
+
+    Torch at fp32 takes part in the groups of lower precision: it is what a user has today, and
+    only calls made side by side give a ratio to it. Where PyTorch runs what was optimized in
+    another environment, the Torch of that environment takes part.
+    """
+    baseline = runs[0]
+    extras = []
+    if same_again:
+        extras.append(Running(AGAIN, baseline.choice, baseline.precision))
+    if baseline.precision != "fp32":
+        extras.append(Running(FP32, baseline.choice, "fp32"))
+    known = {run.choice.command.words for run in runs if run.choice.backend.rank == 0}
+    for run in runs:
+        command = run.choice.command
+        if run.choice.backend.in_pytorch and command.words not in known:
+            known.add(command.words)
+            choice = Choice(baseline.choice.backend, command)
+            extras.append(Running(f"torch of {command.name}", choice, run.precision))
+    return extras
+
+
+def measure_group(
+    model: Model,
+    precision: str,
+    plan: Plan,
+    hosts: Hosts,
+    progress: Progress,
+    same_again: bool = False,
+    more: bool = False,
+) -> Measured:
+    """Measures all runs of a test model at one precision, in turns.
+
+    Args:
+        same_again: whether a second Torch takes part, to see what difference can be resolved.
+        more: whether another group follows, so that its hosts may start when this one is timed.
+    """
+    measurement = Measurement(model, precision, plan, progress, same_again)
+    try:
+        measurement.measure(hosts, more)
+    except BaseException as interruption:
+        return measurement.result(interruption)
+    return measurement.result()
+
+
+class Measurement:
+    """A group while it is measured: the one place where what is measured is collected."""
+
+    def __init__(
+        self, model: Model, precision: str, plan: Plan, progress: Progress, same_again: bool
+    ) -> None:
+        self.model, self.precision, self.plan, self.progress = model, precision, plan, progress
+        self.rule = _rule(plan, same_again)
+        self.runs = runs_for(plan, precision)
+        self.extras = extra_runs(self.runs, same_again)
+        self.rounds = benchmark.Rounds()
+        self.machine: Machine | None = None
+        self.gpu: list[GpuState] = []
+        self.stages: Stages | None = None
+
+    @property
+    def all_runs(self) -> list[Running]:
+        """Those with a row, and the others that take turns."""
+        return self.runs + self.extras
+
+    def measure(self, hosts: Hosts, more: bool) -> None:
+        """Does it all; what comes of it is collected on the way."""
+        try:
+            with scratch_folder() as folder:
+                for run in self.all_runs:
+                    self.prepare(run, hosts, folder)
+                self.time(hosts)
+                if more:
+                    hosts.start_next()
+                if self.plan.stages:
+                    self.stages = self.time_stages()
+                for run in self.runs:
+                    self.check(run, folder)
+                self.report()
+                for run in self.all_runs:
+                    run.end(politely=True)
+        except BaseException:
+            # Also where the rounds were made: what was not checked is measured again.
+            self.rounds.stopped = "interrupted"
+            raise
+        finally:
+            for run in self.all_runs:
+                run.end()
+
+    def prepare(self, run: Running, hosts: Hosts, folder: Path) -> None:
+        """Starts a run's worker, prepares and warms it; a failure costs this run only."""
+        model, plan = self.model, self.plan
+        self.progress.say(f"{model.name}: preparing {run.label} {run.precision}")
+        run.log = folder / f"{run.key}.log"
+        request = protocol.PrepareRun(
+            model=model.name,
+            backend=run.choice.backend.name,
+            precision=run.precision,
+            device=plan.device,
+            source=plan.source if run.choice.command.name is None else "bundled",
+            folder=str(model.folder),
+            cache=plan.cache and str(plan.cache),
+        )
+        try:
+            run.worker = _start(hosts, run, plan)
+            run.facts = run.worker.ask(request, PREPARE_LIMIT_S)
+            run.artifacts = self.keep(run.choice, run.facts.artifacts)
+            limit_s = PREPARE_LIMIT_S * len(model.facts.timed)
+            run.warmup_s = run.worker.ask(protocol.Warm.by(plan.warm_up), limit_s).seconds
+        except Unsupported as error:
+            run.give_up("unsupported", str(error))
+        except RunFailed as error:
+            run.give_up("failed", str(error))
+
+    def keep(self, choice: Choice, artifacts: dict[str, str]) -> tuple[str, ...]:
+        """Writes texts that a backend wants kept; returns the names of their files."""
+        if self.plan.output is None:
+            return ()
+        # A backend that is measured in two environments names them the same in both.
+        place = "" if choice.environment is None else f"{choice.environment}."
+        named = {self.file_name(place + name): text for name, text in artifacts.items()}
+        for name, text in named.items():
+            (self.plan.output / name).write_text(text, encoding="utf-8")
+        return tuple(sorted(named))
+
+    def file_name(self, name: str) -> str:
+        """The name of a run's file in the output folder."""
+        objects = self.model.objects
+        return name if objects == facts.OBJECTS else f"{objects}-objects.{name}"
+
+    def time(self, hosts: Hosts) -> None:
+        """Makes the rounds, and sees what else the machine did."""
+        timed = self.model.facts.timed
+        live = [run for run in self.all_runs if run.worker is not None]
+        self.rule = _with_budget(self.rule, len(live) * len(timed))
+        self.read_gpu()
+        workers = [run.worker for run in live]
+        before = quiet.snapshot(workers, hosts)
+        if live:
+            calls = {run.key: _timed_call(run, len(timed)) for run in live}
+            title = f"{self.model.name} {self.precision}"
+            with self.progress.rounds(title, self.rule) as advance:
+                benchmark.run_rounds(
+                    calls,
+                    self.runs[0].key,
+                    self.rule,
+                    self.plan.seed,
+                    progress=advance,
+                    into=self.rounds,
+                )
+        else:
+            self.rounds.stopped = "all failed"
+        for run in live:
+            if run.key in self.rounds.failures:
+                run.give_up("failed", self.rounds.failures[run.key])
+        self.machine = quiet.between(before, quiet.snapshot(workers, hosts))
+        self.read_gpu()
+
+    def read_gpu(self) -> None:
+        """Takes note of how the GPU is doing, as the first worker that lives sees it."""
+        live = [run for run in self.runs if run.worker is not None]
+        if self.plan.device != "cuda" or not live:
+            return
+        try:
+            state = live[0].worker.ask(protocol.ReadGpu())
+        except RunFailed as error:
+            live[0].give_up("failed", str(error))
+            return
+        if state != GpuState():
+            self.gpu.append(state)
+
+    def time_stages(self) -> Stages | None:
+        """Medians of each stage of the eager module; None where it runs at another precision."""
+        baseline = self.runs[0]
+        if baseline.worker is None or baseline.precision != self.precision:
+            return None
+        try:
+            calls = baseline.worker.ask(protocol.TimeStages(STAGE_CALLS)).calls
+        except RunFailed as error:
+            baseline.give_up("failed", str(error))
+            return None
+        names = [stage.name for stage in fields(Stages)]
+        return Stages(**{name: median(getattr(call, name) for call in calls) for name in names})
+
+    def check(self, run: Running, folder: Path) -> None:
+        """Compares what a run finds with the reference, in all inputs."""
+        if run.worker is None:
+            return
+        self.progress.say(f"{self.model.name} {run.precision}: checking {run.key}")
+        try:
+            run.memory = run.worker.ask(protocol.ReadMemory())
+            run.coverage = run.worker.ask(protocol.ReadCoverage())
+            outputs = {name: self.detect(run, name, folder) for name in self.inputs_to_check(run)}
+            run.artifact_mb = run.worker.ask(protocol.ReadArtifact()).mb
+            # Last, as PyTorch's profiler slows a process down.
+            run.effective_precision = run.worker.ask(protocol.ReadPrecision()).precision
+            if self.plan.trace and run.choice.backend.in_pytorch:
+                self.trace(run)
+        except RunFailed as error:
+            run.give_up("failed", f"while its detections were computed: {error}")
+            return
+        if not run.is_reference:
+            self.judge(run, outputs)
+
+    def inputs_to_check(self, run: Running) -> list[str]:
+        """Inputs that a run is called with once more: those it was just timed on come first."""
+        timed, sizes = self.model.facts.timed, self.model.facts.sizes
+        others = [name for name in sizes if name not in timed]
+        return others if run.is_reference else [*timed, *others]
+
+    def detect(self, run: Running, name: str, folder: Path) -> list[np.ndarray] | str:
+        """What a run finds in an input, as arrays, or why that is malformed."""
+        file = folder / f"{run.key}-{name}.npz"
+        is_timed = name in self.model.facts.timed
+        answer = run.worker.ask(protocol.Detect(name, str(file), repeat=not is_timed))
+        if not is_timed:
+            run.size_seconds[name] = answer.seconds
+        if answer.malformed is not None:
+            return answer.malformed
+        outputs = load_outputs(file)
+        file.unlink()
+        return outputs
+
+    def trace(self, run: Running) -> None:
+        """Keeps a trace of a call."""
+        name = f"{self.model.name}.{run.key}.{run.precision}.trace.json"
+        name = self.file_name(name)
+        run.worker.ask(protocol.Trace(str(self.plan.output / name)))
+        run.artifacts = (*run.artifacts, name)
+
+    def judge(self, run: Running, outputs: dict[str, list[np.ndarray] | str]) -> None:
+        """Whether detections are those of the reference; else the run is a mismatch."""
+        names, precision = self.model.facts.fields, run.effective_precision
+        for name, found in outputs.items():
+            if isinstance(found, str):
+                run.agreements[name] = Agreement("error", f"the output is malformed: {found}")
+                continue
+            both = (self.model.reference[name], found, names, precision)
+            run.agreements[name] = verify.verify(*both)
+            if name in self.model.facts.timed:
+                run.found[name] = _drawn(*both)
+        worst = facts.worst(run.agreements)
+        if worst.verdict != "match":
+            run.status, run.reason = "mismatch", worst.reason
+
+    def report(self) -> None:
+        """Says which runs went wrong; with `debug`, what their workers printed."""
+        for run in self.runs:
+            if run.status == "ok":
+                continue
+            self.progress.say(f"{run.label}: {run.status}: {run.reason}")
+            if self.plan.debug and run.log is not None and run.log.exists():
+                self.progress.say(run.log.read_text(errors="replace"))
+
+    # Into records ----------------------------------------------------------------------------
+
+    def result(self, interruption: BaseException | None = None) -> Measured:
+        """What came of it."""
+        groups: tuple[Group, ...] = ()
+        if self.rounds.rounds or any(run.status != "ok" for run in self.runs):
+            groups = (self.group(), *self.one_by_one())
+        found: FoundBy = {}
+        for run in self.runs:
+            for name, images in run.found.items():
+                if images:
+                    found.setdefault(name, {})[run.label] = images
+        samples = tuple(tuple(self.samples(key)) for key in (self.runs[0].key, AGAIN))
+        aa = None
+        if all(samples) and interruption is None:
+            speedup = benchmark.speedup(*samples, self.plan.seed)
+            resolution = benchmark.resolution(speedup)
+            aa = SameAgainstSame(self.model.name, self.precision, speedup, resolution, samples)
+        return Measured(groups, found, aa, interruption)
+
+    def one_by_one(self) -> list[Group]:
+        """A group for each image, of the same rounds, where there are several.
+
+        What is not of one image (preparation, coverage, the state of the machine) is with the group
+        of all of them only.
+        """
+        names = image_names(self.plan, self.model)
+        if len(names) == 1:
+            return []
+        return [self.group(place, image) for place, image in enumerate(names.values())]
+
+    def group(self, place: int | None = None, image: str | None = None) -> Group:
+        """The record.
+
+        Args:
+            place, image: of the image that it is about; None: all together.
+        """
+        known = self.model.facts
+        timed = known.timed if place is None else known.timed[place : place + 1]
+        inputs = _inputs_of(timed, known.sizes, place)
+        flops = [known.flops[name] for name in timed]
+        found = [reference_detections(self.model, name) for name in timed]
+        together = place is None
+        return Group(
+            model=self.model.name,
+            export=MODELS[self.model.name].kind,
+            precision=self.precision,
+            images_per_call=MODELS[self.model.name].images_per_call,
+            image_sizes={name: known.sizes[name] for name in inputs},
+            rounds=self.rounds.rounds,
+            stopped=self.rounds.stopped,
+            runs=tuple(self.record(run, inputs, place) for run in self.runs),
+            image=image,
+            objects=self.model.objects,
+            found=sum(len(image.scores) for images in found for image in images),
+            flops=None if None in flops else sum(flops) // len(flops),
+            image_digest=" ".join(known.image_digests[name] for name in timed),
+            weights=known.weights,
+            half_width=self.rule.half_width,
+            budget_s=self.rule.budget_s,
+            stages=self.stages if together else None,
+            machine=self.machine if together else None,
+            gpu=tuple(self.gpu) if together else (),
+            fp32_samples_s=tuple(self.samples(FP32, place)),
+        )
+
+    def samples(self, key: str, place: int | None = None) -> list[float]:
+        """Seconds of a run's timed calls, means over the images, or of one of them."""
+        means = self.rounds.samples.get(key, [])
+        if place is None:
+            return means
+        calls = next((run.calls_s for run in self.all_runs if run.key == key), [])
+        return [call[place] for call in calls[: len(means)]]
+
+    def record(self, run: Running, inputs: Iterable[str], place: int | None) -> Run:
+        """The record of a run, of all inputs together or of one image."""
+        together = place is None
+        agreements = {name: run.agreements[name] for name in inputs if name in run.agreements}
+        status, reason = _status_of(run, agreements)
+        known, memory = run.facts, run.memory
+        samples = tuple(self.samples(run.key, place))
+        images = MODELS[self.model.name].images_per_call
+        prepare = known.prepare if known and together else None
+        return Run(
+            backend=run.choice.backend.name,
+            environment=run.choice.environment,
+            label=run.label,
+            baseline=run.choice.is_baseline,
+            requested_precision=run.precision,
+            effective_precision=run.effective_precision or (known and known.precision),
+            provider=known and known.provider,
+            threads=known and known.threads,
+            status=status,
+            reason=reason,
+            samples_s=samples,
+            warmup_s=run.warmup_s if together else (),
+            size_seconds={
+                name: run.size_seconds[name] for name in inputs if name in run.size_seconds
+            },
+            prepare=prepare,
+            cached=bool(known and known.cached),
+            artifact_mb=run.artifact_mb,
+            peak_memory_mb=memory and memory.peak_memory_mb,
+            peak_device_memory_mb=memory and memory.peak_device_memory_mb,
+            statistics=benchmark.summarize(samples, images) if samples else None,
+            speedup=None if run.choice.is_baseline else self.speedup(self.runs[0].key, run, place),
+            speedup_over_fp32=self.speedup(FP32, run, place),
+            speedup_over_own_torch=self.speedup(self.own_torch(run), run, place),
+            break_even=self.break_even(run) if together else None,
+            detections=agreements or None,
+            coverage=(run.coverage or known.coverage) if known and together else Coverage(),
+            python=known and known.python,
+            versions=known.versions if known else {},
+            artifacts=run.artifacts if together else (),
+        )
+
+    def speedup(self, over: str | None, run: Running, place: int | None) -> Any:
+        """The speedup of a run over another one; None where one of them has no samples."""
+        baseline = [] if over is None else self.samples(over, place)
+        samples = self.samples(run.key, place)
+        return (
+            benchmark.speedup(baseline, samples, self.plan.seed) if baseline and samples else None
+        )
+
+    def own_torch(self, run: Running) -> str | None:
+        """The key of Torch in the environment of a run, if that is not the suite's own."""
+        command = run.choice.command
+        if command.name is None or run.choice.backend.rank == 0:
+            return None
+        others = [x for x in self.all_runs if x.choice.backend.rank == 0]
+        return next((x.key for x in others if x.choice.command.words == command.words), None)
+
+    def break_even(self, run: Running) -> benchmark.BreakEven | None:
+        """When the time to prepare has paid back."""
+        baseline = self.runs[0]
+        if run is baseline or run.facts is None or baseline.facts is None:
+            return None
+        samples = [self.samples(x.key) for x in (baseline, run)]
+        if not all(samples):
+            return None
+        extra_s = run.facts.prepare.own - baseline.facts.prepare.own
+        images = MODELS[self.model.name].images_per_call
+        return benchmark.break_even(*samples, extra_s, images, self.plan.seed)
+
+
+def _start(hosts: Hosts, run: Running, plan: Plan) -> Worker:
+    """A worker for a run.
+
+    Raises:
+        benchmark.RunFailed: the environment cannot be had any more.
+    """
+    try:
+        return hosts.of(run.choice.command).start(run.log, plan.threads)
+    except InputError as error:
+        raise RunFailed(str(error)) from None
+
+
+def _timed_call(run: Running, images: int) -> Callable[[], float]:
+    """A turn of a run: a call for each image. With several, their mean is what counts."""
+
+    def call() -> float:
+        seconds = run.worker.ask(protocol.TimedCalls(), CALL_LIMIT_S * images).seconds
+        run.calls_s.append(seconds)
+        return fmean(seconds)
+
+    return call
+
+
+def _rule(plan: Plan, same_again: bool) -> StopRule:
+    if not same_again:
+        return plan.rule
+    return replace(plan.rule, half_width=min(plan.rule.half_width, AGAIN_HALF_WIDTH))
+
+
+def _with_budget(rule: StopRule, calls: int) -> StopRule:
+    """The rule with a budget that grows with the calls of a round, unless one was asked for."""
+    if rule.is_fixed or rule.budget_s is not None:
+        return rule
+    return replace(rule, budget_s=RUN_BUDGET_S * calls)
+
+
+def _inputs_of(timed: Sequence[str], sizes: Iterable[str], place: int | None) -> list[str]:
+    """Inputs that a group is about: engines are made for the first image's range of sizes."""
+    if place is None:
+        return list(sizes)
+    return list(TUNING) if timed[0] == "opt" else list(timed)
+
+
+def _status_of(run: Running, agreements: dict[str, Agreement]) -> tuple[str, str | None]:
+    """What became of a run, as far as it is about some of its inputs."""
+    if run.status != "mismatch" or not agreements:
+        return run.status, run.reason
+    worst = facts.worst(agreements)
+    return ("ok", None) if worst.verdict == "match" else ("mismatch", worst.reason)
+
+
+def _drawn(
+    reference: Sequence[Any], found: Sequence[Any], names: Sequence[str], precision: str
+) -> tuple[DrawnRun, ...]:
+    """What was found in each image, for drawing it; nothing where it is malformed."""
+    with suppress(ValueError):
+        images = verify.find(reference, found, names, precision)
+        return tuple(
+            DrawnRun(
+                **vars(drawn(image.detections)),
+                agrees=tuple(image.agrees.tolist()),
+                lost=tuple(image.lost.tolist()),
+            )
+            for image in images
+        )
+    return ()
+
+
+def drawn(detections: verify.Detections) -> Drawn:
+    """Boxes in tenths of a pixel, scores to four digits."""
+    return Drawn(
+        boxes=tuple(map(tuple, detections.boxes.round(1).tolist())),
+        scores=tuple(detections.scores.round(4).tolist()),
+        classes=tuple(detections.classes.tolist()),
+    )
+
+
+def failed_group(name: str, objects: int, precision: str, plan: Plan, reason: str) -> Group:
+    """The group of a test model that could not even be prepared."""
+    runs = [
+        Run(
+            backend=run.choice.backend.name,
+            environment=run.choice.environment,
+            label=run.label,
+            baseline=run.choice.is_baseline,
+            requested_precision=run.precision,
+            status="failed",
+            reason=reason,
+        )
+        for run in runs_for(plan, precision)
+    ]
+    return Group(
+        model=name,
+        export=MODELS[name].kind,
+        precision=precision,
+        images_per_call=MODELS[name].images_per_call,
+        image_sizes={},
+        rounds=0,
+        stopped="all failed",
+        runs=tuple(runs),
+        objects=objects,
+        half_width=plan.rule.half_width,
+        budget_s=plan.rule.budget_s,
+    )
+
+
+def measure_peaks(
+    precisions: Sequence[str], plan: Plan, hosts: Hosts, folder: Path
+) -> dict[str, float]:
+    """Operations per second that PyTorch reaches, by precision, where it has such kernels.
+
+    Raises:
+        benchmark.RunFailed: the process died.
+    """
+    worker = hosts.of(Command.own()).start(folder / "peak.log", plan.threads)
+    try:
+        peaks = {
+            precision: worker.ask(protocol.MeasurePeak(precision, plan.device)).operations_per_s
+            for precision in precisions
+        }
+    finally:
+        worker.kill()
+    return {precision: peak for precision, peak in peaks.items() if peak}

@@ -1,0 +1,355 @@
+"""What is to be measured: the command line with all defaults filled in, and checked."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from backends import base
+from backends.base import Backend
+from benchmark import RunFailed, StopRule, WarmUp
+from detectors import inputs, zoo
+from errors import InputError
+from measure import protocol
+from measure.worker import READY_LIMIT_S, Command, Hosts, Worker
+from models import MODELS
+from results.environment import cpu_flags, has_native_bf16, usable_cores
+from results.facts import OBJECTS
+from results.file import prepare_directory
+
+# Half the width, as a share, that the interval of every speedup is to have.
+HALF_WIDTH = {"cpu": 0.03, "cuda": 0.01}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend, and the environment that its workers run in."""
+
+    backend: Backend
+    command: Command = field(default_factory=Command.own)
+
+    @property
+    def environment(self) -> str | None:
+        """The name after the `@`, by which a backend is measured in several environments."""
+        _, _, name = (self.command.name or "").partition("@")
+        return name or None
+
+    @property
+    def name(self) -> str:
+        """As the command line has it: `openvino`, `openvino@old`."""
+        own = self.backend.name
+        return own if self.environment is None else f"{own}@{self.environment}"
+
+    def labelled(self, label: str | None = None) -> str:
+        """What the table calls it, given what its backend does: `OpenVINO@old`."""
+        label = label or self.backend.label
+        return label if self.environment is None else f"{label}@{self.environment}"
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the others' speedups are relative to it: Torch of the suite's environment."""
+        return self.backend.rank == 0 and self.command.name is None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked for.
+
+    Attributes:
+        models: names of test models, in the order in which they are measured.
+        choices: what is measured, the baseline first.
+        precisions: requested, each a group of its own.
+        source: `bundled` or `detectron2`.
+        images: paths; empty for the default image.
+        image_size: height and width, or None for the images' own.
+        pictures: the images that were read, 3 x H x W, to be kept beside the results.
+        detections: how many objects synthetic weights find; with several, each is measured.
+        warm_up, rule: of the timing.
+        output: folder for results and the files that backends want kept, or None.
+        cache: folder in which engines are kept between invocations, or None.
+        stages: whether the stages of the eager module are timed.
+        trace: whether a profile of a call is kept in `output`, where PyTorch can make one.
+        debug: whether to show what the worker of a failed run printed.
+        gpu: name of the GPU that is measured on, if it is one.
+        versions: distribution -> version, of the suite's own environment.
+        left_out: label -> why a backend that is measured by default cannot be had.
+        without: precision -> labels of the backends that do not compute in it.
+    """
+
+    models: tuple[str, ...]
+    choices: tuple[Choice, ...]
+    precisions: tuple[str, ...]
+    device: str
+    source: str
+    images: tuple[str, ...]
+    image_size: tuple[int, int] | None
+    weights: str
+    detections: tuple[int, ...]
+    warm_up: WarmUp
+    rule: StopRule
+    threads: int
+    seed: int
+    output: Path | None = None
+    debug: bool = False
+    cache: Path | None = None
+    pictures: Sequence[np.ndarray] = ()
+    stages: bool = False
+    trace: bool = False
+    gpu: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    without: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+# From options ----------------------------------------------------------------------------------
+
+
+def environments(texts: Sequence[str]) -> dict[str, Command]:
+    """What `--environment` says: name of a row -> what its workers are started by.
+
+    Args:
+        texts: `BACKEND=COMMAND` or `BACKEND@NAME=COMMAND` each.
+
+    Raises:
+        errors.InputError: one is not of that form, of an unknown backend, twice there, or has no
+            program.
+    """
+    commands: dict[str, Command] = {}
+    for text in texts:
+        name, separator, command = text.partition("=")
+        backend, at, alias = name.partition("@")
+        if not separator or not re.fullmatch(r"[\w.-]+", alias if at else backend):
+            raise InputError(
+                f"--environment {text}: it is not BACKEND=COMMAND or BACKEND@NAME=COMMAND"
+            )
+        if base.load(backend).rank == 0 and not at:
+            raise InputError(
+                f"--environment {name}: the baseline runs in the suite's own environment; "
+                f"{name}@NAME=COMMAND measures another one beside it"
+            )
+        if name in commands:
+            raise InputError(f"--environment {name} is given twice")
+        commands[name] = Command.of(name, command)
+    return commands
+
+
+def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: Hosts) -> Plan:
+    """Fills in the defaults, and checks all that can be checked before anything is measured.
+
+    Args:
+        options: see `run_blade.parser`.
+        commands: see `environments`.
+        hosts: that are asked what there is.
+
+    Raises:
+        errors.InputError: something that was asked for cannot be had.
+    """
+    cores = usable_cores()
+    if options.threads is not None and options.threads > cores:
+        raise InputError(f"--threads {options.threads}: only {cores} cores can be used here")
+    images = tuple(dict.fromkeys(options.image or ()))
+    pictures = inputs.read_images([Path(x) for x in images], options.image_size, options.seed)
+    weights = _weights(options)
+    asked = _asked_backends(options.backend, commands)
+    threads = options.threads or cores
+    hosts.start()
+    request = protocol.Survey(asked or default_backends(), options.device, options.source)
+    survey = survey_of(Command.own(), request, threads, hosts)
+    device = survey.device
+    choices, left_out = _choices(asked, commands, survey, options.backend is not None)
+    for choice in choices:
+        if choice.command.name is not None:
+            _check_environment(choice, device, threads, hosts)
+    precisions, without = _precisions(options.precision, device, choices)
+    names = tuple(MODELS) if options.all else tuple(dict.fromkeys(options.model))
+    _check_weights(names, weights, threads, hosts)
+    versions: dict[str, str] = {}
+    for choice in choices:
+        if choice.command.name is None:
+            versions.update(survey.backends[choice.backend.name].versions)
+    return Plan(
+        models=names,
+        choices=choices,
+        precisions=precisions,
+        device=device,
+        source=survey.source,
+        images=images,
+        image_size=options.image_size,
+        pictures=pictures,
+        weights=weights,
+        detections=options.detections,
+        warm_up=WarmUp.on(device) if options.warmup is None else WarmUp.fixed(options.warmup),
+        rule=_stop_rule(options, device),
+        threads=threads,
+        seed=options.seed,
+        output=prepare_directory(options.output) if options.output else None,
+        debug=options.debug,
+        stages=options.stages,
+        trace=options.trace,
+        cache=prepare_directory(options.cache, "cache") if options.cache else None,
+        gpu=survey.gpu,
+        versions=versions,
+        left_out=left_out,
+        without=without,
+    )
+
+
+@contextlib.contextmanager
+def worker_for(hosts: Hosts, command: Command, threads: int) -> Iterator[Worker]:
+    """A worker for some questions.
+
+    Raises:
+        errors.InputError: it cannot be started, or fails.
+    """
+    try:
+        worker = hosts.of(command).start(hosts.folder / "questions.log", threads)
+        try:
+            yield worker
+        finally:
+            worker.kill()
+    except RunFailed as error:
+        raise InputError(f"{command} does not answer: {error}") from None
+
+
+def survey_of(
+    command: Command, request: protocol.Survey, threads: int, hosts: Hosts
+) -> protocol.Surveyed:
+    """What there is in an environment.
+
+    Raises:
+        errors.InputError: it cannot be had, or something that was asked for is not in there.
+    """
+    # What is wrong with the suite's own environment is not said to be of an environment.
+    place = "" if command.name is None else f"{command}: "
+    with worker_for(hosts, command, threads) as worker:
+        try:
+            return worker.ask(request, READY_LIMIT_S)
+        except InputError as error:
+            raise InputError(f"{place}{error}") from None
+
+
+def default_backends() -> tuple[str, ...]:
+    """Names of the backends that are measured where none is named, if they can be had."""
+    return tuple(backend.name for backend in base.load_all() if backend.default)
+
+
+def _asked_backends(
+    asked: Sequence[str] | None, commands: dict[str, Command]
+) -> tuple[str, ...] | None:
+    """Backends of the suite's own environment that were asked for; None: what there is.
+
+    Raises:
+        errors.InputError: one is unknown.
+    """
+    if asked is None:
+        return None
+    for name in asked:
+        if "@" in name and name not in commands:
+            raise InputError(f"backend '{name}': no --environment {name}=COMMAND says what it is")
+        base.load(name.partition("@")[0])
+    own = [name for name in asked if name not in commands]
+    return tuple(dict.fromkeys(("torch", *own)))
+
+
+def _choices(
+    asked: tuple[str, ...] | None,
+    commands: dict[str, Command],
+    survey: protocol.Surveyed,
+    are_named: bool,
+) -> tuple[tuple[Choice, ...], dict[str, str]]:
+    """What is measured, the baseline first; and which defaults were left out, and why.
+
+    Raises:
+        errors.InputError: one that was asked for by name cannot be had.
+    """
+    choices, left_out = [], {}
+    for name in asked or default_backends():
+        backend, reason = base.load(name), survey.backends[name].reason
+        if name in commands:
+            continue  # It is measured in another environment.
+        if reason is None:
+            choices.append(Choice(backend))
+        elif are_named:
+            raise InputError(f"backend '{name}' is unavailable: {reason}")
+        elif survey.device in backend.devices:
+            left_out[backend.label] = reason
+    for name, command in commands.items():
+        choices.append(Choice(base.load(name.partition("@")[0]), command))
+    ordered = sorted(choices, key=lambda choice: (choice.backend.rank, choice.environment or ""))
+    return tuple(ordered), left_out
+
+
+def _check_environment(choice: Choice, device: str, threads: int, hosts: Hosts) -> None:
+    """Makes sure that a backend can be had in its environment.
+
+    Raises:
+        errors.InputError: it cannot.
+    """
+    request = protocol.Survey((choice.backend.name,), device, "bundled")
+    survey = survey_of(choice.command, request, threads, hosts)
+    reason = survey.backends[choice.backend.name].reason
+    if reason is not None:
+        raise InputError(f"backend '{choice.name}' is unavailable in its environment: {reason}")
+
+
+def _precisions(
+    asked: Sequence[str] | None, device: str, choices: Sequence[Choice]
+) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """The precisions to measure, each once; and which backends do not compute in them.
+
+    Raises:
+        errors.InputError: no backend but perhaps the baseline has one that was asked for.
+    """
+    if asked is None:
+        if device == "cuda":
+            return ("fp32", "fp16"), {}
+        return (("fp32", "bf16") if has_native_bf16(cpu_flags()) else ("fp32",)), {}
+    without = {}
+    for precision in asked:
+        unable = [x for x in choices if precision not in x.backend.precisions[device]]
+        if len(unable) == len(choices):
+            raise InputError(f"no backend here computes in {precision} on {device}")
+        if unable:
+            without[precision] = tuple(choice.labelled() for choice in unable)
+    return tuple(dict.fromkeys(asked)), without
+
+
+def _weights(options: argparse.Namespace) -> str:
+    """What `--weights` comes to: only synthetic ones find a number of objects that was asked for.
+
+    Raises:
+        errors.InputError: a number of objects was asked for of others.
+    """
+    if options.detections == (OBJECTS,) or options.weights == "synthetic":
+        return options.weights
+    if options.weights != "auto":
+        raise InputError(
+            f"--detections makes synthetic weights: it does not go with --weights {options.weights}"
+        )
+    return "synthetic"
+
+
+def _check_weights(names: Sequence[str], weights: str, threads: int, hosts: Hosts) -> None:
+    """Makes sure that the weights that were asked for will be found, for all of these models.
+
+    Model-zoo checkpoints are downloaded here, where their progress can be seen.
+
+    Raises:
+        errors.InputError: a checkpoint cannot be had or read, or is of another architecture.
+    """
+    zoo.download_zoo([MODELS[name] for name in names], weights)
+    if weights not in zoo.NAMED_WEIGHTS:
+        with worker_for(hosts, Command.own(), threads) as worker:
+            worker.ask(protocol.CheckWeights(tuple(names), weights))
+
+
+def _stop_rule(options: argparse.Namespace, device: str) -> StopRule:
+    if options.iterations is not None:
+        return StopRule.fixed(options.iterations)
+    return StopRule(half_width=HALF_WIDTH[device], budget_s=options.time_budget)

@@ -1,0 +1,446 @@
+"""What a worker and its parent say to each other: a JSON object a line; arrays go through files.
+
+It depends on no version of Python, NumPy or PyTorch of the other side, so that a worker may live
+in another environment. Every request is a dataclass whose `answer` is the dataclass that comes
+back. The parent speaks to the host of an environment, which forks workers and hands lines on:
+
+    {"to": 3, "id": 17, "ask": "Detect", "with": {"name": "min", "outputs": "/tmp/.../min.npz"}}
+    {"from": 3, "id": 17, "answer": {"seconds": [0.21, 0.2], "malformed": null}}
+    {"from": 3, "id": 17, "error": "Unsupported", "message": "..."}
+    {"from": 3, "died": -9}
+
+Valid on Python 3.8, as workers import it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Dict, Generic, List, Optional, Tuple, Type, TypeVar
+
+from benchmark import WarmUp
+from results.record import Coverage, GpuState, ImageSizes, Preparation, Stages, Weights
+
+PROTOCOL = 1
+# The number of the host itself, among those of its workers.
+HOST = 0
+
+A = TypeVar("A")
+
+
+class Request(Generic[A]):
+    """Something that is asked for; what comes back is an `answer`."""
+
+    answer: ClassVar[Type[Any]]
+
+
+# Answers ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The first line of a host, before it imports anything that takes long.
+
+    Attributes:
+        pid: as the host sees it; in a container that is not what the parent sees.
+    """
+
+    protocol: int
+    python: str
+    pid: int
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The second line of a host, when it has imported what its workers start with.
+
+    Attributes:
+        problem: why no worker can be started, or None.
+    """
+
+    problem: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class Done:
+    """There is nothing to tell."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """A worker that runs; `pid` as its host sees it."""
+
+    pid: int
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a backend can be had in an environment.
+
+    Attributes:
+        reason: why not, in a sentence; None where it can.
+        versions: distribution -> version of what it stands on; empty where it cannot be had.
+    """
+
+    reason: Optional[str]
+    versions: Dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """What there is in an environment.
+
+    Attributes:
+        device: `cuda` or `cpu`; the one that was asked for, else what there is.
+        gpu: its name, as PyTorch has it; None on a CPU.
+        source: `detectron2` or `bundled`.
+    """
+
+    device: str
+    gpu: Optional[str]
+    source: str
+    python: str
+    backends: Dict[str, Availability]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a test model that was made ready.
+
+    Attributes:
+        sizes: of all inputs.
+        timed: the inputs that are timed: `opt`, and the further images.
+        flops: timed input -> of a call; None where PyTorch does not count them.
+        image_digests: timed input -> what tells its images from others.
+        fields: names of the tensors of one image in a flat tuple.
+    """
+
+    sizes: ImageSizes
+    timed: Tuple[str, ...]
+    flops: Dict[str, Optional[int]]
+    image_digests: Dict[str, str]
+    weights: Weights
+    fields: Tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known of a run that was prepared.
+
+    Attributes:
+        label: what the table calls it, where that depends on what executes it.
+        artifacts: name of a file that is worth keeping -> its text.
+    """
+
+    precision: str
+    provider: str
+    prepare: Preparation
+    coverage: Coverage
+    python: str
+    versions: Dict[str, str]
+    label: Optional[str] = None
+    threads: Optional[int] = None
+    cached: bool = False
+    artifacts: Dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of calls, in order."""
+
+    seconds: Tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Detected:
+    """A call that was made to see what it finds; its flat tuple is in the file that was named.
+
+    Attributes:
+        seconds: see `results.record.Run.size_seconds`.
+        malformed: why there is no such file: what came out is no tuple of tensors.
+    """
+
+    seconds: Tuple[float, ...]
+    malformed: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """Seconds of each stage, call by call."""
+
+    calls: Tuple[Stages, ...]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Largest memory so far in MiB: resident, and allocated on the device."""
+
+    peak_memory_mb: float
+    peak_device_memory_mb: Optional[float] = None
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Size in MiB of what was compiled; None where there is no such file."""
+
+    mb: Optional[float]
+
+
+@dataclass(frozen=True)
+class EffectivePrecision:
+    """The precision that a run really computes in."""
+
+    precision: str
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Operations per second of PyTorch's matrix products; None where it has none."""
+
+    operations_per_s: Optional[float]
+
+
+@dataclass(frozen=True)
+class CpuTime:
+    """Seconds of CPU that a worker and its children that have ended have used so far."""
+
+    seconds: float
+
+
+# Requests to a host ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Start(Request[Started]):
+    """Fork a worker.
+
+    Attributes:
+        number: of the worker, in the messages to and from it.
+        log: file that takes what it prints; temporary files lie beside it.
+        threads: CPU threads that it may use.
+    """
+
+    answer: ClassVar = Started
+    number: int
+    log: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Kill(Request[Done]):
+    """End a worker at once, with all that it has started."""
+
+    answer: ClassVar = Done
+    number: int
+
+
+# Requests to a worker --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stop(Request[Done]):
+    """End yourself, when what you have opened is closed."""
+
+    answer: ClassVar = Done
+
+
+@dataclass(frozen=True)
+class Survey(Request[Surveyed]):
+    """What is there?
+
+    Attributes:
+        backends: names of the backends in question.
+        device: `cpu`, `cuda`, or None for what there is.
+        source: `auto`, `bundled` or `detectron2`.
+    """
+
+    answer: ClassVar = Surveyed
+    backends: Tuple[str, ...]
+    device: Optional[str]
+    source: str = "auto"
+
+
+@dataclass(frozen=True)
+class CheckWeights(Request[Done]):
+    """Can this checkpoint be read, and is it of the architecture of these test models?"""
+
+    answer: ClassVar = Done
+    models: Tuple[str, ...]
+    weights: str
+
+
+@dataclass(frozen=True)
+class PrepareModel(Request[ModelFacts]):
+    """Make weights and inputs of a test model, and compute the reference.
+
+    Attributes:
+        folder: takes `state.npz`, `inputs.npz`, and `reference-NAME.npz` for each input.
+    """
+
+    answer: ClassVar = ModelFacts
+    model: str
+    source: str
+    weights: str
+    images: Tuple[str, ...]
+    image_size: Optional[Tuple[int, int]]
+    detections: int
+    seed: int
+    folder: str
+
+
+@dataclass(frozen=True)
+class PrepareRun(Request[RunFacts]):
+    """Build a test model and optimize it.
+
+    Attributes:
+        folder: where `PrepareModel` has left weights and inputs.
+        cache: folder in which engines are kept between invocations, or None.
+    """
+
+    answer: ClassVar = RunFacts
+    model: str
+    backend: str
+    precision: str
+    device: str
+    source: str
+    folder: str
+    cache: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class Warm(Request[Seconds]):
+    """Make calls until the run is warm: see `benchmark.WarmUp`."""
+
+    answer: ClassVar = Seconds
+    minimum: int
+    maximum: int
+    agreement: Optional[float]
+    seconds: Optional[float]
+
+    @classmethod
+    def by(cls, rule: WarmUp) -> Warm:
+        """The request for a rule."""
+        return cls(rule.minimum, rule.maximum, rule.agreement, rule.seconds)
+
+    @property
+    def rule(self) -> WarmUp:
+        """The rule of this request."""
+        return WarmUp(self.minimum, self.maximum, self.agreement, self.seconds)
+
+
+@dataclass(frozen=True)
+class TimedCalls(Request[Seconds]):
+    """A call for each of the timed inputs, one after the other."""
+
+    answer: ClassVar = Seconds
+
+
+@dataclass(frozen=True)
+class Detect(Request[Detected]):
+    """Call an input and keep what is found.
+
+    Attributes:
+        name: of the input.
+        outputs: file for the flat tuple, as `numpy.savez` writes it.
+        repeat: whether short calls are repeated, for their seconds.
+    """
+
+    answer: ClassVar = Detected
+    name: str
+    outputs: str
+    repeat: bool = True
+
+
+@dataclass(frozen=True)
+class TimeStages(Request[StageTimes]):
+    """Time the stages of the eager module in so many calls."""
+
+    answer: ClassVar = StageTimes
+    calls: int
+
+
+@dataclass(frozen=True)
+class Trace(Request[Done]):
+    """Write a Chrome trace of one call; PyTorch's profiler slows the process down."""
+
+    answer: ClassVar = Done
+    path: str
+
+
+@dataclass(frozen=True)
+class ReadMemory(Request[Memory]):
+    """How much memory has it taken?"""
+
+    answer: ClassVar = Memory
+
+
+@dataclass(frozen=True)
+class ReadCoverage(Request[Coverage]):
+    """How much of the graph did the engine take, with what showed in running?"""
+
+    answer: ClassVar = Coverage
+
+
+@dataclass(frozen=True)
+class ReadArtifact(Request[Artifact]):
+    """How large is what was compiled?"""
+
+    answer: ClassVar = Artifact
+
+
+@dataclass(frozen=True)
+class ReadPrecision(Request[EffectivePrecision]):
+    """What does it compute in? Perhaps by PyTorch's profiler, which slows the process down."""
+
+    answer: ClassVar = EffectivePrecision
+
+
+@dataclass(frozen=True)
+class ReadGpu(Request[GpuState]):
+    """How is the GPU?"""
+
+    answer: ClassVar = GpuState
+
+
+@dataclass(frozen=True)
+class ReadCpuTime(Request[CpuTime]):
+    """How much CPU has it used? For workers that cannot be seen from outside."""
+
+    answer: ClassVar = CpuTime
+
+
+@dataclass(frozen=True)
+class MeasurePeak(Request[Peak]):
+    """How fast does PyTorch multiply matrices?"""
+
+    answer: ClassVar = Peak
+    precision: str
+    device: str
+
+
+REQUESTS: Dict[str, Type[Request[Any]]] = {
+    kind.__name__: kind
+    for kind in (
+        *(Start, Kill, Stop, Survey, CheckWeights, PrepareModel, PrepareRun, Warm, TimedCalls),
+        *(Detect, TimeStages, Trace, ReadMemory, ReadCoverage, ReadArtifact, ReadPrecision),
+        *(ReadGpu, ReadCpuTime, MeasurePeak),
+    )
+}
+
+
+def request(message: Dict[str, Any]) -> Request[Any]:
+    """The request of a message.
+
+    Raises:
+        ValueError: there is no such request, or it lacks something.
+    """
+    try:
+        return REQUESTS[message["ask"]](**message["with"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no request of this protocol: {error}") from error
+
+
+def lines(buffer: bytearray) -> List[bytes]:
+    """Takes the complete lines out of what was read so far."""
+    *complete, rest = bytes(buffer).split(b"\n")
+    buffer[:] = rest
+    return complete

@@ -1,0 +1,643 @@
+#!/usr/bin/env python3
+"""The worker's side: the only part of the suite that runs in another environment.
+
+The parent starts it as a command, `<interpreter> measure/run.py`. It says hello, imports PyTorch,
+torchvision and NumPy, and computes nothing: it is the host of its environment. For every run it
+forks a worker, which so starts at once; it hands lines on between parent and workers, tells how a
+worker died, and ends them all when its input closes. Standard output belongs to the protocol; what
+engines print goes to the log of their worker.
+
+Valid on Python 3.8 and PyTorch 2.0.1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import platform
+import selectors
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Callable, Dict, NoReturn, Optional, Tuple, Type
+
+# Python puts a script's folder first: its `profile` would stand in for the standard library's.
+_HERE = Path(__file__).resolve().parent
+if Path(sys.path[0]).resolve() == _HERE:
+    sys.path[0] = str(_HERE.parent)
+
+from benchmark import warm_up
+from errors import InputError, Unsupported, first_cause
+from measure import protocol
+from measure.protocol import HOST, PROTOCOL
+from results.record import Coverage, GpuState, Preparation
+
+# Calls at other sizes than the one that is timed are repeated if they are shorter than this.
+SHORT_CALL_S = 1.0
+# A process that has been told to stop has this long to close what it has opened.
+STOP_S = 2.0
+CHUNK = 1 << 16
+
+
+# Preparing a test model ------------------------------------------------------------------------
+
+
+def survey(request: protocol.Survey) -> protocol.Surveyed:
+    """What there is in this environment.
+
+    Raises:
+        errors.InputError: a device or a source was asked for that cannot be had.
+    """
+    import torch
+
+    from backends import base
+    from detectors.build import resolve_source
+
+    has_cuda = torch.cuda.is_available()
+    if request.device == "cuda" and not has_cuda:
+        raise InputError("CUDA was asked for, and PyTorch sees no CUDA device here")
+    device = request.device or ("cuda" if has_cuda else "cpu")
+    available = {}
+    for name in request.backends:
+        backend = base.load(name)
+        reason = backend.unavailable(device)
+        if reason is None and device not in backend.devices:
+            reason = f"{backend.label} does not run on {device}"
+        versions = backend.versions() if reason is None else {}
+        available[name] = protocol.Availability(reason, versions)
+    return protocol.Surveyed(
+        device=device,
+        gpu=torch.cuda.get_device_name() if device == "cuda" else None,
+        source=resolve_source(request.source),
+        python=platform.python_version(),
+        backends=available,
+    )
+
+
+def check_weights(request: protocol.CheckWeights) -> protocol.Done:
+    """Reads a checkpoint, and loads it into each architecture.
+
+    Raises:
+        errors.InputError: it cannot be read, or is of another architecture.
+    """
+    from detectors.build import check_weights
+    from models import MODELS
+
+    check_weights([MODELS[name] for name in request.models], request.weights)
+    return protocol.Done()
+
+
+def prepare_model(request: protocol.PrepareModel) -> protocol.ModelFacts:
+    """Makes weights and inputs, keeps them for the workers, and computes the reference.
+
+    Raises:
+        errors.InputError: image or weights cannot be had.
+    """
+    import torch
+
+    from backends.torch import count_flops
+    from detectors import build, inputs
+    from models import MODELS, timed
+
+    model, folder = MODELS[request.model], Path(request.folder)
+    paths = [Path(path) for path in request.images]
+    size = request.image_size and tuple(request.image_size)
+    images = inputs.read_images(paths, size, request.seed)
+    calls = inputs.inputs(images, model.images_per_call, request.seed)
+    names = timed(calls)
+    weights = build.find_weights(model, request.weights, calls, request.detections, request.seed)
+    _save_arrays(folder / "state.npz", _arrays(weights.state))
+    flat = {f"{name}/{i}": x for name, call in calls.items() for i, x in enumerate(call)}
+    _save_arrays(folder / "inputs.npz", _arrays(flat))
+    export = build.build(model, weights.state, weights.name, calls, request.source)
+    with torch.no_grad():
+        for name, call in calls.items():
+            found = export.eager(*call)
+            _save_outputs(folder / f"reference-{name}.npz", found)
+    return protocol.ModelFacts(
+        sizes=inputs.describe_sizes(calls),
+        timed=tuple(names),
+        flops={name: count_flops(export.eager, calls[name]) for name in names},
+        image_digests={name: inputs.digest(x.numpy() for x in calls[name]) for name in names},
+        weights=weights.record,
+        fields=export.fields,
+    )
+
+
+def _arrays(tensors: Dict[str, Any]) -> Dict[str, Any]:
+    """Tensors as NumPy arrays; NumPy has no bfloat16, and float32 holds all of its values."""
+    import torch
+
+    return {
+        name: (x.float() if x.dtype == torch.bfloat16 else x).detach().cpu().numpy()
+        for name, x in tensors.items()
+    }
+
+
+def _save_arrays(path: Path, arrays: Dict[str, Any]) -> None:
+    import numpy
+
+    numpy.savez(str(path), **arrays)
+
+
+def _save_outputs(path: Path, outputs: Any) -> None:
+    _save_arrays(path, _arrays({str(i): x for i, x in enumerate(outputs)}))
+
+
+def _load_tensors(path: Path) -> Dict[str, Any]:
+    import numpy
+    import torch
+
+    with numpy.load(str(path), allow_pickle=False) as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+# A run -----------------------------------------------------------------------------------------
+
+
+class Run:
+    """A prepared run: an optimized export that can be called, timed and asked for detections."""
+
+    def __init__(self, request: protocol.PrepareRun) -> None:
+        import torch
+
+        from backends import base
+        from detectors import build
+        from models import MODELS, TUNING, timed
+
+        start = time.perf_counter()
+        folder, device = Path(request.folder), torch.device(request.device)
+        state, kept = _load_tensors(folder / "state.npz"), _load_tensors(folder / "inputs.npz")
+        self.inputs: Dict[str, Tuple[Any, ...]] = {}
+        for place, image in kept.items():
+            name = place.rsplit("/", 1)[0]
+            self.inputs[name] = (*self.inputs.get(name, ()), image.to(device))
+        self.timed = timed(self.inputs)
+        self.device = request.device
+        tuning = {name: self.inputs[name] for name in TUNING}
+        model = MODELS[request.model]
+        self.export = build.build(model, state, "the weights", tuning, request.source)
+        self.export.other_inputs = [self.inputs[name] for name in self.timed if name != "opt"]
+        self.export.eager.to(device)
+        self.backend = base.load(request.backend)
+        run = (self.export, request.precision, request.device)
+        cache = request.cache and base.cache_folder(Path(request.cache), self.backend, *run)
+        built = time.perf_counter()
+        self.optimized = self.backend.optimize(*run, cache or None)
+        self.synchronize()
+        self.seconds = Preparation(
+            build=built - start,
+            total=time.perf_counter() - start,
+            **asdict(self.optimized.seconds),
+        )
+
+    def facts(self) -> protocol.RunFacts:
+        """What is known of it."""
+        return protocol.RunFacts(
+            label=self.optimized.label,
+            precision=self.optimized.precision,
+            provider=self.optimized.provider,
+            threads=self.optimized.threads,
+            coverage=self.optimized.coverage,
+            prepare=self.seconds,
+            cached=self.optimized.cached,
+            python=platform.python_version(),
+            versions=self.backend.versions(),
+            artifacts=self.optimized.artifacts,
+        )
+
+    def synchronize(self) -> None:
+        """Waits for the device, so that the clock does not stop before the work does."""
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+
+    def timed_calls(self, request: Optional[protocol.TimedCalls] = None) -> protocol.Seconds:
+        """Seconds of a call for each timed input, images in, detections out."""
+        return protocol.Seconds(tuple(self._timed(self.inputs[name])[0] for name in self.timed))
+
+    def warm(self, request: protocol.Warm) -> protocol.Seconds:
+        """Seconds of calls until it is warm; with several inputs, means over them."""
+        times = warm_up(lambda: fmean(self.timed_calls().seconds), request.rule)
+        return protocol.Seconds(tuple(times))
+
+    def _timed(self, images: Tuple[Any, ...]) -> Tuple[float, Any]:
+        self.synchronize()
+        start = time.perf_counter()
+        outputs = self.optimized.call(*images)
+        self.synchronize()
+        return time.perf_counter() - start, outputs
+
+    def detect(self, request: protocol.Detect) -> protocol.Detected:
+        """Calls an input, and keeps what is found; short calls are repeated for their time.
+
+        Engines pick their kernels when they first see a size, so that the first call of several is
+        not counted.
+        """
+        images = self.inputs[request.name]
+        first, outputs = self._timed(images)
+        seconds = (first,)
+        if request.repeat and first < SHORT_CALL_S:
+            seconds = tuple(self._timed(images)[0] for _ in range(2))
+        flaw = _flaw(outputs)
+        if flaw is None:
+            _save_outputs(Path(request.outputs), outputs)
+        return protocol.Detected(seconds, flaw)
+
+    def time_stages(self, request: protocol.TimeStages) -> protocol.StageTimes:
+        """Seconds of each stage of the eager module, in calls of the baseline."""
+        from measure.profile import time_stages
+
+        eager, images = self.export.eager, self.export.inputs
+        call = self.optimized.call
+        return protocol.StageTimes(
+            tuple(time_stages(eager, call, images, self.synchronize, request.calls))
+        )
+
+    def trace(self, request: protocol.Trace) -> protocol.Done:
+        """Writes a Chrome trace of one call."""
+        import torch
+
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.device == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        with torch.profiler.profile(activities=activities) as profile:
+            self._timed(self.export.inputs)
+        profile.export_chrome_trace(request.path)
+        return protocol.Done()
+
+    def precision(self, request: protocol.ReadPrecision) -> protocol.EffectivePrecision:
+        """The precision that it really computes in."""
+        read = self.optimized.read_precision
+        return protocol.EffectivePrecision(self.optimized.precision if read is None else read())
+
+    def coverage(self, request: protocol.ReadCoverage) -> Coverage:
+        """How much of the graph the engine took, with what showed in running."""
+        read = self.optimized.read_coverage
+        return self.optimized.coverage if read is None else self.optimized.coverage.merged(read())
+
+    def artifact(self, request: protocol.ReadArtifact) -> protocol.Artifact:
+        """Size of what was compiled."""
+        read = self.optimized.read_artifact_bytes
+        size = None if read is None else read()
+        return protocol.Artifact(None if size is None else size / 2**20)
+
+    def memory(self, request: protocol.ReadMemory) -> protocol.Memory:
+        """Largest memory so far."""
+        import resource
+
+        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        on_device = None
+        if self.device == "cuda":
+            import torch
+
+            on_device = torch.cuda.max_memory_allocated() / 2**20
+        return protocol.Memory(kib / 1024, on_device)
+
+
+def _flaw(outputs: Any) -> Optional[str]:
+    """Why a call's result is no flat tuple of tensors."""
+    import torch
+
+    if not isinstance(outputs, (tuple, list)):
+        return f"a {type(outputs).__name__} instead of a tuple of tensors"
+    others = [type(x).__name__ for x in outputs if not isinstance(x, torch.Tensor)]
+    return f"a {others[0]} where a tensor should be" if others else None
+
+
+# A worker --------------------------------------------------------------------------------------
+
+
+def read_gpu(request: protocol.ReadGpu) -> GpuState:
+    """What the GPU is and how it is doing now."""
+    from measure import gpu
+
+    return gpu.read()
+
+
+def measure_peak(request: protocol.MeasurePeak) -> protocol.Peak:
+    """Operations per second of PyTorch's matrix products."""
+    from measure.profile import measure_peak
+
+    return protocol.Peak(measure_peak(request.precision, request.device))
+
+
+def cpu_time(request: protocol.ReadCpuTime) -> protocol.CpuTime:
+    """Seconds of CPU so far, of this process and its children that have ended."""
+    spent = os.times()
+    return protocol.CpuTime(spent.user + spent.system + spent.children_user + spent.children_system)
+
+
+class Worker:
+    """Answers requests: about the environment, about a test model, about one run."""
+
+    def __init__(self) -> None:
+        self.run: Optional[Run] = None
+        self.answers: Dict[Type[Any], Callable[[Any], Any]] = {
+            protocol.Survey: survey,
+            protocol.CheckWeights: check_weights,
+            protocol.PrepareModel: prepare_model,
+            protocol.PrepareRun: self.prepare,
+            protocol.ReadGpu: read_gpu,
+            protocol.MeasurePeak: measure_peak,
+            protocol.ReadCpuTime: cpu_time,
+        }
+
+    def prepare(self, request: protocol.PrepareRun) -> protocol.RunFacts:
+        """Prepares the run; from then on, it can be asked."""
+        self.run = run = Run(request)
+        self.answers.update(
+            {
+                protocol.Warm: run.warm,
+                protocol.TimedCalls: run.timed_calls,
+                protocol.Detect: run.detect,
+                protocol.TimeStages: run.time_stages,
+                protocol.Trace: run.trace,
+                protocol.ReadMemory: run.memory,
+                protocol.ReadCoverage: run.coverage,
+                protocol.ReadArtifact: run.artifact,
+                protocol.ReadPrecision: run.precision,
+            }
+        )
+        return run.facts()
+
+    def reply(self, line: bytes) -> Optional[Dict[str, Any]]:
+        """The reply to a line; None where that says to stop."""
+        message = json.loads(line.decode())
+        try:
+            request = protocol.request(message)
+            if isinstance(request, protocol.Stop):
+                return None
+            body: Dict[str, Any] = {"answer": asdict(self.answers[type(request)](request))}
+        except (InputError, Unsupported) as error:
+            body = {"error": type(error).__name__, "message": str(error)}
+        except Exception as error:
+            traceback.print_exc()
+            body = {"error": "RunFailed", "message": first_cause(error)}
+        return {"id": message["id"], **body}
+
+
+@dataclass
+class Child:
+    """A worker, as its host sees it.
+
+    Attributes:
+        source, sink: file descriptors: from it, and to it.
+        buffer: what came from it and is no complete line yet.
+    """
+
+    number: int
+    pid: int
+    source: int
+    sink: int
+    buffer: bytearray = field(default_factory=bytearray)
+
+
+def work(number: int, source: int, sink: int, log: str, threads: int) -> None:
+    """A worker's life: answers until it is told to stop, or its input closes."""
+    import torch
+
+    _isolate(log)
+    torch.set_num_threads(threads)
+    worker = Worker()
+    with open(source, "rb") as requests:
+        for line in requests:
+            reply = worker.reply(line)
+            if reply is None:
+                return
+            try:
+                _write(sink, {"from": number, **reply})
+            except BrokenPipeError:
+                return  # The host is gone.
+
+
+def _isolate(log: str) -> None:
+    """Keeps a worker to its log and its folder, and from outliving its host."""
+    host = os.getppid()
+    os.setpgid(0, 0)
+    # What engines leave in the directory for temporary files goes with the log, even if the worker
+    # is killed; and TorchInductor, which looks there for earlier code, finds none.
+    tempfile.tempdir = os.environ["TMPDIR"] = str(Path(log).parent)
+    # Engines write to the file descriptors, past sys.stdout.
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+    if sys.platform == "linux":
+        import ctypes
+
+        set_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+        if os.getppid() != host:
+            os._exit(1)
+
+
+# The host --------------------------------------------------------------------------------------
+
+
+class Host:
+    """Forks workers, and hands lines on between them and the parent.
+
+    Args:
+        source, sink: file descriptors: from the parent, and to it.
+    """
+
+    def __init__(self, source: int, sink: int) -> None:
+        self.source, self.sink = source, sink
+        self.buffer = bytearray()
+        self.children: Dict[int, Child] = {}
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(source, selectors.EVENT_READ)
+        # A worker that dies may leave its pipe open in processes that it has started.
+        self.wakeup, tell = os.pipe()
+        for end in (self.wakeup, tell):
+            os.set_blocking(end, False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+        self.selector.register(self.wakeup, selectors.EVENT_READ)
+
+    def say(self, message: Any) -> None:
+        """A line of the host's own to the parent."""
+        _write(self.sink, {"from": HOST, **message})
+
+    def serve(self) -> Optional[Callable[[], None]]:
+        """Does its work until its input closes.
+
+        Returns:
+            in a forked worker, what that has to do; None in the host, at its end.
+        """
+        while True:
+            for key, _ in self.selector.select():
+                if key.fd == self.source:
+                    read = os.read(self.source, CHUNK)
+                    if not read:
+                        self.end()
+                        return None
+                    self.buffer += read
+                    for line in protocol.lines(self.buffer):
+                        task = self.obey(line)
+                        if task is not None:
+                            return task
+                elif key.fd == self.wakeup:
+                    os.read(self.wakeup, CHUNK)
+                    self.bury()
+                else:
+                    self.hand_on(key.data)
+
+    def obey(self, line: bytes) -> Optional[Callable[[], None]]:
+        """Does what a line says, or hands it on to the worker that it is for."""
+        message = json.loads(line.decode())
+        if message["to"] != HOST:
+            child = self.children.get(message["to"])
+            if child is not None:  # Else it has died, and the parent has been told.
+                with contextlib.suppress(BrokenPipeError):
+                    _write_all(child.sink, line + b"\n")
+            return None
+        request = protocol.request(message)
+        if isinstance(request, protocol.Start):
+            return self.start(request, message["id"])
+        if isinstance(request, protocol.Kill):
+            child = self.children.get(request.number)
+            if child is not None:
+                _kill(child.pid)
+            self.say({"id": message["id"], "answer": {}})
+        return None
+
+    def start(self, request: protocol.Start, message_id: int) -> Optional[Callable[[], None]]:
+        """Forks a worker; in there, returns what it has to do."""
+        from_worker, its_sink = os.pipe()
+        its_source, to_worker = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            self.leave(from_worker, to_worker)
+            return lambda: work(request.number, its_source, its_sink, request.log, request.threads)
+        os.close(its_source)
+        os.close(its_sink)
+        child = Child(request.number, pid, from_worker, to_worker)
+        self.children[child.number] = child
+        self.selector.register(from_worker, selectors.EVENT_READ, child)
+        self.say({"id": message_id, "answer": {"pid": pid}})
+        return None
+
+    def leave(self, *others: int) -> None:
+        """In a worker: closes what belongs to the host, so that each sees the end of its input."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self.selector.close()
+        pipes = [end for child in self.children.values() for end in (child.source, child.sink)]
+        for end in (self.source, self.sink, self.wakeup, *pipes, *others):
+            os.close(end)
+
+    def hand_on(self, child: Child) -> None:
+        """Hands complete lines of a worker on to the parent."""
+        read = os.read(child.source, CHUNK)
+        if not read:  # It has closed its side, and so is ending or has ended.
+            self.selector.unregister(child.source)
+            return
+        child.buffer += read
+        for line in protocol.lines(child.buffer):
+            _write_all(self.sink, line + b"\n")
+
+    def bury(self) -> None:
+        """Tells of the workers that have ended."""
+        for child in list(self.children.values()):
+            pid, status = os.waitpid(child.pid, os.WNOHANG)
+            if not pid:
+                continue
+            os.set_blocking(child.source, False)
+            with contextlib.suppress(BlockingIOError, KeyError):
+                while child.source in self.selector.get_map():
+                    self.hand_on(child)
+            with contextlib.suppress(KeyError):
+                self.selector.unregister(child.source)
+            os.close(child.source)
+            os.close(child.sink)
+            del self.children[child.number]
+            _kill_group(child.pid)
+            self.say({"number": child.number, "died": _exit_code(status)})
+
+    def end(self) -> None:
+        """Ends all workers; one that listens has a moment, as its input closes."""
+        for child in self.children.values():
+            os.close(child.sink)
+        deadline = time.monotonic() + STOP_S
+        while self.children and time.monotonic() < deadline:
+            for child in list(self.children.values()):
+                if os.waitpid(child.pid, os.WNOHANG)[0]:
+                    _kill_group(child.pid)
+                    del self.children[child.number]
+            time.sleep(0.02)
+        for child in self.children.values():
+            _kill(child.pid)
+
+
+def _kill(pid: int) -> None:
+    """Ends a worker, and all that it has started."""
+    _kill_group(pid)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)  # It may not lead its group yet.
+
+
+def _kill_group(pid: int) -> None:
+    """Ends what a worker has started, compilers for example: it leads a process group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _exit_code(status: int) -> int:
+    """As `subprocess` has it: of a process that a signal has ended, the signal's number below 0."""
+    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+def _write(sink: int, message: Dict[str, Any]) -> None:
+    _write_all(sink, json.dumps(message).encode() + b"\n")
+
+
+def _write_all(sink: int, content: bytes) -> None:
+    while content:
+        content = content[os.write(sink, content) :]
+
+
+def _import_engines() -> Optional[str]:
+    """Imports what every worker needs; returns why that cannot be had."""
+    try:
+        import numpy  # noqa: F401
+        import torch  # noqa: F401
+        import torchvision  # noqa: F401
+    except Exception as error:  # A library that is missing is an OSError, for example.
+        traceback.print_exc()
+        return first_cause(error)
+    # Collecting garbage would write to, and so copy, all that workers share.
+    gc.collect()
+    gc.freeze()
+    return None
+
+
+def main() -> NoReturn:
+    """Serves the parent; a worker that was forked comes through here, too."""
+    source, sink = os.dup(0), os.dup(1)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.dup2(2, 1)
+    host = Host(source, sink)
+    host.say({"hello": asdict(protocol.Hello(PROTOCOL, platform.python_version(), os.getpid()))})
+    host.say({"ready": asdict(protocol.Ready(_import_engines()))})
+    try:
+        task = host.serve()
+    except BrokenPipeError:  # The parent is gone.
+        task = host.end
+    if task is not None:
+        task()
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,411 @@
+"""One invocation: test models in turn, tables as they come, and what an earlier one has left."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from backends import base
+from benchmark import RunFailed
+from detectors import inputs, zoo
+from errors import InputError
+from measure import group as groups
+from measure import protocol
+from measure.group import Model, drawn, image_names, reference_detections
+from measure.plan import Plan, environments, make_plan, survey_of
+from measure.progress import Progress
+from measure.worker import Command, Hosts, scratch_folder
+from models import MODELS, VERSION
+from results import facts, tables
+from results.environment import environment, file_name
+from results.facts import case, case_name
+from results.file import Found, image_files, load, load_found, save, save_found
+from results.record import Group, Picture, Results, Settings
+
+# What to do about results that must not be mixed with what is asked for.
+WAY_OUT = "choose another --output, or measure all again with --rerun"
+
+
+@contextlib.contextmanager
+def opened(commands: Sequence[Command]) -> Iterator[Hosts]:
+    """Hosts for these environments and the suite's own."""
+    with scratch_folder() as folder:
+        hosts = Hosts((Command.own(), *commands), folder)
+        try:
+            yield hosts
+        finally:
+            hosts.close()
+
+
+def listing(options: argparse.Namespace) -> str:
+    """Test models and backends, with the reason where one cannot be had.
+
+    Raises:
+        errors.InputError: a device was asked for that cannot be had.
+    """
+    lines = ["Test models:"]
+    for model in MODELS.values():
+        images = "2 images" if model.images_per_call == 2 else "1 image"
+        lines.append(f"  {model.name:24}{model.config}, {model.kind}, {images} per call")
+    commands = environments(options.environment)
+    with opened(tuple(commands.values())) as hosts:
+        hosts.start()
+        backends = tuple(backend.name for backend in base.load_all())
+        survey = survey_of(Command.own(), protocol.Survey(backends, options.device), 1, hosts)
+        lines.append(f"Backends on {survey.device}:")
+        for backend in base.load_all():
+            known = survey.backends[backend.name]
+            lines.append(_backend_line(backend.name, backend, survey.device, known))
+        if commands:
+            lines.append(f"Environments on {survey.device}:")
+        for name, command in commands.items():
+            lines.append(_environment_line(name, command, survey.device, hosts))
+    return "\n".join(lines)
+
+
+def _backend_line(
+    name: str, backend: base.Backend, device: str, known: protocol.Availability
+) -> str:
+    precisions = ", ".join(backend.precisions.get(device, ()))
+    return f"  {name:24}{f'unavailable: {known.reason}' if known.reason else precisions}"
+
+
+def _environment_line(name: str, command: Command, device: str, hosts: Hosts) -> str:
+    backend = base.load(name.partition("@")[0])
+    request = protocol.Survey((backend.name,), device, "bundled")
+    try:
+        survey = survey_of(command, request, 1, hosts)
+    except InputError as error:
+        return f"  {name:24}unavailable: {error}"
+    known = survey.backends[backend.name]
+    line = _backend_line(name, backend, device, known)
+    versions = ", ".join(f"{library} {version}" for library, version in known.versions.items())
+    return f"{line} (Python {survey.python}{', ' if versions else ''}{versions})"
+
+
+def measure(options: argparse.Namespace) -> int:
+    """Measures what the command line asks for, and prints tables; returns the exit code.
+
+    Raises:
+        errors.InputError: something that was asked for cannot be had.
+    """
+    commands = environments(options.environment)
+    with opened(tuple(commands.values())) as hosts:
+        plan = make_plan(options, commands, hosts)
+        return Session(options, plan, hosts).run()
+
+
+class Session:
+    """One invocation: its plan, what was measured so far, its tables.
+
+    Args:
+        options: of the command line, see `run_blade.parser`.
+
+    Raises:
+        errors.InputError: `--output` has something that must not be mixed with what is asked for;
+            nothing was measured.
+    """
+
+    def __init__(self, options: argparse.Namespace, plan: Plan, hosts: Hosts) -> None:
+        self.options, self.plan, self.hosts = options, plan, hosts
+        self.progress = Progress()
+        self.empty = Results(
+            version=VERSION,
+            environment=environment(plan.versions, plan.gpu),
+            settings=settings(plan, options),
+            left_out=plan.left_out,
+            without=plan.without,
+        )
+        self.earlier: Results | None = None
+        self.groups: list[Group] = []
+        self.aa = None
+        self.peaks: dict[str, float] = {}
+        self.found: Found = {}
+        self.complete = False
+        self._is_fresh = True
+        if plan.output is not None and not options.rerun:
+            self._resume(plan.output)
+
+    def _resume(self, output: Path) -> None:
+        """Takes over the groups that an earlier invocation of the same settings has completed.
+
+        Raises:
+            errors.InputError: what is there is no result file, or of other settings.
+        """
+        if not (output / "results.json").exists():
+            return
+        earlier = load(output / "results.json")
+        ignored = ("memory_mb", "kernel", "cpu.governor")
+        differing = facts.differences(earlier, self.empty, ignored)
+        differing += self._other_weights(earlier.settings)
+        differing += self._other_images(earlier.groups)
+        if differing:
+            # What was asked for comes before what follows from it.
+            differing.sort(key=lambda line: not line.startswith("--"))
+            raise InputError(f"{output} has results of another run ({differing[0]}): {WAY_OUT}")
+        unfinished = ("interrupted", "all failed")
+        self.groups = [group for group in earlier.groups if group.stopped not in unfinished]
+        self.aa, self.peaks = earlier.aa, earlier.peaks
+        self.earlier = earlier if self.groups else None
+        self.found = load_found(output)
+
+    def _other_weights(self, earlier: Settings) -> list[str]:
+        """Whether the checkpoint is another file than that of earlier settings."""
+        digests = (earlier.weights_digest, self.empty.settings.weights_digest)
+        if None in digests or digests[0] == digests[1]:
+            return []
+        return ["--weights: another file of the same name"]
+
+    def _other_images(self, kept: Sequence[Group]) -> list[str]:
+        """Whether groups were measured on other images, by whatever name."""
+        known = {
+            (group.images_per_call, group.image_digest)
+            for group in kept
+            if group.image_digest and not group.image
+        }
+        for count, before in known:
+            digests = [inputs.digest([picture] * count) for picture in self.plan.pictures]
+            if before != " ".join(digests):
+                return ["--image: another image of the same name"]
+        return []
+
+    def results(self) -> Results:
+        """What was measured so far; where groups were kept, the environment is that of theirs."""
+        kept = self.earlier or self.empty
+        return Results(
+            version=VERSION,
+            environment=kept.environment,
+            settings=self.empty.settings,
+            groups=tuple(self.groups),
+            aa=self.aa,
+            peaks=self.peaks,
+            left_out={**kept.left_out, **self.plan.left_out},
+            without={**kept.without, **self.plan.without},
+            warnings=(*self._general_warnings(), *self._warnings(self.groups)),
+            complete=self.complete,
+        )
+
+    def _general_warnings(self) -> list[str]:
+        known = [x.environment for x in (self.earlier, self.empty) if x is not None]
+        return list(dict.fromkeys(x for place in known for x in facts.general_warnings(place)))
+
+    def _warnings(self, of: Sequence[Group]) -> list[str]:
+        return [x for group in of for x in facts.warnings(group, self.plan.rule.min_rounds)]
+
+    def run(self) -> int:
+        """Measures everything, printing a table after each test model; returns the exit code."""
+        for note in facts.missing_notes(self.empty):
+            print(note, file=sys.stderr)
+        for warning in self._general_warnings():
+            self.progress.say(f"warning: {warning}")
+        try:
+            if self.options.roofline and not self.peaks:
+                self._measure_peaks()
+            for name in self.plan.models:
+                for objects in self.plan.detections:
+                    self._run_model(name, objects)
+            self.complete = True
+        finally:
+            # An interrupted run has its page, too.
+            self._save()
+            failure = self._write_page()
+            if failure:
+                self.progress.say(f"no page is made: {failure}")
+        self._print_tables()
+        return 2 if failure else exit_code(self.groups, self.options.fail_on)
+
+    def _print_tables(self) -> None:
+        """Those that are about all test models."""
+        wanted = [
+            (len(self.plan.detections) > 1, tables.cases_table),
+            (self.options.coverage, tables.coverage_table),
+            (self.options.stages, tables.stages_table),
+            (self.options.costs, tables.costs_table),
+            (self.options.compare_published, tables.published_table),
+        ]
+        for is_wanted, make in wanted:
+            if is_wanted:
+                print("\n" + tables.markdown(make(self.groups)))
+
+    def _measure_peaks(self) -> None:
+        self.progress.say("how fast this machine multiplies matrices, at most")
+        precisions = list(dict.fromkeys(("fp32", *self.plan.precisions)))
+        try:
+            folder = self.hosts.folder
+            self.peaks = groups.measure_peaks(precisions, self.plan, self.hosts, folder)
+        except RunFailed as error:
+            self.progress.say(f"there is no % of peak: {error}")
+
+    def _groups_of(self, name: str, objects: int) -> list[Group]:
+        """What was measured of a test model, of all images together, by precision."""
+        return [
+            group
+            for precision in self.plan.precisions
+            for group in self.groups
+            if case(group) == (name, objects, None) and group.precision == precision
+        ]
+
+    def _run_model(self, name: str, objects: int) -> None:
+        """Measures one test model; an interruption still prints and keeps what there is."""
+        kept = [group.precision for group in self._groups_of(name, objects)]
+        missing = [precision for precision in self.plan.precisions if precision not in kept]
+        if kept:
+            self.progress.say(f"{name}: kept from before: {', '.join(kept)}")
+        try:
+            if missing:
+                self._measure(name, objects, missing)
+        except RunFailed as error:
+            reason = f"the model cannot be prepared: {error}"
+            self.groups += [
+                groups.failed_group(name, objects, precision, self.plan, reason)
+                for precision in missing
+            ]
+        finally:
+            self._save()
+            self._print_model(name, objects)
+
+    def _print_model(self, name: str, objects: int) -> None:
+        """The table of a test model and, with several images, one that sets them side by side."""
+        own = self._groups_of(name, objects)
+        if not own:
+            return
+        table = tables.model_table(self.results(), own, self.options.roofline)
+        print(tables.markdown(table) + "\n", flush=True)
+        if len(self.plan.images) > 1:
+            each = [x for x in self.groups if case(x)[:2] == (name, objects)]
+            print(tables.markdown(tables.cases_table(each)) + "\n", flush=True)
+
+    def _measure(self, name: str, objects: int, precisions: Sequence[str]) -> None:
+        with scratch_folder() as folder:
+            model = groups.prepare_model(
+                name, objects, self.plan, self.hosts, folder, self.progress
+            )
+            self._check_weights(model)
+            self._keep_reference(model)
+            for precision in precisions:
+                self._run_group(model, precision)
+
+    def _check_weights(self, model: Model) -> None:
+        """Weights may be had now that an earlier run, whose groups are kept, had to do without.
+
+        Raises:
+            errors.InputError: they are not those of the groups.
+        """
+        for group in self._groups_of(model.name, model.objects):
+            weights = group.weights
+            if weights and weights.digest not in (None, model.facts.weights.digest):
+                raise InputError(
+                    f"{model.name} was measured at {group.precision} with other weights "
+                    f"({facts.weights_note(weights)}): {WAY_OUT}"
+                )
+
+    def _keep_reference(self, model: Model) -> None:
+        """What Torch fp32 found, for drawing it."""
+        files = image_files(self.plan.pictures)
+        for (name, picture), file in zip(self._pictures_of(model).items(), files):
+            reference = tuple(drawn(image) for image in reference_detections(model, name))
+            kept = self.found[picture].runs if picture in self.found else {}
+            self.found[picture] = Picture(file, reference, kept)
+
+    def _pictures_of(self, model: Model) -> dict[str, str]:
+        """Timed input -> its name in `detections.json`."""
+        return {
+            name: case_name((model.name, model.objects, image))
+            for name, image in image_names(self.plan, model).items()
+        }
+
+    def _run_group(self, model: Model, precision: str) -> None:
+        if not self._is_fresh:
+            self.hosts.renew()
+        self._is_fresh = False
+        last = (self.plan.models[-1], self.plan.detections[-1], self.plan.precisions[-1])
+        measured = groups.measure_group(
+            model,
+            precision,
+            self.plan,
+            self.hosts,
+            self.progress,
+            same_again=self.aa is None,
+            more=(model.name, model.objects, precision) != last,
+        )
+        self.groups += measured.groups
+        self.aa = self.aa or measured.aa
+        for name, picture in self._pictures_of(model).items():
+            self.found[picture].runs[precision] = measured.found.get(name, {})
+        for warning in self._warnings(measured.groups):
+            self.progress.say(f"warning: {warning}")
+        if measured.interruption is not None:
+            raise measured.interruption
+        self._save()
+
+    def _save(self) -> None:
+        output = self.plan.output
+        if output is None or not self.groups:
+            return
+        save(self.results(), output / "results.json")
+        save_found(self.found, output)
+        for picture, name in zip(self.plan.pictures, image_files(self.plan.pictures)):
+            inputs.write_image(picture, output / name)
+
+    def _write_page(self) -> str | None:
+        """Makes the page of what there is; returns why it cannot be written, or None.
+
+        That must not take the place of what ended the run, nor cost what is printed after it.
+        """
+        if self.plan.output is None or not self.groups:
+            return None
+        try:
+            import report  # Drawing takes a second to import, and only this needs it.
+        except ImportError as error:
+            self.progress.say(f"no page is made: {error}")
+            return None
+        try:
+            report.write(self.plan.output / "results.json", self.plan.output / "report.html")
+        except InputError as error:
+            return str(error)
+        return None
+
+
+def settings(plan: Plan, options: argparse.Namespace) -> Settings:
+    """The record of the command line: nothing private is in it."""
+    return Settings(
+        model=plan.models,
+        backend=tuple(choice.name for choice in plan.choices),
+        precision=plan.precisions,
+        device=plan.device,
+        source=plan.source,
+        image=tuple(file_name(image) for image in plan.images),
+        image_size=plan.image_size,
+        weights=file_name(options.weights),
+        weights_digest=zoo.checkpoint_digest(plan.weights),
+        detections=plan.detections,
+        environment=tuple(x.command.name for x in plan.choices if x.command.name is not None),
+        warmup=options.warmup,
+        iterations=options.iterations,
+        time_budget=options.time_budget,
+        threads=plan.threads,
+        seed=plan.seed,
+        output=options.output and file_name(options.output),
+        cache=options.cache and file_name(options.cache),
+        rerun=options.rerun,
+        fail_on=tuple(options.fail_on),
+        coverage=options.coverage,
+        costs=options.costs,
+        stages=options.stages,
+        roofline=options.roofline,
+        trace=options.trace,
+        compare_published=options.compare_published,
+        debug=options.debug,
+    )
+
+
+def exit_code(of: Sequence[Group], fail_on: Sequence[str]) -> int:
+    """1 where a run failed or mismatched or, with `slower` in `fail_on`, was slower; else 0."""
+    runs = [run for group in of for run in group.runs]
+    slower = [run for run in runs if run.speedup and run.speedup.verdict == "slower"]
+    if any(run.status in ("failed", "mismatch") for run in runs):
+        return 1
+    return 1 if slower and "slower" in fail_on else 0

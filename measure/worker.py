@@ -1,0 +1,431 @@
+"""The parent's side of workers: start the host of an environment, ask a worker, end it.
+
+A worker is a process of its own for one run. Whatever happens to it (a crash in an engine, a hang,
+the system killing it for its memory) becomes a `benchmark.RunFailed` here, and costs that run only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import psutil
+
+from benchmark import RunFailed
+from errors import InputError, Unsupported
+from measure import protocol
+from measure.protocol import HOST, PROTOCOL
+
+PREPARE_LIMIT_S = 1800.0
+# A call of the slowest test model takes some ten seconds on two cores; at `max` ten times that.
+CALL_LIMIT_S = 600.0
+# What a host does before it imports anything takes a second, and starting a container some more.
+HELLO_LIMIT_S = 60.0
+# Importing PyTorch for the first time, from a slow disk.
+READY_LIMIT_S = 300.0
+# For a worker that was told to stop.
+STOP_S = 2.0
+# To do what takes no time: fork, kill, end.
+MOMENT_S = 10.0
+RUN = Path(__file__).resolve().parent / "run.py"
+CHUNK = 1 << 16
+
+A = TypeVar("A")
+
+
+class NotTheProtocol(Exception):
+    """Something else was printed than a line of the protocol."""
+
+    def __init__(self, printed: Any) -> None:
+        super().__init__(f"it printed {str(printed)[:80]!r} in place of the protocol")
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is started for the workers of an environment.
+
+    Attributes:
+        name: in messages: `openvino@old`; None for the suite's own environment.
+        words: the interpreter, or a command that ends in one.
+    """
+
+    name: str | None
+    words: tuple[str, ...]
+
+    @classmethod
+    def own(cls) -> Command:
+        """The suite's own interpreter."""
+        return cls(None, (sys.executable,))
+
+    @classmethod
+    def of(cls, name: str, text: str) -> Command:
+        """From the command line.
+
+        Raises:
+            errors.InputError: there is no such program.
+        """
+        try:
+            words = [os.path.expanduser(word) for word in shlex.split(text)]
+        except ValueError as error:
+            raise InputError(f"environment {name}: '{text}' is no command: {error}") from None
+        if not words:
+            raise InputError(f"environment {name}: there is no command")
+        if shutil.which(words[0]) is None:
+            raise InputError(f"environment {name}: there is no program {words[0]}")
+        return cls(name, tuple(words))
+
+    def __str__(self) -> str:
+        return "the suite's own environment" if self.name is None else f"environment {self.name}"
+
+
+class Host:
+    """The process of an environment that forks its workers.
+
+    It starts in the background: `wait` for it before there is need of it.
+
+    Args:
+        log: file that takes what it prints.
+
+    Raises:
+        errors.InputError: the command cannot be started.
+    """
+
+    def __init__(self, command: Command, log: Path) -> None:
+        self.command, self.log = command, log
+        self.is_visible = True
+        self._hello: protocol.Hello | None = None
+        self._is_ready = False
+        self._buffer = bytearray()
+        self._messages: deque[dict[str, Any]] = deque()
+        self._deaths: dict[int, int] = {}
+        self._count = self._asked = 0
+        try:
+            with open(log, "ab") as file:
+                self.process = subprocess.Popen(
+                    [*command.words, str(RUN)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=file,
+                    bufsize=0,
+                    # Ctrl-C is for the parent.
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise InputError(f"{command} cannot be started: {error.strerror or error}") from None
+
+    def wait(self) -> protocol.Hello:
+        """Waits until workers can be started.
+
+        Raises:
+            errors.InputError: the command is no interpreter that can run workers.
+        """
+        if self._hello is None:
+            self._hello = hello = self._greeting("hello", protocol.Hello, HELLO_LIMIT_S)
+            if hello.protocol != PROTOCOL:
+                raise InputError(
+                    f"{self.command} speaks protocol {hello.protocol} of workers, and this version "
+                    f"of the suite {PROTOCOL}: give it the same version"
+                )
+            # In a container, or behind another command, it is another process than was started.
+            self.is_visible = hello.pid == self.process.pid
+        if not self._is_ready:
+            ready = self._greeting("ready", protocol.Ready, READY_LIMIT_S)
+            if ready.problem is not None:
+                raise InputError(f"{self.command} cannot run workers: {ready.problem}")
+            self._is_ready = True
+        return self._hello
+
+    def _greeting(self, name: str, kind: type[A], limit_s: float) -> A:
+        try:
+            message = self._next(time.monotonic() + limit_s)
+        except TimeoutError:
+            raise InputError(
+                f"{self.command} did not start within {limit_s:g} s: {shlex.join(self._words())}"
+            ) from None
+        except EOFError:
+            raise InputError(f"{self.command} cannot run workers: {self._last_words()}") from None
+        except NotTheProtocol as odd:
+            raise InputError(f"{self.command} is no Python that runs workers: {odd}") from None
+        try:
+            return msgspec.convert(message[name], kind)
+        except (KeyError, msgspec.ValidationError):
+            odd = NotTheProtocol(message)
+            raise InputError(f"{self.command} is no Python that runs workers: {odd}") from None
+
+    def _words(self) -> list[str]:
+        return [Path(word).name for word in self.command.words]
+
+    def _last_words(self) -> str:
+        """Why it has ended: its exit code, and the last line that it has printed."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(MOMENT_S)
+        printed = self.log.read_text(errors="replace").strip().splitlines()
+        last = f": {printed[-1]}" if printed else ""
+        return f"it {_cause_of_death(self.process.poll())}{last}"
+
+    def start(self, log: Path, threads: int) -> Worker:
+        """Forks a worker.
+
+        Args:
+            log: file that takes what it prints; its temporary files lie beside it.
+            threads: CPU threads that it may use.
+
+        Raises:
+            errors.InputError: see `wait`.
+            benchmark.RunFailed: the host has died, or hangs.
+        """
+        self.wait()
+        self._count += 1
+        number = self._count
+        request = protocol.Start(number, str(log), threads)
+        try:
+            return Worker(self, number, self.ask(HOST, request, MOMENT_S).pid, log)
+        except TimeoutError:
+            raise RunFailed(f"no worker was started within {MOMENT_S:g} s") from None
+
+    def ask(self, number: int, request: protocol.Request[A], limit_s: float) -> A:
+        """Sends a request to a worker, or to the host itself, and waits for its answer.
+
+        Raises:
+            TimeoutError: there is none in time.
+            benchmark.RunFailed: the worker failed or died.
+            errors.InputError, errors.Unsupported: as raised there.
+        """
+        self._asked += 1
+        asked, deadline = self._asked, time.monotonic() + limit_s
+        message = {"to": number, "id": asked, "ask": type(request).__name__}
+        line = json.dumps({**message, "with": asdict(request)}).encode() + b"\n"
+        try:
+            self.process.stdin.write(line)
+            while True:
+                reply = self._reply(number, asked)
+                if reply is not None:
+                    return _answer(reply, request)
+                self._messages.append(self._next(deadline))
+        except (EOFError, BrokenPipeError):
+            raise RunFailed(f"the host of its worker died: {self._last_words()}") from None
+        except NotTheProtocol as odd:
+            raise RunFailed(f"{self.command} is out of step: {odd}") from None
+
+    def _reply(self, number: int, asked: int) -> dict[str, Any] | None:
+        """Of the messages that have come, the one that is waited for; others are outdated.
+
+        Raises:
+            benchmark.RunFailed: the worker has died.
+        """
+        while self._messages:
+            message = self._messages.popleft()
+            if "died" in message:
+                self._deaths[message["number"]] = message["died"]
+            elif message.get("from") == number and message.get("id") == asked:
+                return message
+        if number in self._deaths:
+            raise RunFailed(f"the process {_cause_of_death(self._deaths[number])}")
+        return None
+
+    def _next(self, deadline: float) -> dict[str, Any]:
+        """The next message.
+
+        Raises:
+            TimeoutError: there is none in time.
+            EOFError: the host has ended.
+            NotTheProtocol: what came is no message.
+        """
+        while True:
+            line, found, rest = self._buffer.partition(b"\n")
+            if found:
+                self._buffer = rest
+                return _message(bytes(line))
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self.process.stdout], [], [], left)[0]:
+                raise TimeoutError
+            read = os.read(self.process.stdout.fileno(), CHUNK)
+            if not read:
+                raise EOFError
+            self._buffer += read
+
+    def ended_seconds(self) -> float:
+        """CPU seconds of its workers that have ended; 0 where they cannot be seen."""
+        try:
+            times = psutil.Process(self.process.pid).cpu_times()
+        except psutil.Error:
+            return 0.0
+        return times.children_user + times.children_system if self.is_visible else 0.0
+
+    def close(self) -> None:
+        """Ends the host and all of its workers."""
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        try:
+            # One that is not ready has no workers, and is busy with its imports.
+            self.process.wait(MOMENT_S if self._is_ready else 0)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.process.stdout.close()
+
+
+def _message(line: bytes) -> dict[str, Any]:
+    try:
+        message = json.loads(line)
+    except ValueError:
+        message = None
+    if not isinstance(message, dict):
+        raise NotTheProtocol(line.decode(errors="replace"))
+    return message
+
+
+def _cause_of_death(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name
+    hint = ", perhaps by the system for want of memory" if name == "SIGKILL" else ""
+    return f"was killed by {name}{hint}"
+
+
+def _answer(reply: dict[str, Any], request: protocol.Request[A]) -> A:
+    if "error" in reply:
+        kinds = {"InputError": InputError, "Unsupported": Unsupported}
+        raise kinds.get(reply["error"], RunFailed)(reply["message"])
+    try:
+        return msgspec.convert(reply["answer"], request.answer)
+    except msgspec.ValidationError as error:
+        name = type(request).__name__
+        raise RunFailed(f"the answer to {name} is not of the protocol: {error}") from None
+
+
+class Worker:
+    """A process for one run.
+
+    Attributes:
+        pid: as its host sees it.
+        log: file that takes what it prints.
+    """
+
+    def __init__(self, host: Host, number: int, pid: int, log: Path) -> None:
+        self.host, self.pid, self.log = host, pid, log
+        self._number = number
+        self._is_alive = True
+
+    def ask(self, request: protocol.Request[A], limit_s: float = CALL_LIMIT_S) -> A:
+        """Sends a request and waits for its answer.
+
+        Raises:
+            benchmark.RunFailed: the process failed, died, or took longer than `limit_s`.
+            errors.InputError, errors.Unsupported: as raised there.
+        """
+        try:
+            return self.host.ask(self._number, request, limit_s)
+        except TimeoutError:
+            self.kill()
+            raise RunFailed(f"no answer within {limit_s:g} s") from None
+
+    def cpu_seconds(self) -> float | None:
+        """CPU that it and its children that have ended have used; None where it has died."""
+        if not self.host.is_visible:
+            try:
+                return self.ask(protocol.ReadCpuTime(), MOMENT_S).seconds
+            except RunFailed:  # That is told elsewhere.
+                return None
+        try:
+            times = psutil.Process(self.pid).cpu_times()
+        except psutil.Error:
+            return None
+        return times.user + times.system + times.children_user + times.children_system
+
+    def stop(self) -> None:
+        """Ends the process, politely where it listens: it can clear away what engines opened."""
+        with contextlib.suppress(RunFailed, TimeoutError):
+            self.host.ask(self._number, protocol.Stop(), STOP_S)
+        self.kill()
+
+    def kill(self) -> None:
+        """Ends the process at once, and waits for its end."""
+        if not self._is_alive:
+            return
+        self._is_alive = False
+        with contextlib.suppress(RunFailed, TimeoutError):
+            self.host.ask(HOST, protocol.Kill(self._number), MOMENT_S)
+            self.host.ask(self._number, protocol.ReadCpuTime(), MOMENT_S)
+
+
+class Hosts:
+    """The hosts of an invocation, one for each command.
+
+    What is measured together is forked from hosts of its own: where memory lies differs between
+    hosts, and is much the same among the workers of one.
+
+    Args:
+        folder: for their logs.
+    """
+
+    def __init__(self, commands: Sequence[Command], folder: Path) -> None:
+        self.commands, self.folder = tuple(dict.fromkeys(commands)), folder
+        self._open: dict[Command, Host] = {}
+        self._next: dict[Command, Host] = {}
+        self._count = 0
+
+    def start(self) -> None:
+        """Starts a host for each command, in the background."""
+        for command in self.commands:
+            self.of(command)
+
+    def of(self, command: Command) -> Host:
+        """The host of a command, which is started where there is none yet."""
+        if command not in self._open:
+            self._open[command] = self._started(command)
+        return self._open[command]
+
+    def _started(self, command: Command) -> Host:
+        self._count += 1
+        return Host(command, self.folder / f"host-{self._count}.log")
+
+    def start_next(self) -> None:
+        """Starts the hosts that `renew` will take, while there is nothing to disturb."""
+        if not self._next:
+            self._next = {command: self._started(command) for command in self.commands}
+
+    def renew(self) -> None:
+        """From here on, workers are forked from other hosts."""
+        for host in self._open.values():
+            host.close()
+        self._open, self._next = self._next, {}
+
+    def ended_seconds(self) -> float:
+        """CPU seconds of workers that have ended."""
+        return sum(host.ended_seconds() for host in self._open.values())
+
+    def close(self) -> None:
+        """Ends all hosts and workers."""
+        for host in (*self._open.values(), *self._next.values()):
+            host.close()
+        self._open, self._next = {}, {}
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A directory for temporary files, removed at the end.
+
+    Also where a compiler that an engine started has not noticed yet that its worker is gone.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="run_blade_"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

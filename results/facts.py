@@ -1,0 +1,198 @@
+"""What follows from a result file: what was measured on what, what differs, what to be wary of."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, fields, replace
+from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence, Tuple
+
+from results.record import Agreement, Cpu, Environment, Group, Results, Stages, Weights
+
+# Objects that synthetic weights find unless something else is asked for.
+OBJECTS = 100
+# Settings that change what is measured, and how.
+DECISIVE_SETTINGS = (
+    *("model", "backend", "environment", "precision", "device", "source", "image", "image_size"),
+    *("weights", "detections", "threads", "seed", "warmup", "iterations", "time_budget"),
+    *("stages", "trace"),
+)
+# Beyond these a reader should know. A quarter of a core on two of them is an eighth.
+MOST_IQR = 0.10
+MOST_STEAL = 0.02
+MOST_OTHERS = 0.10
+
+# Test model, objects that synthetic weights find, and which image: None where there is but one,
+# and for all of them together.
+Case = Tuple[str, int, Optional[str]]
+
+
+def case(group: Group) -> Case:
+    """What a group measures."""
+    return group.model, group.objects, group.image
+
+
+def case_name(of: Case) -> str:
+    """What a case is called: `testRetinaNet`, `testRetinaNet with 5 objects on dog.jpg`."""
+    name, objects, image = of
+    counted = name if objects == OBJECTS else f"{name} with {objects} objects"
+    return counted if image is None else f"{counted} on {image}"
+
+
+# What follows from what was measured ---------------------------------------------------------
+
+
+def rank(agreement: Agreement) -> Tuple[int, float]:
+    """How well detections agree: the verdict counts before the share that matches."""
+    share = agreement.matched / max(1, agreement.expected, agreement.matched + agreement.spurious)
+    nothing_asked = agreement.expected == 0 and agreement.spurious == 0
+    return (
+        ("error", "mismatch", "match").index(agreement.verdict),
+        1.0 if nothing_asked else share,
+    )
+
+
+def worst(agreements: Mapping[str, Agreement]) -> Agreement:
+    """The one that agrees least of several, say at `min`, `opt` and `max`.
+
+    Its reason begins with its key, where it has one.
+    """
+    name, agreement = min(agreements.items(), key=lambda item: rank(item[1]))
+    if not agreement.reason:
+        return agreement
+    return replace(agreement, reason=f"at {name}: {agreement.reason}")
+
+
+def ceiling(stages: Stages, taken: Sequence[str] = ("backbone",)) -> float:
+    """The largest speedup of an engine that takes some stages, and takes no time for them.
+
+    G. M. Amdahl, Validity of the single processor approach to achieving large scale computing
+    capabilities, AFIPS 1967.
+    """
+    total = sum(astuple(stages))
+    return total / (total - sum(getattr(stages, name) for name in taken))
+
+
+# What was measured on what ---------------------------------------------------------------------
+
+
+def facts(results: Results) -> Dict[str, Any]:
+    """What was measured on and how, by name; what is not recorded is None."""
+    environment, settings = results.environment, results.settings
+    named = {f"cpu.{x.name}": getattr(environment.cpu, x.name) or None for x in fields(Cpu)}
+    named["gpu"] = environment.gpu
+    for name in ("memory_mb", "os", "kernel", "python"):
+        named[name] = getattr(environment, name) or None
+    named.update(environment.versions)
+    named.update(environment.variables)
+    commit = environment.commit
+    named["commit"] = commit and commit.revision[:10] + " with changes" * commit.dirty
+    for name in DECISIVE_SETTINGS:
+        # A flag that is not set is as good as one that did not exist yet.
+        named[f"--{name.replace('_', '-')}"] = getattr(settings, name) or None
+    named["--seed"] = settings.seed
+    return named
+
+
+def differing(before: Results, after: Results) -> List[str]:
+    """Names of the `facts` in which two result files differ."""
+    old, new = facts(before), facts(after)
+    names = dict.fromkeys([*old, *new])
+    return [name for name in names if _differs(name, old.get(name), new.get(name))]
+
+
+def _differs(name: str, old: Any, new: Any) -> bool:
+    if name in ("cpu.flags", "gpu") and not (old and new):
+        return False  # One of them was not told, which does not make it another.
+    return _shown(old) != _shown(new)
+
+
+def differences(before: Results, after: Results, ignored: Collection[str] = ()) -> List[str]:
+    """What differs between the `facts` of two result files, a line each."""
+    old, new = facts(before), facts(after)
+    return [
+        f"{name}: {_difference(name, old.get(name), new.get(name))}"
+        for name in differing(before, after)
+        if name not in ignored
+    ]
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    if name != "cpu.flags":
+        return f"{_shown(old)} before, {_shown(new)} now"
+    # There are many, and they are mostly the same.
+    before, after = _shown(old).split(), _shown(new).split()
+    only = (
+        ("before", [flag for flag in before if flag not in after]),
+        ("now", [flag for flag in after if flag not in before]),
+    )
+    return ", ".join(f"{' '.join(flags)} only {when}" for when, flags in only if flags)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    return "none" if value is None else str(value)
+
+
+# What a reader has to know ---------------------------------------------------------------------
+
+
+def weights_note(weights: Weights) -> str:
+    """Where the weights come from, in a line."""
+    if weights.source == "file":
+        return f"weights: {weights.file}"
+    if weights.source == "zoo":
+        return f"weights: {weights.file} of the model zoo"
+    reason = f" ({weights.no_zoo})" if weights.no_zoo else ""
+    return f"weights: synthetic, made to find {weights.objects} objects{reason}"
+
+
+def missing_notes(results: Results) -> List[str]:
+    """Which backends were left out, and which do not compute in a precision."""
+    left_out = [f"{label} left out: {reason}" for label, reason in results.left_out.items()]
+    device = results.settings.device
+    return left_out + [
+        f"not at {precision} on {device}: {', '.join(labels)}"
+        for precision, labels in results.without.items()
+    ]
+
+
+def general_warnings(environment: Environment) -> List[str]:
+    """Why a reader should be careful with all that was measured."""
+    governor = environment.cpu.governor
+    if governor in (None, "performance"):
+        return []
+    return [f"the CPU's frequency may change or be held low (governor {governor})"]
+
+
+def warnings(group: Group, least_rounds: int) -> List[str]:
+    """Why a reader should be careful with a group.
+
+    Args:
+        least_rounds: that were wanted in any case.
+    """
+    where = f"{case_name(case(group))} {group.precision}"
+    found = []
+    for run in group.runs:
+        if run.statistics and run.statistics.relative_iqr > MOST_IQR:
+            share = f"{100 * run.statistics.relative_iqr:.0f}% of the median"
+            found.append(f"{where}, {run.label}: the middle half of its calls spans {share}")
+    if group.image:
+        return found  # All else is said of the group of all images, whose rounds are the same.
+    machine = group.machine
+    if machine and machine.steal_share > MOST_STEAL:
+        share = f"{100 * machine.steal_share:.0f}%"
+        found.append(f"{where}: other virtual machines took {share} of the cores")
+    if machine and machine.others_share > MOST_OTHERS:
+        share = f"{100 * machine.others_share:.0f}%"
+        found.append(f"{where}: other processes took {share} of the cores")
+    if machine and machine.thermal_throttles:
+        found.append(f"{where}: the CPU was slowed down for its temperature")
+    reasons = [reason for state in group.gpu for reason in state.throttled]
+    if reasons:
+        why = ", ".join(dict.fromkeys(reasons))
+        found.append(f"{where}: the GPU was throttled ({why})")
+    if group.stopped == "time budget" and group.rounds < least_rounds:
+        found.append(
+            f"{where}: {group.rounds} rounds fit in the time budget, {least_rounds} were wanted"
+        )
+    return found

@@ -1,0 +1,513 @@
+"""What a result file holds: these records are its schema.
+
+`results.file` reads and writes them. docs/results.schema.json is generated from them, and
+docs/results.md explains them. Units are in the names: `_s` seconds, `_ms` milliseconds, `_mb` MiB,
+`_fps` images per second. What does not exist is None.
+
+Workers make some of these records, so this file stays valid on Python 3.8, and imports NumPy at
+most.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Dict, Literal, Optional, Tuple
+
+from benchmark import BreakEven, Speedup, Statistics
+
+SCHEMA = 2
+TOOL = "run_blade"
+
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+# What became of a run. failed: it crashed, or ran out of time or memory; unsupported: its backend
+# cannot take the export; mismatch: it was measured, but its detections are not the reference's.
+Status = Literal["ok", "failed", "unsupported", "mismatch"]
+# What ended the rounds of a group. interval: every speedup was known well enough; interrupted: all
+# that came before what was found had been checked, so that such a group is measured again.
+Stopped = Literal["interval", "max rounds", "fixed", "time budget", "all failed", "interrupted"]
+
+# Input (`min`, `opt`, `max`, and with several images `image 2` and so on) -> height and width of
+# each image of the call, in pixels.
+ImageSizes = Dict[str, Tuple[Tuple[int, int], ...]]
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """The CPU.
+
+    Attributes:
+        model: as the system names it.
+        architecture: `x86_64`, `aarch64` and so on.
+        flags: features that decide which kernels an engine picks; empty where the system does not
+            tell.
+        governor: how Linux chooses the frequency; None where it does not say.
+        physical_cores, logical_cores: of the machine.
+        usable_cores: by this process: CPU affinity and a container's quota, rounded down.
+    """
+
+    model: str = ""
+    architecture: str = ""
+    flags: Tuple[str, ...] = ()
+    governor: Optional[str] = None
+    physical_cores: Optional[int] = None
+    logical_cores: Optional[int] = None
+    usable_cores: Optional[int] = None
+
+
+@dataclass(frozen=True)
+class Commit:
+    """The commit of the suite, and whether tracked files differed from it."""
+
+    revision: str
+    dirty: bool
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What was measured on, without host name, user name or paths.
+
+    Attributes:
+        time: start, UTC, ISO 8601; where groups were kept from an earlier invocation, its start.
+        gpu: as PyTorch names it; None on a CPU.
+        load_average: over 1, 5 and 15 minutes, before anything was measured.
+        memory_mb: of the machine, or a container's limit.
+        versions: distribution -> version, of the suite's own environment.
+        variables: environment variables that change how libraries compute; a path reads `(path)`.
+    """
+
+    time: str = ""
+    cpu: Cpu = field(default_factory=Cpu)
+    gpu: Optional[str] = None
+    load_average: Tuple[float, ...] = ()
+    memory_mb: Optional[int] = None
+    os: str = ""
+    kernel: str = ""
+    python: str = ""
+    versions: Dict[str, str] = field(default_factory=dict)
+    commit: Optional[Commit] = None
+    variables: Dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line, defaults filled in. Of paths there is the last part only.
+
+    Attributes:
+        weights_digest: tells a checkpoint file from another of the same name; None for weights that
+            come from no file of the user's.
+        environment: names of the environments that were given, as in `openvino@old`.
+    """
+
+    model: Tuple[str, ...] = ()
+    backend: Tuple[str, ...] = ()
+    precision: Tuple[str, ...] = ()
+    device: str = "cpu"
+    source: str = "bundled"
+    image: Tuple[str, ...] = ()
+    image_size: Optional[Tuple[int, int]] = None
+    weights: str = "auto"
+    weights_digest: Optional[str] = None
+    detections: Tuple[int, ...] = (100,)
+    environment: Tuple[str, ...] = ()
+    warmup: Optional[int] = None
+    iterations: Optional[int] = None
+    time_budget: Optional[float] = None
+    threads: Optional[int] = None
+    seed: int = 0
+    output: Optional[str] = None
+    cache: Optional[str] = None
+    rerun: bool = False
+    fail_on: Tuple[str, ...] = ()
+    coverage: bool = False
+    costs: bool = False
+    stages: bool = False
+    roofline: bool = False
+    trace: bool = False
+    compare_published: bool = False
+    debug: bool = False
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the weights of a test model come from.
+
+    Attributes:
+        source: `zoo`: the model-zoo checkpoint; `file`: a checkpoint of the user's; `synthetic`.
+        file: name of the checkpoint; None for synthetic weights.
+        objects: that synthetic weights were made to find.
+        no_zoo: why synthetic weights stand in for the model zoo's.
+        digest: tells them from others: 16 hexadecimal digits.
+    """
+
+    source: Literal["zoo", "file", "synthetic"]
+    file: Optional[str] = None
+    objects: Optional[int] = None
+    no_zoo: Optional[str] = None
+    digest: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of the graph an engine took; None for what its backend does not tell.
+
+    Attributes:
+        operators: of the graph.
+        operators_in_engine: of these, in engines.
+        share_of_flops: of the group's `flops`, in engines, 0 to 1.
+        segments: engines.
+        graph_breaks: places where TorchDynamo left the graph.
+        graphs: that TorchDynamo captured.
+        operators_by_provider: execution provider -> operators.
+        heavy_layers: precision -> convolutions and matrix products.
+        fallback_operators: operator -> how often PyTorch has to run it.
+        failures: why parts of the graph were left to PyTorch.
+        warnings: of the engine's builder.
+        nodes_by_segment: TorchBlade's own count, constants and lists included.
+        refittable_engines: whether the engines' weights can be exchanged, which may be slower.
+        recompilations_while_timed: how often it compiled within the timed rounds.
+    """
+
+    operators: Optional[int] = None
+    operators_in_engine: Optional[int] = None
+    share_of_flops: Optional[float] = None
+    segments: Optional[int] = None
+    graph_breaks: Optional[int] = None
+    graphs: Optional[int] = None
+    operators_by_provider: Optional[Dict[str, int]] = None
+    heavy_layers: Optional[Dict[str, int]] = None
+    fallback_operators: Optional[Dict[str, int]] = None
+    failures: Optional[Tuple[str, ...]] = None
+    warnings: Optional[Tuple[str, ...]] = None
+    nodes_by_segment: Optional[Tuple[int, ...]] = None
+    refittable_engines: Optional[bool] = None
+    recompilations_while_timed: Optional[int] = None
+
+    def merged(self, more: Coverage) -> Coverage:
+        """This, with all that the other knows: its fields that are not None take precedence."""
+        known = {name: value for name, value in vars(more).items() if value is not None}
+        return replace(self, **known)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Seconds that it took to prepare a run.
+
+    Attributes:
+        build: of the eager module, which every run needs.
+        export: tracing or scripting; convert; compile: None for phases that the backend has not.
+        total: all of these, and what lies between and after them.
+    """
+
+    build: float
+    total: float
+    export: Optional[float] = None
+    convert: Optional[float] = None
+    compile: Optional[float] = None
+
+    @property
+    def own(self) -> float:
+        """What this run took beyond what every run has to do."""
+        return self.total - self.build
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well detections agree with the reference's: see `measure.verify`.
+
+    Attributes:
+        verdict: `error` where the output is malformed.
+        reason: one sentence: what is wrong or, for a match, what was left out of account.
+        expected: detections of the reference.
+        matched: of these, how many have a partner that agrees with them.
+        lost: how many have none; spurious: detections that the reference does not have.
+        exempt: those, of either side, that have no partner and lie so close to the cut that it does
+            not count. expected = matched + lost + the reference's share of these.
+        box_drift: largest difference of a coordinate, in pixels; score_drift: of scores;
+            mask_drift: largest 1 - IoU of masks; over pairs that show the same object, whether they
+            agree or not. None where there are no such pairs (or no masks).
+        bias: median signed difference of x1, y1, x2, y2 over those pairs, in pixels.
+    """
+
+    verdict: Literal["match", "mismatch", "error"]
+    reason: str = ""
+    expected: int = 0
+    matched: int = 0
+    lost: int = 0
+    spurious: int = 0
+    exempt: int = 0
+    box_drift: Optional[float] = None
+    score_drift: Optional[float] = None
+    mask_drift: Optional[float] = None
+    bias: Optional[Tuple[float, float, float, float]] = None
+
+    @property
+    def text(self) -> str:
+        """What the table says: `100/100 match`, `MISMATCH 3/100` or `ERROR`.
+
+        Where detections that should not be there are the greater part of the trouble, their
+        number follows: `MISMATCH 100/100 +250`.
+        """
+        if self.verdict == "error":
+            return "ERROR"
+        if self.verdict == "match":
+            return f"{self.matched}/{self.expected} match"
+        surplus = f" +{self.spurious}" if self.spurious > self.lost else ""
+        return f"MISMATCH {self.matched}/{self.expected}{surplus}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One test model, backend and precision, measured.
+
+    Attributes:
+        backend: name, as on the command line.
+        environment: name of the environment that its workers ran in, as in `openvino@old`; None for
+            the suite's own, and for one that was given without a name.
+        label: what the table calls it.
+        baseline: whether the others' speedups are relative to this run.
+        effective_precision: that it computed in, read back from the engine where it tells; None if
+            it never came to run.
+        provider: what executed it, as the engine names it.
+        threads: CPU threads of the engine.
+        reason: one sentence; None where the status is `ok`.
+        samples_s: of every timed call: sample i was taken in round i, so that equal positions in
+            two runs are neighbours in time. A run that failed has those from before.
+        warmup_s: of the calls before, which are not counted.
+        size_seconds: input that is not timed (`min`, `max`) -> seconds of calls that the check of
+            detections made, not in turns with other runs: two after one that is not counted, or the
+            first alone where that took more than a second.
+        prepare: None where it was not prepared.
+        cached: whether the compiled engine came from `--cache`.
+        artifact_mb: size of what was compiled, as one would deploy it.
+        peak_memory_mb, peak_device_memory_mb: of its process: resident, and allocated on a GPU.
+        speedup: over the baseline; None for the baseline itself, and without samples.
+        speedup_over_fp32: over Torch at fp32 in the same rounds; None in groups at fp32.
+        speedup_over_own_torch: over Torch of the run's own environment, where that took part.
+        break_even: images after which the time to prepare, beyond the baseline's, has paid back.
+        detections: input -> agreement with eager fp32 on the same images; None for the reference
+            itself, and where nothing came out.
+        python, versions: of the environment that it ran in, what its backend stands on.
+        artifacts: names of files that were kept beside the result file.
+    """
+
+    backend: str
+    label: str
+    baseline: bool
+    requested_precision: Precision
+    status: Status
+    environment: Optional[str] = None
+    effective_precision: Optional[Precision] = None
+    provider: Optional[str] = None
+    threads: Optional[int] = None
+    reason: Optional[str] = None
+    samples_s: Tuple[float, ...] = ()
+    warmup_s: Tuple[float, ...] = ()
+    size_seconds: Dict[str, Tuple[float, ...]] = field(default_factory=dict)
+    prepare: Optional[Preparation] = None
+    cached: bool = False
+    artifact_mb: Optional[float] = None
+    peak_memory_mb: Optional[float] = None
+    peak_device_memory_mb: Optional[float] = None
+    statistics: Optional[Statistics] = None
+    speedup: Optional[Speedup] = None
+    speedup_over_fp32: Optional[Speedup] = None
+    speedup_over_own_torch: Optional[Speedup] = None
+    break_even: Optional[BreakEven] = None
+    detections: Optional[Dict[str, Agreement]] = None
+    coverage: Coverage = field(default_factory=Coverage)
+    python: Optional[str] = None
+    versions: Dict[str, str] = field(default_factory=dict)
+    artifacts: Tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """As the command line has it: `openvino`, `openvino@old`."""
+        return self.backend if self.environment is None else f"{self.backend}@{self.environment}"
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Median seconds of each stage of the eager module, exclusive of the others.
+
+    Attributes:
+        postprocessing: what comes after the last of the parts: decoding, fitting boxes to the
+            image, pasting masks into it.
+        rest: what comes before them: normalising, padding.
+    """
+
+    backbone: float = 0.0
+    proposals: float = 0.0
+    head: float = 0.0
+    roi_heads: float = 0.0
+    nms: float = 0.0
+    postprocessing: float = 0.0
+    rest: float = 0.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What else the machine did within the timed rounds.
+
+    Attributes:
+        steal_share, others_share: of its cores, taken by a hypervisor and by other processes, 0 to
+            1.
+        thermal_throttles: how often cores were slowed down for their temperature.
+    """
+
+    steal_share: float = 0.0
+    others_share: float = 0.0
+    thermal_throttles: int = 0
+
+
+@dataclass(frozen=True)
+class GpuState:
+    """The GPU at one moment, as NVML tells; None for what it does not.
+
+    Attributes:
+        throttled: what holds the clocks back.
+    """
+
+    name: Optional[str] = None
+    driver: Optional[str] = None
+    memory_mb: Optional[int] = None
+    max_sm_clock_mhz: Optional[int] = None
+    sm_clock_mhz: Optional[int] = None
+    memory_clock_mhz: Optional[int] = None
+    temperature_c: Optional[int] = None
+    throttled: Tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one test model at one precision, measured in turns with each other.
+
+    With several `--image` a turn of a run is a call for each of them. A group with `image` None has
+    the mean of these calls as a sample, and says all that is not of one image. A group for each
+    image follows, of the same rounds, in which a sample is the call for that image.
+
+    Attributes:
+        model: test model.
+        image: with several, the file name of the one that the group is about; None for all of them
+            together, and where there is but one.
+        objects: that synthetic weights were made to find.
+        found: detections of the reference at `opt`, of all images of the call.
+        image_sizes: of every input; timed is `opt`, and `image 2` and so on.
+        flops: of a call at `opt`: two for each multiply-add of a convolution or matrix product, as
+            `torch.utils.flop_counter` counts them.
+        image_digest: tells the timed images from others: 16 hexadecimal digits.
+        rounds: complete ones.
+        half_width: the share to which speedups were to be known for the rounds to end.
+        budget_s: seconds of timed rounds after which they end; None: no limit.
+        gpu: before and after the rounds.
+        fp32_samples_s: of Torch at fp32, which took part in the rounds of a lower precision.
+        runs: the baseline first.
+    """
+
+    model: str
+    export: Literal["traced", "scripted"]
+    precision: Precision
+    images_per_call: int
+    image_sizes: ImageSizes
+    rounds: int
+    stopped: Stopped
+    runs: Tuple[Run, ...]
+    image: Optional[str] = None
+    objects: int = 100
+    found: Optional[int] = None
+    flops: Optional[int] = None
+    image_digest: Optional[str] = None
+    weights: Optional[Weights] = None
+    half_width: Optional[float] = None
+    budget_s: Optional[float] = None
+    stages: Optional[Stages] = None
+    machine: Optional[Machine] = None
+    gpu: Tuple[GpuState, ...] = ()
+    fp32_samples_s: Tuple[float, ...] = ()
+
+    @property
+    def baseline(self) -> Run:
+        """The run that the others' speedups are relative to."""
+        return next(run for run in self.runs if run.baseline)
+
+
+@dataclass(frozen=True)
+class SameAgainstSame:
+    """A/A: Torch against itself in two processes, timed like any two runs.
+
+    Attributes:
+        resolution: how far the interval strays from 1, as a share: a smaller difference cannot be
+            told from noise. None with too few rounds.
+        samples_s: of the two processes.
+    """
+
+    model: str
+    precision: Precision
+    speedup: Speedup
+    resolution: Optional[float]
+    samples_s: Tuple[Tuple[float, ...], Tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Results:
+    """A result file.
+
+    Attributes:
+        version: of the suite.
+        groups: in the order in which they were measured.
+        aa: None where it was not measured.
+        peaks: with `--roofline`: precision -> operations per second of PyTorch's matrix products.
+        left_out: label -> why a backend that is measured by default was left out.
+        without: precision -> labels of the backends that do not compute in it.
+        warnings: why to be careful; nothing is dropped for them.
+        complete: whether everything that was asked for was measured.
+    """
+
+    version: str
+    environment: Environment
+    settings: Settings
+    groups: Tuple[Group, ...] = ()
+    aa: Optional[SameAgainstSame] = None
+    peaks: Dict[str, float] = field(default_factory=dict)
+    left_out: Dict[str, str] = field(default_factory=dict)
+    without: Dict[str, Tuple[str, ...]] = field(default_factory=dict)
+    warnings: Tuple[str, ...] = ()
+    complete: bool = False
+    tool: str = TOOL
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Detections of one image, for drawing them: boxes are x1, y1, x2, y2 in pixels."""
+
+    boxes: Tuple[Tuple[float, float, float, float], ...]
+    scores: Tuple[float, ...]
+    classes: Tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DrawnRun(Drawn):
+    """What a run found in one image.
+
+    Attributes:
+        agrees: for each detection, whether it has a partner in the reference.
+        lost: indices of the reference's detections that have none.
+    """
+
+    agrees: Tuple[bool, ...] = ()
+    lost: Tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An entry of `detections.json`: what was found in the images of a call at the timed size.
+
+    Attributes:
+        image: name of the file, beside the result file.
+        reference: for each image of the call, what Torch fp32 found.
+        runs: requested precision -> label of a run -> what it found in each image.
+    """
+
+    image: str
+    reference: Tuple[Drawn, ...]
+    runs: Dict[str, Dict[str, Tuple[DrawnRun, ...]]] = field(default_factory=dict)

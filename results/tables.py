@@ -1,0 +1,646 @@
+"""From records to tables, and from tables to Markdown.
+
+What there is to say is a `Table`; `markdown` makes text of it, and report.html a part of a page.
+
+    model_table(results: Results, groups: Sequence[Group], peaks: bool = False) -> Table
+    cases_table(groups: Sequence[Group]) -> Table
+    coverage_table(groups: Sequence[Group]) -> Table
+    stages_table(groups: Sequence[Group]) -> Table
+    costs_table(groups: Sequence[Group]) -> Table
+    published_table(groups: Sequence[Group]) -> Table
+    markdown(table: Table) -> str
+
+A table without rows knows the sentence that stands for it, and `markdown` gives that:
+`no stages were timed`. Who wants to leave such a table out looks at `table.rows`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, fields
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import tabulate
+
+from benchmark import BreakEven, Speedup, Statistics, StopRule, samples_to_bound
+from models import TUNING
+from results import published
+from results.facts import case, case_name, ceiling, missing_notes, weights_note, worst
+from results.record import (
+    Coverage,
+    Group,
+    Preparation,
+    Results,
+    Run,
+    SameAgainstSame,
+    Stages,
+    Stopped,
+)
+
+# What tables call the stages.
+STAGES = {
+    "backbone": "backbone + FPN",
+    "proposals": "proposals",
+    "head": "head",
+    "roi_heads": "ROI heads",
+    "nms": "NMS",
+    "postprocessing": "postprocessing",
+    "rest": "rest",
+}
+
+
+# Tables ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column's heading, and whether its cells are aligned to the right."""
+
+    heading: str
+    right: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells, and what a reader has to know of them.
+
+    Every text is one line, and none has the `|` that ends a cell of Markdown: that and runs of
+    whitespace become a space.
+
+    Attributes:
+        title: what the table is of.
+        rows: each has a cell for every column.
+        notes: sentences to put below.
+        nothing: the sentence that stands for a table without rows.
+        compact: Markdown without padding, with the notes as paragraphs instead of a list.
+    """
+
+    title: str
+    columns: Tuple[Column, ...]
+    rows: Tuple[Tuple[str, ...], ...]
+    notes: Tuple[str, ...] = ()
+    nothing: str = ""
+    compact: bool = False
+
+    def __post_init__(self) -> None:
+        rows = tuple(tuple(_one_line(cell, r"[|\s]+") for cell in row) for row in self.rows)
+        if any(len(row) != len(self.columns) for row in rows):
+            raise ValueError(f"{self.title}: a row has more or fewer cells than there are columns")
+        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "notes", tuple(_one_line(note) for note in self.notes))
+
+
+def _one_line(text: str, ends: str = r"\s+") -> str:
+    return re.sub(ends, " ", text).strip()
+
+
+def left(*headings: str) -> Tuple[Column, ...]:
+    """Columns that are aligned to the left."""
+    return tuple(Column(heading) for heading in headings)
+
+
+def right(*headings: str) -> Tuple[Column, ...]:
+    """Columns that are aligned to the right."""
+    return tuple(Column(heading, right=True) for heading in headings)
+
+
+def markdown(table: Table) -> str:
+    """The table in Markdown, padded so that the text itself reads well, with its notes below.
+
+    A table without rows is the sentence that stands for it, where it has one.
+    """
+    if not table.rows and table.nothing:
+        return table.nothing
+    aligns = ["right" if column.right else "left" for column in table.columns]
+    text = tabulate.tabulate(
+        # The headings are a row, as tabulate makes a column wider than its heading by two.
+        [
+            [column.heading for column in table.columns],
+            tabulate.SEPARATING_LINE,
+            *table.rows,
+        ],
+        tablefmt=_compact(table) if table.compact else _PADDED,
+        disable_numparse=True,
+        stralign=None,
+        colalign=None if table.compact else aligns,
+    )
+    notes = table.notes if table.compact else [f"- {note}" for note in table.notes]
+    return "\n".join([text, "", *notes]) if notes else text
+
+
+def _format(rule: Callable[[List[int], List[str]], str]) -> tabulate.TableFormat:
+    """Lines of Markdown, with a rule below the headings."""
+    bars = tabulate.DataRow("|", "|", "|")
+    return tabulate.TableFormat(
+        lineabove=None,
+        linebelowheader=rule,
+        linebetweenrows=None,
+        linebelow=None,
+        headerrow=bars,
+        datarow=bars,
+        padding=1,
+        with_header_hide=None,
+    )
+
+
+def _padded_rule(widths: List[int], aligns: List[str]) -> str:
+    # Each width has the two spaces of the padding.
+    rules = [
+        "-" * (width - 3) + (":" if align == "right" else "-")
+        for width, align in zip(widths, aligns)
+    ]
+    return f"| {' | '.join(rules)} |"
+
+
+_PADDED = _format(_padded_rule)
+
+
+def _compact(table: Table) -> tabulate.TableFormat:
+    rules = ["--:" if column.right else ":--" for column in table.columns]
+    return _format(lambda widths, aligns: f"| {' | '.join(rules)} |")
+
+
+# Texts of cells --------------------------------------------------------------------------------
+
+
+def short_name(model: str) -> str:
+    """The name of a test model as tables print it, without its leading `test`."""
+    return model[len("test") :] if model.startswith("test") else model
+
+
+def group_name(group: Group) -> str:
+    """What a group measures, for tables in which several of a test model may stand."""
+    return short_name(case_name(case(group)))
+
+
+def describe_speedup(speedup: Speedup) -> str:
+    """A speedup as tables print it: `1.58x ±0.03`, `1.01x ±0.02 same`.
+
+    The larger side of the interval is shown, rounded up, so that it is never narrower in print
+    than it is. A verdict of `faster` is left out: the number says it.
+    """
+    if speedup.low is None or speedup.high is None:
+        half_width = "±?"
+    else:
+        larger = max(speedup.ratio - speedup.low, speedup.high - speedup.ratio)
+        # Without the inner rounding a 0.03 that is stored as 0.030000000000000027 becomes 0.04.
+        half_width = f"±{max(1, math.ceil(round(100 * larger, 6))) / 100:.2f}"
+    verdict = "" if speedup.verdict == "faster" else f" {speedup.verdict}"
+    return f"{speedup.ratio:.2f}x {half_width}{verdict}"
+
+
+def describe_break_even(result: BreakEven) -> str:
+    """As the table of costs prints it: `120 (98 to 160)`, `900 (310 to never)`, `never`."""
+
+    def number(images: Optional[float]) -> str:
+        return "never" if images is None else str(math.ceil(images))
+
+    if result.low is None and result.high is None:
+        return number(result.images)
+    return f"{number(result.images)} ({number(result.low)} to {number(result.high)})"
+
+
+def describe_stop(
+    rounds: int,
+    stopped: Stopped,
+    half_width: float = StopRule.half_width,
+    budget_s: Optional[float] = None,
+) -> str:
+    """How many rounds were made, and what ended them.
+
+    Args:
+        stopped, half_width, budget_s: as a `Group` has them.
+    """
+    width = f"±{100 * half_width:g}%"
+    why = {
+        "interval": f"until every speedup was known to {width}",
+        "max rounds": f"the most allowed, before every speedup was known to {width}",
+        "fixed": "as asked for",
+        "time budget": f"until the time budget of {budget_s or 0:g} s",
+        "all failed": "until every run had failed",
+        "interrupted": "until it was interrupted",
+    }
+    return f"{rounds} round{'' if rounds == 1 else 's'}, {why[stopped]}"
+
+
+def _digits(value: float, significant: int = 4) -> str:
+    """A positive number in plain notation with that many significant digits, or all before '.'."""
+    if value == 0:
+        return "0"
+    decimals = significant - 1 - math.floor(math.log10(abs(value)))
+    return f"{value:.{max(0, decimals)}f}"
+
+
+def _precision(run: Run) -> str:
+    """What it ran in and, where that is something else, what was asked for."""
+    asked, ran = run.requested_precision, run.effective_precision
+    return asked if ran in (asked, None) else f"{ran} (not {asked})"
+
+
+def _detections(run: Run) -> str:
+    """The worst of the sizes, as the table says it."""
+    if run.detections is not None:
+        return worst(run.detections).text
+    if run.status != "ok":
+        return run.status
+    is_reference = run.baseline and run.requested_precision == "fp32"
+    return "-" if is_reference else "not checked"
+
+
+# The table of a test model ---------------------------------------------------------------------
+
+# The columns of TorchBlade's published results, then ours.
+_MODEL_COLUMNS = (
+    *left("Backend", "precision"),
+    *right("Median(FPS)", "Mean(FPS)", "Median(ms)", "Mean(ms)", "99th_p", "std_dev"),
+    *left("Speedup", "Detections"),
+)
+
+
+def model_table(results: Results, groups: Sequence[Group], peaks: bool = False) -> Table:
+    """The results of one test model. What is wrong with a run is a note, referred to from its row.
+
+    Args:
+        groups: all of one test model, at least one.
+        peaks: whether to say which share of the machine's peak a run reaches, where it is known.
+    """
+    reached = results.peaks if peaks else {}
+    lines = [(group, run) for group in groups for run in group.runs]
+    shares = [_peak_share(group, run, reached) for group, run in lines]
+    columns = (*left(f"Model({groups[0].export})"), *_MODEL_COLUMNS)
+    rows, statuses = [], []
+    for group, run in lines:
+        cells = _run_cells(group, run)
+        if run.reason:
+            mark = f"[{len(statuses) + 1}]"
+            cells[-1] += f" {mark}"
+            statuses.append(f"{mark} {run.label} {_precision(run)}: {run.reason}")
+        rows.append(cells)
+    if any(share is not None for share in shares):
+        columns += right("% of peak")
+        for cells, share in zip(rows, shares):
+            cells.append("-" if share is None else f"{100 * share:.1f}%")
+    return Table(
+        title=f"Results of {group_name(groups[0])}",
+        columns=columns,
+        rows=tuple(map(tuple, rows)),
+        notes=(*statuses, *_model_notes(results, groups, reached)),
+    )
+
+
+def _run_cells(group: Group, run: Run) -> List[str]:
+    speedup = "-" if run.speedup is None else describe_speedup(run.speedup)
+    return [
+        short_name(group.model),
+        run.label,
+        _precision(run),
+        *(_statistics_cells(run.statistics) if run.statistics else ["-"] * 6),
+        "1.00x" if run.baseline and run.statistics else speedup,
+        _detections(run),
+    ]
+
+
+def _statistics_cells(statistics: Statistics) -> List[str]:
+    percentile = statistics.p99_ms
+    return [
+        _digits(statistics.median_fps),
+        _digits(statistics.mean_fps),
+        _digits(statistics.median_ms),
+        _digits(statistics.mean_ms),
+        f"{_digits(statistics.max_ms)} (max)" if percentile is None else _digits(percentile),
+        _digits(statistics.std_dev_ms, significant=3),
+    ]
+
+
+def _peak_share(group: Group, run: Run, peaks: Dict[str, float]) -> Optional[float]:
+    """Of the operations per second that the machine reaches, 0 to 1; None where not known."""
+    peak = peaks.get(run.effective_precision or "")
+    if not (peak and group.flops and run.statistics):
+        return None
+    return 1000 * group.flops / run.statistics.median_ms / peak
+
+
+def _model_notes(
+    results: Results, groups: Sequence[Group], peaks: Dict[str, float]
+) -> Iterator[str]:
+    """What a reader of a test model's table has to know, the statuses of its rows apart."""
+    yield from _percentile_note(groups)
+    yield from _check_note(groups[0])
+    yield from _rounds_notes(results, groups)
+    yield from _ratio_notes(groups, "Torch fp32, same rounds", lambda run: run.speedup_over_fp32)
+    yield from _ratio_notes(
+        groups, "Torch of its own environment", lambda run: run.speedup_over_own_torch
+    )
+    yield from _peak_note(groups[0], peaks)
+    yield from _recompilation_notes(groups)
+    yield from _environment_notes(results, groups)
+    if not groups[0].image:  # Torch was timed against itself on all images together.
+        yield from aa_note(results.aa)
+    yield from missing_notes(results)
+    weights = [weights_note(group.weights) for group in groups if group.weights]
+    yield from dict.fromkeys(weights)
+
+
+def _percentile_note(groups: Sequence[Group]) -> Iterator[str]:
+    statistics = [run.statistics for group in groups for run in group.runs if run.statistics]
+    if any(known.p99_ms is None for known in statistics):
+        yield (
+            "(max): the longest call, in place of a 99th percentile, which takes "
+            f"{samples_to_bound(0.99)} calls to bound with 95% confidence"
+        )
+
+
+def _check_note(group: Group) -> Iterator[str]:
+    sizes = {name: f"{size[0][0]}x{size[0][1]}" for name, size in group.image_sizes.items()}
+    if not set(TUNING) <= set(sizes):
+        yield from (f"timed at {size}" for size in sizes.values())
+        return
+    small, timed, large = (sizes.pop(name) for name in TUNING)
+    if sizes:
+        several = ", ".join([timed, *sizes.values()])
+        yield (
+            f"timed on {1 + len(sizes)} images in turn ({several}), the mean of a round is what "
+            f"counts; Detections: against Torch fp32 on each, and at {small} and {large}, the "
+            "worst of all"
+        )
+    else:
+        yield (
+            f"timed at {timed}; Detections: against Torch fp32 at {small}, {timed} and {large}, "
+            "the worst of the three"
+        )
+
+
+def _rounds_notes(results: Results, groups: Sequence[Group]) -> Iterator[str]:
+    for group in groups:
+        if group.rounds and group.image:
+            yield f"{group.precision}: {group.rounds} rounds, those of all images together"
+        elif group.rounds:
+            half_width = StopRule.half_width if group.half_width is None else group.half_width
+            budget_s = group.budget_s or results.settings.time_budget
+            made = describe_stop(group.rounds, group.stopped, half_width, budget_s)
+            yield f"{group.precision}: {made}"
+
+
+def _ratio_notes(
+    groups: Sequence[Group], over: str, ratio: Callable[[Run], Optional[Speedup]]
+) -> Iterator[str]:
+    """Speedups over something else than the baseline, where there are any."""
+    for group in groups:
+        known = [(run.label, ratio(run)) for run in group.runs]
+        texts = [f"{label} {describe_speedup(speedup)}" for label, speedup in known if speedup]
+        if texts:
+            yield f"{group.precision} over {over}: {', '.join(texts)}"
+
+
+def _peak_note(group: Group, peaks: Dict[str, float]) -> Iterator[str]:
+    if peaks:
+        reached = ", ".join(f"{precision} {peak / 1e9:.0f}" for precision, peak in peaks.items())
+        known = f"a call is {group.flops / 1e9:.1f} GFLOPs" if group.flops else ""
+        yield (
+            f"% of peak: of what PyTorch's matrix products reach here, in GFLOP/s {reached}; "
+            f"{known or 'the FLOPs of a call are not known'}"
+        )
+
+
+def _recompilation_notes(groups: Sequence[Group]) -> Iterator[str]:
+    """Runs that compiled once more while they were timed: their longest calls are no inference."""
+    for group in groups:
+        for run in group.runs:
+            count = run.coverage.recompilations_while_timed
+            if count:
+                yield (
+                    f"{run.label} {_precision(run)}: compiled {count} more times within the "
+                    "timed rounds"
+                )
+
+
+def _environment_notes(results: Results, groups: Sequence[Group]) -> Iterator[str]:
+    """What stands behind the runs of a backend that was measured in another environment."""
+    runs = [run for group in groups for run in group.runs]
+    named = results.settings.environment
+    elsewhere = {run.backend for run in runs if run.environment or run.name in named}
+    lines = []
+    for run in runs:
+        python = [f"Python {run.python}"] if run.python else []
+        facts = [*python, *(f"{name} {version}" for name, version in run.versions.items())]
+        if run.backend in elsewhere and facts:
+            lines.append(f"{run.label}: {', '.join(facts)}")
+    yield from dict.fromkeys(lines)
+
+
+def aa_note(aa: Optional[SameAgainstSame]) -> Iterator[str]:
+    """What difference the machine can resolve, if that was measured."""
+    if aa is None or None in (aa.resolution, aa.speedup.low, aa.speedup.high):
+        return
+    yield (
+        f"A/A, Torch against itself in two processes ({aa.model} {aa.precision}): "
+        f"{aa.speedup.ratio:.3f}x, {aa.speedup.low:.3f} to {aa.speedup.high:.3f}; differences "
+        f"below {100 * aa.resolution:.1f}% cannot be told from noise here"
+    )
+
+
+# The other tables ------------------------------------------------------------------------------
+
+# Columns of the table of coverage: heading, field of a run's `Coverage`. The others are in `more`.
+_COVERAGE = {
+    "operators": "operators",
+    "in engines": "operators_in_engine",
+    "FLOPs in engines": "share_of_flops",
+    "segments": "segments",
+    "graph breaks": "graph_breaks",
+}
+# Columns of the table of costs that hold seconds: heading, field of a run's `Preparation`.
+_PHASES = {"export (s)": "export", "convert (s)": "convert", "compile (s)": "compile"}
+
+
+def cases_table(groups: Sequence[Group]) -> Table:
+    """Time against what is in the picture: a line for each run, number of objects and image.
+
+    Args:
+        groups: at least one.
+    """
+    cases = [case(group) for group in groups]
+    names = ("objects", "image")
+    several = [name for place, name in enumerate(names, 1) if len({x[place] for x in cases}) > 1]
+    lines = [(group, run) for group in groups for run in group.runs]
+    order = list(dict.fromkeys(map(_run_key, lines)))
+    # Images stay in their order; all of them together come last.
+    lines.sort(
+        key=lambda line: (order.index(_run_key(line)), line[0].objects, line[0].image is None)
+    )
+    return Table(
+        title="What is in the picture",
+        columns=(
+            *left("Model", "Backend", "precision"),
+            *(Column(name, right=name == "objects") for name in several),
+            *right("found", "Median(ms)"),
+            *left("Speedup", "Detections"),
+        ),
+        rows=tuple(_case_cells(group, run, several) for group, run in lines),
+    )
+
+
+def _run_key(line: Tuple[Group, Run]) -> Tuple[str, str, str]:
+    group, run = line
+    return group.model, run.name, group.precision
+
+
+def _case_cells(group: Group, run: Run, several: Sequence[str]) -> Tuple[str, ...]:
+    what = {"objects": str(group.objects), "image": group.image or "together"}
+    return (
+        short_name(group.model),
+        run.label,
+        _precision(run),
+        *(what[name] for name in several),
+        "-" if group.found is None else str(group.found),
+        f"{run.statistics.median_ms:.1f}" if run.statistics else "-",
+        describe_speedup(run.speedup) if run.speedup else "-",
+        _detections(run),
+    )
+
+
+def coverage_table(groups: Sequence[Group]) -> Table:
+    """How much of the model each run's engines took; what a backend does not tell is `-`."""
+    return Table(
+        title="Coverage",
+        columns=(
+            *left("Model", "Backend", "precision", "provider"),
+            *right(*_COVERAGE),
+            *left("more"),
+        ),
+        rows=tuple(
+            (group_name(group), run.label, _precision(run), run.provider or "-", *cells)
+            for group in groups
+            for run in group.runs
+            for cells in [_coverage_cells(run.coverage)]
+            if cells and not run.baseline
+        ),
+        nothing="no coverage is known",
+    )
+
+
+def _coverage_cells(coverage: Coverage) -> List[str]:
+    """What is known of a run's coverage; empty where nothing is."""
+    known = {field.name: getattr(coverage, field.name) for field in fields(coverage)}
+    known = {name: value for name, value in known.items() if value is not None}
+    more = [
+        f"{name.replace('_', ' ')}: {_listed(value)}"
+        for name, value in known.items()
+        if name not in _COVERAGE.values()
+    ]
+    if "share_of_flops" in known:
+        known["share_of_flops"] = f"{100 * known['share_of_flops']:.0f}%"
+    cells = [str(known.get(name, "-")) for name in _COVERAGE.values()]
+    return [*cells, "; ".join(more)] if known else []
+
+
+def _listed(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{count} {kind}" for kind, count in value.items())
+    return str(list(value) if isinstance(value, tuple) else value)
+
+
+def costs_table(groups: Sequence[Group]) -> Table:
+    """What each run took besides its calls, and when that has paid for itself.
+
+    Total has the phases and what lies between and after them, such as a first call in which the
+    engine picks its kernels, but not building the model.
+    """
+    return Table(
+        title="Costs",
+        columns=(
+            *left("Model", "Backend", "precision"),
+            *right(*_PHASES, "total (s)", "artifact (MiB)", "peak memory (MiB)"),
+            *left("break-even (images)"),
+        ),
+        rows=tuple(
+            (group_name(group), run.label, _precision(run), *_cost_cells(run, run.prepare))
+            for group in groups
+            for run in group.runs
+            if run.prepare
+        ),
+        nothing="no run was prepared",
+    )
+
+
+def _cost_cells(run: Run, prepare: Preparation) -> List[str]:
+    phases = [getattr(prepare, name) for name in _PHASES.values()]
+    seconds = ["-" if phase is None else f"{phase:.1f}" for phase in phases]
+    if run.cached:
+        seconds[-1] += " cached"
+    sizes = (run.artifact_mb, run.peak_device_memory_mb or run.peak_memory_mb)
+    return [
+        *seconds,
+        f"{prepare.own:.1f}",
+        *("-" if size is None else f"{size:.0f}" for size in sizes),
+        "-" if run.break_even is None else describe_break_even(run.break_even),
+    ]
+
+
+def stages_table(groups: Sequence[Group]) -> Table:
+    """Where the time of the eager modules goes, and what an engine for the backbone could gain."""
+    known = [(group, group.stages) for group in groups if group.stages]
+    names = [name for name in STAGES if any(getattr(stages, name) for _, stages in known)]
+    return Table(
+        title="Where the time goes",
+        columns=(
+            *left("Model", "precision"),
+            *right(*(f"{STAGES[name]} (ms)" for name in names), "total (ms)", "ceiling"),
+        ),
+        rows=tuple(
+            (group_name(group), group.precision, *_stage_cells(stages, names))
+            for group, stages in known
+        ),
+        notes=(
+            "ceiling: the speedup of an engine that takes backbone + FPN only, and no time for "
+            "them",
+        ),
+        nothing="no stages were timed",
+    )
+
+
+def _stage_cells(stages: Stages, names: Sequence[str]) -> List[str]:
+    seconds = [getattr(stages, name) for name in names]
+    return [
+        *(f"{1000 * taken:.1f}" if taken else "-" for taken in seconds),
+        f"{1000 * sum(seconds):.1f}",
+        f"{ceiling(stages):.2f}x",
+    ]
+
+
+def published_table(groups: Sequence[Group]) -> Table:
+    """Our speedups beside TorchBlade's published ones."""
+    return Table(
+        title="Beside TorchBlade's published speedups",
+        columns=(
+            *left("Model", "Export", "precision", "Backend"),
+            *right("Speedup", "TorchBlade, published"),
+        ),
+        rows=tuple(
+            _published_cells(group, run)
+            for group in groups
+            if not group.image
+            for run in group.runs
+            if not run.baseline
+        ),
+        notes=(
+            "Each speedup is over Torch on the same machine. TorchBlade's was measured with "
+            "TensorRT on a CUDA GPU that its page does not name: compare ratios, not milliseconds.",
+        ),
+        compact=True,
+    )
+
+
+def _published_cells(group: Group, run: Run) -> Tuple[str, ...]:
+    precision = run.effective_precision or run.requested_precision
+    theirs = published.beside(group.model, precision)
+    other = "" if theirs is None or theirs.precision == precision else f" ({theirs.precision})"
+    return (
+        group_name(group),
+        group.export,
+        precision,
+        run.label,
+        "-" if run.speedup is None else describe_speedup(run.speedup),
+        "-" if theirs is None else f"{theirs.ratio:.2f}x{other}",
+    )

@@ -1,0 +1,254 @@
+"""What a test model is called with: images, their sizes, tuning inputs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Tuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detectors import inputs
+from detectors.inputs import (
+    describe_sizes,
+    digest,
+    read_image,
+    read_images,
+    tuning_inputs,
+    tuning_sizes,
+    write_image,
+)
+from errors import InputError
+
+# Images ----------------------------------------------------------------------------------------
+
+
+def save(path: Path, pixels: np.ndarray, **options) -> Path:
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def quarters(height: int = 64, width: int = 96) -> np.ndarray:
+    """Red left of green, both above blue."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[: height // 2, : width // 2, 0] = 255
+    pixels[: height // 2, width // 2 :, 1] = 255
+    pixels[height // 2 :, :, 2] = 255
+    return pixels
+
+
+def test_an_image_is_bgr_and_keeps_its_size(tmp_path):
+    image = read_image(save(tmp_path / "image.png", quarters()), None)
+    assert image.dtype == np.float32
+    assert image.shape == (3, 64, 96)
+    assert image.flags.c_contiguous
+    assert image[:, 10, 10].tolist() == [0, 0, 255]  # red
+    assert image[:, 10, 90].tolist() == [0, 255, 0]  # green
+    assert image[:, 60, 50].tolist() == [255, 0, 0]  # blue
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK"])
+def test_an_image_may_have_other_channels(tmp_path, mode):
+    path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
+    Image.fromarray(quarters()).convert(mode).save(path)
+    assert read_image(path, None).shape == (3, 64, 96)
+
+
+def test_an_image_that_lies_on_its_side_is_turned(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Orientation: to be turned by 90 degrees clockwise
+    image = read_image(save(tmp_path / "image.png", quarters(), exif=exif), None)
+    assert image.shape == (3, 96, 64)
+    assert image[:, 10, 60].tolist() == [0, 0, 255]  # red: top left became top right
+
+
+def test_an_image_is_cropped_around_its_center_and_resized(tmp_path):
+    pixels = np.full((50, 300, 3), 255, np.uint8)
+    pixels[:, 100:200] = 0
+    image = read_image(save(tmp_path / "image.png", pixels), (100, 200))
+    assert image.shape == (3, 100, 200)
+    # But for the border, where the resizing mixes in what was cut away.
+    assert image[:, :, 5:-5].max() == 0
+
+
+def test_a_small_image_can_be_enlarged(tmp_path):
+    path = save(tmp_path / "image.png", quarters(16, 24))
+    assert read_image(path, (32, 48)).shape == (3, 32, 48)
+    with pytest.raises(InputError, match="has 24 x 16 pixels; both sides must have at least 32"):
+        read_image(path, None)
+
+
+def test_the_default_image_is_a_photograph_of_480_by_640():
+    image = read_image(None, None)
+    assert image.shape == (3, 480, 640)
+    assert image.min() < 20
+    assert image.max() > 235
+    assert image.std() > 30
+    assert read_image(None, (64, 96)).shape == (3, 64, 96)
+
+
+def test_the_default_image_needs_matplotlib(monkeypatch):
+    monkeypatch.setattr(inputs.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install matplotlib, or give an --image"):
+        read_image(None, None)
+
+
+# Tuning inputs ---------------------------------------------------------------------------------
+
+
+def test_tuning_inputs_are_the_image_scaled_in_both_directions():
+    image = read_image(None, (240, 400))
+    ratios = []
+    for seed in range(20):
+        tuned = tuning_inputs(image, 1, seed)
+        assert list(tuned) == ["min", "opt", "max"]
+        assert np.array_equal(tuned["opt"][0].numpy(), image)
+        for name, (low, high) in (("min", (0.5, 0.7)), ("max", (2.0, 3.0))):
+            height, width = tuned[name][0].shape[-2:]
+            # Sides are rounded down.
+            assert low * 240 - 1 <= height <= high * 240
+            assert abs(height / 240 - width / 400) < 1 / 240
+        ratios.append([tuned[name][0].shape[-1] for name in ("min", "max")])
+    assert len({small for small, _ in ratios}) > 5
+    assert len({large for _, large in ratios}) > 5
+
+
+def test_tuning_inputs_can_be_repeated():
+    image = read_image(None, (64, 96))
+    first, again, other = (tuning_inputs(image, 1, seed) for seed in (3, 3, 4))
+    assert all(torch.equal(first[name][0], again[name][0]) for name in first)
+    assert first["max"][0].shape != other["max"][0].shape
+
+
+def test_tuning_inputs_show_the_same_picture():
+    image = torch.from_numpy(read_image(None, (120, 160)))
+    for (scaled,) in tuning_inputs(image, 1, 0).values():
+        restored = torch.nn.functional.interpolate(scaled[None], size=(120, 160))[0]
+        both = torch.stack([restored.flatten(), image.flatten()])
+        assert torch.corrcoef(both)[0, 1] > 0.9
+
+
+def test_a_call_takes_as_many_images_as_the_model_asks_for():
+    tuned = tuning_inputs(read_image(None, (64, 96)), 2, 0)
+    assert [len(images) for images in tuned.values()] == [2, 2, 2]
+    first, second = tuned["opt"]
+    assert torch.equal(first, second)
+    assert first.data_ptr() != second.data_ptr()
+
+
+def test_no_tuning_input_is_smaller_than_32_pixels():
+    smallest = tuning_inputs(read_image(None, (32, 100)), 1, 0)["min"][0]
+    assert smallest.shape[-2] == 32
+    assert 50 <= smallest.shape[-1] <= 70
+
+
+@pytest.mark.parametrize("size", [(240, 400), (32, 100), (427, 611)])
+def test_tuning_sizes_are_those_of_the_tuning_inputs(size):
+    for seed in range(10):
+        tuned = tuning_inputs(np.zeros((3, *size), np.float32), 1, seed)
+        sizes = {name: (found,) for name, found in tuning_sizes(size, seed).items()}
+        assert describe_sizes(tuned) == sizes
+        assert sizes["opt"] == (size,)
+
+
+def test_arrays_and_tensors_give_the_same_inputs():
+    image = read_image(None, (64, 96))
+    image.flags.writeable = False  # As one that was read from a file may be.
+    first = inputs.inputs([image, image[:, :, ::-1]], 2, 3)
+    again = inputs.inputs([torch.tensor(x.copy()) for x in (image, image[:, :, ::-1])], 2, 3)
+    assert list(first) == list(again) == ["min", "opt", "max", "image 2"]
+    for name, images in first.items():
+        assert all(torch.equal(one, other) for one, other in zip(images, again[name]))
+    assert np.array_equal(first["image 2"][1].numpy(), image[:, :, ::-1])
+    assert describe_sizes(first)["image 2"] == ((64, 96), (64, 96))
+
+
+def test_inputs_are_copies():
+    image = read_image(None, (64, 96))
+    for given in (image, torch.from_numpy(image.copy())):
+        for images in inputs.inputs([given, given], 1, 0).values():
+            images[0].fill_(-1)
+        assert given.min() >= 0
+
+
+# Several images --------------------------------------------------------------------------------
+
+
+def photographs(folder: Path, *sizes: Tuple[int, int]) -> list:
+    return [
+        save(folder / f"{place}.png", quarters(*size)) for place, size in enumerate(sizes, start=1)
+    ]
+
+
+def test_further_images_may_have_other_sizes_within_the_range(tmp_path):
+    sizes = tuning_sizes((100, 160), 7)
+    paths = photographs(tmp_path, (100, 160), sizes["min"], sizes["max"])
+    assert [x.shape[1:] for x in read_images(paths, None, 7)] == [
+        (100, 160),
+        sizes["min"],
+        sizes["max"],
+    ]
+    assert [x.shape for x in read_images(paths, (48, 64), 7)] == [(3, 48, 64)] * 3
+
+
+@pytest.mark.parametrize(("which", "by"), [("min", -1), ("max", 1)])
+@pytest.mark.parametrize("side", [0, 1])
+def test_further_images_beyond_the_range_are_refused(tmp_path, which, by, side):
+    sizes = tuning_sizes((100, 160), 7)
+    size = list(sizes[which])
+    size[side] += by
+    paths = photographs(tmp_path, (100, 160), size)
+    with pytest.raises(InputError) as error:
+        read_images(paths, None, 7)
+    bounds = ["x".join(map(str, sizes[name])) for name in ("min", "max")]
+    assert str(error.value) == (
+        f"image {paths[1]} has {size[0]}x{size[1]} pixels, and the engines are made for "
+        f"{bounds[0]} to {bounds[1]}, after the first image: "
+        "give an --image-size, or measure it alone"
+    )
+
+
+def test_no_path_is_the_default_image():
+    (image,) = read_images([], (64, 96), 0)
+    assert np.array_equal(image, read_image(None, (64, 96)))
+
+
+def test_an_image_is_written_as_it_was_read(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, size=(40, 50, 3), dtype=np.uint8)
+    image = read_image(save(tmp_path / "image.png", pixels), None)
+    write_image(image, tmp_path / "again.png")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), pixels)
+    write_image(image * 2 - 100.4, tmp_path / "clipped.png")
+    wanted = np.clip(np.round(pixels * 2.0 - 100.4), 0, 255)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "clipped.png")), wanted)
+
+
+# Digests ---------------------------------------------------------------------------------------
+
+
+def test_a_digest_is_that_of_the_bytes_in_order():
+    first, second = np.arange(6, dtype=np.float32).reshape(2, 3), np.array(7, dtype=np.int64)
+    # What earlier result files have: of the bytes 0 to 5 as float32 and 7 as int64.
+    assert digest([first, second]) == "ea3559e4dd0a7fbd"
+    assert digest([second, first]) != digest([first, second])
+    assert digest([first.T]) == digest([np.ascontiguousarray(first.T)]) != digest([first])
+    assert digest([first, np.zeros((0, 4)), second]) == digest([first, second])
+
+
+def test_arrays_need_no_pytorch(tmp_path):
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from detectors import inputs\n"
+        "images = inputs.read_images([Path(sys.argv[1])] * 2, (64, 96), 0)\n"
+        "inputs.digest(images), inputs.tuning_sizes((64, 96), 0), inputs.describe_sizes({})\n"
+        "inputs.write_image(images[0], Path(sys.argv[1]))\n"
+        "sys.exit('torch' in sys.modules)\n"
+    )
+    path = save(tmp_path / "image.png", quarters())
+    root = Path(inputs.__file__).parent.parent
+    subprocess.run([sys.executable, "-c", code, str(path)], cwd=root, check=True)

@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# What a CUDA machine can tell in its first ten minutes, the most telling first: the tests that need
+# CUDA, then RetinaNet, then the other test models. Whatever was done is in FOLDER after every step.
+#
+#   tools/gpu_check.sh [FOLDER] [--device cpu]
+#
+# It installs nothing and needs no network. PYTHON is the interpreter (default: python3); WHEELS is a
+# folder of wheels for what that lacks (msgspec, tabulate), which are unpacked into FOLDER.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+folder=gpu_check
+if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
+    folder=$1
+    shift
+fi
+device=cuda
+if [ "${1:-}" = --device ]; then
+    device=${2:?--device needs cpu or cuda}
+fi
+python=${PYTHON:-python3}
+# Seconds; what has no time left is not started.
+limit=${LIMIT:-540}
+backends=(torchscript inductor)
+precisions=(fp32 fp16)
+size=()
+if [ "$device" = cpu ]; then
+    # That nothing fails for a typo is all that a CPU can tell.
+    precisions=(fp32)
+    size=(--image-size 96x128 --iterations 5 --warmup 1)
+    backends=(torchscript)
+fi
+
+mkdir -p "$folder"
+folder=$(cd "$folder" && pwd)
+log=$folder/log.txt
+start=$SECONDS
+
+say() { echo "[$((SECONDS - start)) s] $*" | tee -a "$log"; }
+
+# Runs a step: its name, then the command. Its output is in FOLDER/NAME.txt.
+step() {
+    local name=$1
+    shift
+    local left=$((limit - SECONDS + start))
+    if [ "$left" -lt 20 ]; then
+        say "$name: no time left"
+        return
+    fi
+    say "$name: $*"
+    timeout --signal INT --kill-after 10 "$left" "$@" > "$folder/$name.txt" 2>&1
+    local code=$?
+    say "$name: exit code $code"
+    tail -n 3 "$folder/$name.txt" | tee -a "$log"
+}
+
+if [ -n "${WHEELS:-}" ]; then
+    for wheel in "$WHEELS"/*.whl; do
+        "$python" -m zipfile -e "$wheel" "$folder/packages"
+    done
+    export PYTHONPATH="$folder/packages${PYTHONPATH:+:$PYTHONPATH}"
+fi
+
+measure() {
+    local model=$1
+    step "$model" "$python" run_blade.py --model "$model" --device "$device" --weights synthetic \
+        --backend "${backends[@]}" --precision "${precisions[@]}" "${size[@]}" \
+        --coverage --costs --debug --output "$folder/$model"
+}
+
+step machine "$python" - << 'PYTHON'
+import platform, torch, torchvision
+print(platform.python_version(), torch.__version__, torchvision.__version__)
+print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device")
+PYTHON
+step list "$python" run_blade.py --list --device "$device"
+if [ "$device" = cuda ]; then
+    step tests "$python" -m pytest -p no:cacheprovider -o addopts= -ra -m cuda
+else
+    step tests "$python" -m pytest -p no:cacheprovider -o addopts= -ra -m cuda --collect-only -q
+fi
+for model in testRetinaNet testMaskRCNNFPN testCascadeRCNN testMaskRCNNFPN_b2 \
+    testMaskRCNNFPN_pproc testRetinaNet_scripted testMaskRCNNC4; do
+    measure "$model"
+done
+say "done"
