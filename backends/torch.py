@@ -74,20 +74,28 @@ def autocast(module: Callable, precision: str, device: str) -> Callable[..., Tup
 
 
 def count_flops(module: Callable, images: Tuple[Any, ...]) -> Optional[int]:
-    """Floating-point operations of a call: two for each multiply-add of a convolution or product.
+    """Floating-point operations of a call, see `call_and_count`."""
+    return call_and_count(module, images)[1]
 
-    As `torch.utils.flop_counter` counts them, nothing else counted; None before PyTorch 2.1, which
-    does not have it.
+
+def call_and_count(
+    module: Callable, images: Tuple[Any, ...]
+) -> Tuple[Tuple[Any, ...], Optional[int]]:
+    """What a call gives, and its floating-point operations.
+
+    These are two for each multiply-add of a convolution or product, as `torch.utils.flop_counter`
+    counts them, nothing else counted; None before PyTorch 2.1, which does not have it.
     """
     import torch
 
-    try:
-        from torch.utils.flop_counter import FlopCounterMode
-    except ImportError:
-        return None
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(*images)
-    return int(counter.get_total_flops())
+    with torch.no_grad():
+        try:
+            from torch.utils.flop_counter import FlopCounterMode
+        except ImportError:
+            return module(*images), None
+        with FlopCounterMode(display=False) as counter:
+            outputs = module(*images)
+        return outputs, int(counter.get_total_flops())
 
 
 # What PyTorch's profiler calls operators that have kernels of lower precision, fused ones included.

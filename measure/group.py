@@ -301,6 +301,9 @@ class Measurement:
                     self.check(run, folder)
                 self.report()
                 for run in self.all_runs:
+                    if run.worker is not None:
+                        run.worker.dismiss()
+                for run in self.all_runs:
                     run.end(politely=True)
         except BaseException:
             # Also where the rounds were made: what was not checked is measured again.
@@ -414,7 +417,8 @@ class Measurement:
             run.memory = run.worker.ask(protocol.ReadMemory())
             run.coverage = run.worker.ask(protocol.ReadCoverage())
             outputs = {name: self.detect(run, name, folder) for name in self.inputs_to_check(run)}
-            run.artifact_mb = run.worker.ask(protocol.ReadArtifact()).mb
+            if self.plan.costs:
+                run.artifact_mb = run.worker.ask(protocol.ReadArtifact()).mb
             # Last, as PyTorch's profiler slows a process down.
             run.effective_precision = run.worker.ask(protocol.ReadPrecision()).precision
             if self.plan.trace and run.choice.backend.in_pytorch:
@@ -429,14 +433,22 @@ class Measurement:
         """Inputs that a run is called with once more: those it was just timed on come first."""
         timed, sizes = self.model.facts.timed, self.model.facts.sizes
         others = [name for name in sizes if name not in timed]
-        return others if run.is_reference else [*timed, *others]
+        if run.is_reference:
+            return others if self.times_sizes else []
+        return [*timed, *others]
+
+    @property
+    def times_sizes(self) -> bool:
+        """Whether someone will read how long calls at other sizes take: the page has a plot."""
+        return self.plan.output is not None
 
     def detect(self, run: Running, name: str, folder: Path) -> list[np.ndarray] | str:
         """What a run finds in an input, as arrays, or why that is malformed."""
         file = folder / f"{run.key}-{name}.npz"
         is_timed = name in self.model.facts.timed
-        answer = run.worker.ask(protocol.Detect(name, str(file), repeat=not is_timed))
-        if not is_timed:
+        is_read = self.times_sizes and not is_timed
+        answer = run.worker.ask(protocol.Detect(name, str(file), repeat=is_read))
+        if is_read:
             run.size_seconds[name] = answer.seconds
         if answer.malformed is not None:
             return answer.malformed

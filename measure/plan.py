@@ -73,6 +73,7 @@ class Plan:
         warm_up, rule: of the timing.
         output: folder for results and the files that backends want kept, or None.
         cache: folder in which engines are kept between invocations, or None.
+        costs: whether someone will read what it costs to prepare a run.
         stages: whether the stages of the eager module are timed.
         trace: whether a profile of a call is kept in `output`, where PyTorch can make one.
         debug: whether to show what the worker of a failed run printed.
@@ -99,6 +100,7 @@ class Plan:
     debug: bool = False
     cache: Path | None = None
     pictures: Sequence[np.ndarray] = ()
+    costs: bool = False
     stages: bool = False
     trace: bool = False
     gpu: str | None = None
@@ -190,6 +192,7 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
         seed=options.seed,
         output=prepare_directory(options.output) if options.output else None,
         debug=options.debug,
+        costs=options.costs or options.output is not None,
         stages=options.stages,
         trace=options.trace,
         cache=prepare_directory(options.cache, "cache") if options.cache else None,

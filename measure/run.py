@@ -13,6 +13,7 @@ Valid on Python 3.8 and PyTorch 2.0.1.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -100,12 +101,11 @@ def prepare_model(request: protocol.PrepareModel) -> protocol.ModelFacts:
     Raises:
         errors.InputError: image or weights cannot be had.
     """
-    import torch
-
-    from backends.torch import count_flops
+    from backends.torch import call_and_count
     from detectors import build, inputs
     from models import MODELS, timed
 
+    _keep_freed_memory()
     model, folder = MODELS[request.model], Path(request.folder)
     paths = [Path(path) for path in request.images]
     size = request.image_size and tuple(request.image_size)
@@ -117,18 +117,32 @@ def prepare_model(request: protocol.PrepareModel) -> protocol.ModelFacts:
     flat = {f"{name}/{i}": x for name, call in calls.items() for i, x in enumerate(call)}
     _save_arrays(folder / "inputs.npz", _arrays(flat))
     export = build.build(model, weights.state, weights.name, calls, request.source)
-    with torch.no_grad():
-        for name, call in calls.items():
-            found = export.eager(*call)
-            _save_outputs(folder / f"reference-{name}.npz", found)
+    flops = {}
+    for name, call in calls.items():
+        found, flops[name] = call_and_count(export.eager, call)
+        _save_outputs(folder / f"reference-{name}.npz", found)
     return protocol.ModelFacts(
         sizes=inputs.describe_sizes(calls),
         timed=tuple(names),
-        flops={name: count_flops(export.eager, calls[name]) for name in names},
+        flops={name: flops[name] for name in names},
         image_digests={name: inputs.digest(x.numpy() for x in calls[name]) for name in names},
         weights=weights.record,
         fields=export.fields,
     )
+
+
+def _keep_freed_memory() -> None:
+    """Lets this process reuse what it has freed, which saves a third of the time at large sizes.
+
+    By default glibc hands large blocks back to the system, and every layer asks for new ones. What
+    is timed keeps the default, as its users have that.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        mmap_max, trim_threshold = -4, -1  # Of malloc.h.
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(mmap_max, 0)
+            libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def _arrays(tensors: Dict[str, Any]) -> Dict[str, Any]:
@@ -432,8 +446,6 @@ def _isolate(log: str) -> None:
     os.dup2(file, 2)
     os.close(file)
     if sys.platform == "linux":
-        import ctypes
-
         set_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
         if os.getppid() != host:

@@ -206,12 +206,9 @@ class Host:
             benchmark.RunFailed: the worker failed or died.
             errors.InputError, errors.Unsupported: as raised there.
         """
-        self._asked += 1
-        asked, deadline = self._asked, time.monotonic() + limit_s
-        message = {"to": number, "id": asked, "ask": type(request).__name__}
-        line = json.dumps({**message, "with": asdict(request)}).encode() + b"\n"
+        deadline = time.monotonic() + limit_s
         try:
-            self.process.stdin.write(line)
+            asked = self.tell(number, request)
             while True:
                 reply = self._reply(number, asked)
                 if reply is not None:
@@ -221,6 +218,18 @@ class Host:
             raise RunFailed(f"the host of its worker died: {self._last_words()}") from None
         except NotTheProtocol as odd:
             raise RunFailed(f"{self.command} is out of step: {odd}") from None
+
+    def tell(self, number: int, request: protocol.Request[Any]) -> int:
+        """Sends a request without waiting for its answer; returns the id of that.
+
+        Raises:
+            BrokenPipeError: the host has died.
+        """
+        self._asked += 1
+        message = {"to": number, "id": self._asked, "ask": type(request).__name__}
+        line = json.dumps({**message, "with": asdict(request)}).encode() + b"\n"
+        self.process.stdin.write(line)
+        return self._asked
 
     def _reply(self, number: int, asked: int) -> dict[str, Any] | None:
         """Of the messages that have come, the one that is waited for; others are outdated.
@@ -349,8 +358,13 @@ class Worker:
             return None
         return times.user + times.system + times.children_user + times.children_system
 
+    def dismiss(self) -> None:
+        """Tells the process to clear away what engines opened, and end; `stop` waits for that."""
+        with contextlib.suppress(OSError):
+            self.host.tell(self._number, protocol.Stop())
+
     def stop(self) -> None:
-        """Ends the process, politely where it listens: it can clear away what engines opened."""
+        """Ends the process, politely where it listens."""
         with contextlib.suppress(RunFailed, TimeoutError):
             self.host.ask(self._number, protocol.Stop(), STOP_S)
         self.kill()

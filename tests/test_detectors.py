@@ -23,6 +23,7 @@ from torch import nn
 
 from detectors import boxes as box_ops
 from detectors import images, masks
+from detectors.backbone import LastLevelP6P7
 from detectors.config import ARCHITECTURES, build_detector
 from detectors.export import TraceableDetector
 from detectors.instances import Instances, flatten
@@ -370,3 +371,24 @@ def test_no_box_grows_without_bound():
     np.testing.assert_allclose(
         found.numpy(), [[8 - 500, 16, 8 + 500, 16], [16, -16, 32, 16]], rtol=1e-5
     )
+
+
+def test_the_last_level_is_computed_from_what_is_positive():
+    block = LastLevelP6P7()
+    with torch.no_grad():
+        p6, p7 = block(torch.randn(1, 2048, 8, 8), torch.randn(1, 256, 8, 8))
+        assert (p6 < 0).any()
+        assert torch.equal(p7, block.p7(p6.clamp(min=0)))
+        assert not torch.equal(p7, block.p7(p6))
+
+
+@pytest.mark.parametrize("limit", [3, 100])
+def test_retinanet_lists_no_more_than_its_limit(limit):
+    detector = build_detector("COCO-Detection/retinanet_R_50_FPN_3x", True)
+    detector.load_state_dict(seeded_weights(detector.state_dict()))
+    detector.score_threshold, detector.detections_per_image = 0.0, limit
+    with torch.no_grad():
+        (found,) = detector([seeded_image(0, 64, 96)])
+    assert 0 < len(found.scores) <= limit
+    if limit == 3:
+        assert len(found.scores) == 3

@@ -232,6 +232,8 @@ def test_the_pictures_say_what_is_lost(page):
         if "var(--" in (x.get("stroke") or "")
     ]
     assert kinds == ["matched", "matched", "matched", "spurious", "lost"]
+    (lost,) = [x for x in page.all("rect") if x.get("stroke") == "var(--lost)"]
+    assert [float(lost[side]) for side in ("x", "y", "width", "height")] == [50, 20, 10, 10]
     text = "".join(page.text)
     assert "OpenVINO fp32: 1 agree, 1 lost, 1 spurious" in text
     assert [x["href"] for x in page.all("use") if "href" in x] == ["#image.png"] * 2

@@ -212,6 +212,21 @@ def test_killed_while_saving_leaves_a_whole_file(tmp_path):
         assert load(path).complete is True
 
 
+def test_a_file_is_not_touched_before_the_new_one_is_whole(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    path.write_text("precious")
+
+    def fail(*_):
+        assert path.read_text() == "precious"
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(InputError, match="no space left"):
+        save(records(make_document()), path)
+    assert path.read_text() == "precious"
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
 def test_load_missing_file_and_directory(tmp_path):
     with pytest.raises(InputError, match=r"cannot read .*none\.json: No such file"):
         load(tmp_path / "none.json")

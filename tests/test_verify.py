@@ -359,6 +359,44 @@ def test_equal_scores_in_another_order():
     assert agreement.text == "10/10 match"
 
 
+def one_box_of_iou(overlap):
+    """One object, found with a box that has that IoU with the right one (half a pixel is added)."""
+    right = take(random_detections(0, 1, False), [0])
+    width = 100 * overlap
+    boxes = np.array([[[10.0, 10.0, 109.0, 109.0]], [[10.0, 10.0, 9.0 + width, 109.0]]])
+    return tuple(replace(right, boxes=box, scores=np.array([0.9])) for box in boxes)
+
+
+@pytest.mark.parametrize(
+    ("precision", "overlap", "agrees"),
+    [("fp32", 0.91, 1), ("fp32", 0.89, 0), ("bf16", 0.76, 1), ("bf16", 0.74, 0)],
+)
+def test_a_box_agrees_from_the_bound_of_its_precision_on(precision, overlap, agrees):
+    right, found = one_box_of_iou(overlap)
+    assert verify.compare([right], [found], precision).matched == agrees
+
+
+@pytest.mark.parametrize(("overlap", "same_object"), [(0.51, True), (0.49, False)])
+def test_a_box_that_overlaps_by_half_is_of_the_same_object(overlap, same_object):
+    """Only then its drift is worth telling."""
+    right, found = one_box_of_iou(overlap)
+    agreement = verify.compare([right], [found], "fp32")
+    assert agreement.matched == 0
+    assert (agreement.box_drift is not None) == same_object
+
+
+def test_what_is_lost_is_named_by_its_place_in_the_reference():
+    reference = random_detections(3, 10)
+    found = take(reference, [9, 1, 2, 3, 5, 6, 7, 8])
+    (image,) = verify.find(flat(reference), flat(found), FIELDS, "fp32")
+    assert image.lost.tolist() == [0, 4]
+    assert image.agrees.all()
+    shifted_ones = replace(found, boxes=found.boxes + np.array([400.0, 0.0, 400.0, 0.0]))
+    (image,) = verify.find(flat(reference), flat(shifted_ones), FIELDS, "fp32")
+    assert not image.agrees.any()
+    assert image.lost.tolist() == list(range(10))
+
+
 def test_of_two_boxes_on_one_object_the_one_with_the_score_is_taken():
     reference = with_scores(random_detections(0, 1), [0.9])
     twice = take(reference, [0, 0])
