@@ -86,9 +86,9 @@ def facts(results: Results) -> Dict[str, Any]:
     commit = environment.commit
     named["commit"] = commit and commit.revision[:10] + " with changes" * commit.dirty
     for name in DECISIVE_SETTINGS:
+        value = getattr(settings, name)
         # A flag that is not set is as good as one that did not exist yet.
-        named[f"--{name.replace('_', '-')}"] = getattr(settings, name) or None
-    named["--seed"] = settings.seed
+        named[f"--{name.replace('_', '-')}"] = None if value is False or value == () else value
     return named
 
 
