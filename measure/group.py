@@ -293,12 +293,12 @@ class Measurement:
                 for run in self.all_runs:
                     self.prepare(run, hosts, folder)
                 self.time(hosts)
-                if more:
-                    hosts.start_next()
                 if self.plan.stages:
                     self.stages = self.time_stages()
                 for run in self.runs:
                     self.check(run, folder)
+                if more:
+                    hosts.start_next()  # Not before: what is timed would notice their imports.
                 self.report()
                 for run in self.all_runs:
                     if run.worker is not None:
@@ -337,6 +337,11 @@ class Measurement:
             run.give_up("unsupported", str(error))
         except RunFailed as error:
             run.give_up("failed", str(error))
+        except InputError as error:
+            if run.choice.command.name is None:
+                raise
+            # The cache, for example, cannot be written in there.
+            run.give_up("failed", f"{run.choice.command}: {error}")
 
     def keep(self, choice: Choice, artifacts: dict[str, str]) -> tuple[str, ...]:
         """Writes texts that a backend wants kept; returns the names of their files."""
@@ -460,7 +465,10 @@ class Measurement:
         """Keeps a trace of a call."""
         name = f"{self.model.name}.{run.key}.{run.precision}.trace.json"
         name = self.file_name(name)
-        run.worker.ask(protocol.Trace(str(self.plan.output / name)))
+        path = self.plan.output / name
+        run.worker.ask(protocol.Trace(str(path)))
+        if not path.exists():
+            raise RunFailed(f"it wrote {path.name} to another folder of the same name")
         run.artifacts = (*run.artifacts, name)
 
     def judge(self, run: Running, outputs: dict[str, list[np.ndarray] | str]) -> None:

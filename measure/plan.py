@@ -79,6 +79,7 @@ class Plan:
         debug: whether to show what the worker of a failed run printed.
         gpu: name of the GPU that is measured on, if it is one.
         versions: distribution -> version, of the suite's own environment.
+        environments: name of a choice -> the same of its environment, with `python`.
         left_out: label -> why a backend that is measured by default cannot be had.
         without: precision -> labels of the backends that do not compute in it.
     """
@@ -105,6 +106,7 @@ class Plan:
     trace: bool = False
     gpu: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    environments: dict[str, dict[str, str]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     without: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -165,9 +167,11 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
     survey = survey_of(Command.own(), request, threads, hosts)
     device = survey.device
     choices, left_out = _choices(asked, commands, survey, options.backend is not None)
-    for choice in choices:
-        if choice.command.name is not None:
-            _check_environment(choice, device, threads, hosts)
+    in_others = {
+        choice.name: _check_environment(choice, device, threads, hosts)
+        for choice in choices
+        if choice.command.name is not None
+    }
     precisions, without = _precisions(options.precision, device, choices)
     names = tuple(MODELS) if options.all else tuple(dict.fromkeys(options.model))
     _check_weights(names, weights, threads, hosts)
@@ -190,14 +194,16 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
         rule=_stop_rule(options, device),
         threads=threads,
         seed=options.seed,
-        output=prepare_directory(options.output) if options.output else None,
+        output=prepare_directory(options.output).resolve() if options.output else None,
         debug=options.debug,
         costs=options.costs or options.output is not None,
         stages=options.stages,
         trace=options.trace,
-        cache=prepare_directory(options.cache, "cache") if options.cache else None,
+        # A worker in a container may have another working folder.
+        cache=prepare_directory(options.cache, "cache").resolve() if options.cache else None,
         gpu=survey.gpu,
         versions=versions,
+        environments=in_others,
         left_out=left_out,
         without=without,
     )
@@ -288,17 +294,20 @@ def _choices(
     return tuple(ordered), left_out
 
 
-def _check_environment(choice: Choice, device: str, threads: int, hosts: Hosts) -> None:
-    """Makes sure that a backend can be had in its environment.
+def _check_environment(choice: Choice, device: str, threads: int, hosts: Hosts) -> dict[str, str]:
+    """Makes sure that a backend can be had in its environment; returns the versions in there.
 
     Raises:
         errors.InputError: it cannot.
     """
     request = protocol.Survey((choice.backend.name,), device, "bundled")
     survey = survey_of(choice.command, request, threads, hosts)
-    reason = survey.backends[choice.backend.name].reason
-    if reason is not None:
-        raise InputError(f"backend '{choice.name}' is unavailable in its environment: {reason}")
+    known = survey.backends[choice.backend.name]
+    if known.reason is not None:
+        raise InputError(
+            f"backend '{choice.name}' is unavailable in its environment: {known.reason}"
+        )
+    return {"python": survey.python, **known.versions}
 
 
 def _precisions(

@@ -391,6 +391,7 @@ class Worker:
             if isinstance(request, protocol.Stop):
                 return None
             body: Dict[str, Any] = {"answer": asdict(self.answers[type(request)](request))}
+            json.dumps(body)  # Whatever an engine has put into it.
         except (InputError, Unsupported) as error:
             body = {"error": type(error).__name__, "message": str(error)}
         except Exception as error:
@@ -469,11 +470,11 @@ class Host:
         self.selector = selectors.DefaultSelector()
         self.selector.register(source, selectors.EVENT_READ)
         # A worker that dies may leave its pipe open in processes that it has started.
-        self.wakeup, tell = os.pipe()
-        for end in (self.wakeup, tell):
+        self.wakeup, self.tell = os.pipe()
+        for end in (self.wakeup, self.tell):
             os.set_blocking(end, False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self.tell, warn_on_full_buffer=False)
         self.selector.register(self.wakeup, selectors.EVENT_READ)
 
     def say(self, message: Any) -> None:
@@ -501,8 +502,8 @@ class Host:
                 elif key.fd == self.wakeup:
                     os.read(self.wakeup, CHUNK)
                     self.bury()
-                else:
-                    self.hand_on(key.data)
+                elif self.children.get(key.data.number) is key.data:
+                    self.hand_on(key.data)  # Else it was buried since `select`.
 
     def obey(self, line: bytes) -> Optional[Callable[[], None]]:
         """Does what a line says, or hands it on to the worker that it is for."""
@@ -525,6 +526,11 @@ class Host:
 
     def start(self, request: protocol.Start, message_id: int) -> Optional[Callable[[], None]]:
         """Forks a worker; in there, returns what it has to do."""
+        folder = Path(request.log).parent
+        if not folder.is_dir():
+            message = f"there is no {folder} in there: mount it under the same name"
+            self.say({"id": message_id, "error": "InputError", "message": message})
+            return None
         from_worker, its_sink = os.pipe()
         its_source, to_worker = os.pipe()
         pid = os.fork()
@@ -545,7 +551,7 @@ class Host:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self.selector.close()
         pipes = [end for child in self.children.values() for end in (child.source, child.sink)]
-        for end in (self.source, self.sink, self.wakeup, *pipes, *others):
+        for end in (self.source, self.sink, self.wakeup, self.tell, *pipes, *others):
             os.close(end)
 
     def hand_on(self, child: Child) -> None:

@@ -142,6 +142,7 @@ class Session:
         differing = facts.differences(earlier, self.empty, ignored)
         differing += self._other_weights(earlier.settings)
         differing += self._other_images(earlier.groups)
+        differing += self._other_environments(earlier.groups)
         if differing:
             # What was asked for comes before what follows from it.
             differing.sort(key=lambda line: not line.startswith("--"))
@@ -170,6 +171,16 @@ class Session:
             digests = [inputs.digest([picture] * count) for picture in self.plan.pictures]
             if before != " ".join(digests):
                 return ["--image: another image of the same name"]
+        return []
+
+    def _other_environments(self, kept: Sequence[Group]) -> list[str]:
+        """Whether groups were measured in other environments of the same name."""
+        for run in (run for group in kept for run in group.runs if run.python):
+            before = {"python": run.python, **run.versions}
+            now = self.plan.environments.get(run.name, before)
+            if before != now:
+                texts = [", ".join(map(" ".join, x.items())) for x in (before, now)]
+                return [f"--environment {run.name}: {texts[0]} before, {texts[1]} now"]
         return []
 
     def results(self) -> Results:

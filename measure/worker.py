@@ -36,6 +36,8 @@ PREPARE_LIMIT_S = 1800.0
 CALL_LIMIT_S = 600.0
 # What a host does before it imports anything takes a second, and starting a container some more.
 HELLO_LIMIT_S = 60.0
+# That a command may print before, such as the banner of a container.
+MOST_OTHER_LINES = 200
 # Importing PyTorch for the first time, from a slow disk.
 READY_LIMIT_S = 300.0
 # For a worker that was told to stop.
@@ -52,7 +54,8 @@ class NotTheProtocol(Exception):
     """Something else was printed than a line of the protocol."""
 
     def __init__(self, printed: Any) -> None:
-        super().__init__(f"it printed {str(printed)[:80]!r} in place of the protocol")
+        self.printed = str(printed)
+        super().__init__(f"it printed {self.printed[:80]!r} in place of the protocol")
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,8 @@ class Command:
         if not words:
             raise InputError(f"environment {name}: there is no command")
         if shutil.which(words[0]) is None:
-            raise InputError(f"environment {name}: there is no program {words[0]}")
+            what = "is no program that can be run" if Path(words[0]).exists() else "does not exist"
+            raise InputError(f"environment {name}: {words[0]} {what}")
         return cls(name, tuple(words))
 
     def __str__(self) -> str:
@@ -151,21 +155,34 @@ class Host:
         return self._hello
 
     def _greeting(self, name: str, kind: type[A], limit_s: float) -> A:
+        """One of the first lines of a host; entry points of containers may print others before.
+
+        Raises:
+            errors.InputError: it does not come.
+        """
+        odd: NotTheProtocol | None = None
+        deadline = time.monotonic() + limit_s
         try:
-            message = self._next(time.monotonic() + limit_s)
+            for _ in range(MOST_OTHER_LINES):
+                try:
+                    message = self._next(deadline)
+                    if name in message:
+                        return msgspec.convert(message[name], kind)
+                    raise NotTheProtocol(message)
+                except (NotTheProtocol, msgspec.ValidationError) as error:
+                    told = error if isinstance(error, NotTheProtocol) else NotTheProtocol(message)
+                    odd = odd or (told if told.printed else None)
         except TimeoutError:
             raise InputError(
                 f"{self.command} did not start within {limit_s:g} s: {shlex.join(self._words())}"
             ) from None
         except EOFError:
-            raise InputError(f"{self.command} cannot run workers: {self._last_words()}") from None
-        except NotTheProtocol as odd:
-            raise InputError(f"{self.command} is no Python that runs workers: {odd}") from None
-        try:
-            return msgspec.convert(message[name], kind)
-        except (KeyError, msgspec.ValidationError):
-            odd = NotTheProtocol(message)
-            raise InputError(f"{self.command} is no Python that runs workers: {odd}") from None
+            if odd is None:
+                raise InputError(
+                    f"{self.command} cannot run workers, which need Python 3.8 or newer: "
+                    f"{self._last_words()}"
+                ) from None
+        raise InputError(f"{self.command} is no Python that runs workers: {odd}")
 
     def _words(self) -> list[str]:
         return [Path(word).name for word in self.command.words]
@@ -197,6 +214,8 @@ class Host:
             return Worker(self, number, self.ask(HOST, request, MOMENT_S).pid, log)
         except TimeoutError:
             raise RunFailed(f"no worker was started within {MOMENT_S:g} s") from None
+        except InputError as error:
+            raise InputError(f"{self.command}: {error}") from None
 
     def ask(self, number: int, request: protocol.Request[A], limit_s: float) -> A:
         """Sends a request to a worker, or to the host itself, and waits for its answer.
@@ -402,7 +421,10 @@ class Hosts:
 
     def of(self, command: Command) -> Host:
         """The host of a command, which is started where there is none yet."""
-        if command not in self._open:
+        host = self._open.get(command)
+        if host is None or host.process.poll() is not None:
+            if host is not None:
+                host.close()
             self._open[command] = self._started(command)
         return self._open[command]
 
@@ -411,9 +433,14 @@ class Hosts:
         return Host(command, self.folder / f"host-{self._count}.log")
 
     def start_next(self) -> None:
-        """Starts the hosts that `renew` will take, while there is nothing to disturb."""
-        if not self._next:
-            self._next = {command: self._started(command) for command in self.commands}
+        """Starts the hosts that `renew` will take, while there is nothing to disturb.
+
+        One that cannot be started any more is told of when a worker is needed.
+        """
+        for command in self.commands:
+            if command not in self._next:
+                with contextlib.suppress(InputError):
+                    self._next[command] = self._started(command)
 
     def renew(self) -> None:
         """From here on, workers are forked from other hosts."""

@@ -223,7 +223,7 @@ ENVIRONMENT = "openvino@old"
         ),
         (
             ["--environment", f"{ENVIRONMENT}=/nowhere/bin/python"],
-            [f"environment {ENVIRONMENT}", "there is no program /nowhere/bin/python"],
+            [f"environment {ENVIRONMENT}", "/nowhere/bin/python does not exist"],
         ),
         (["--environment", "openvino="], ["environment openvino", "there is no command"]),
         (["--environment", "openvino='"], ["environment openvino", "is no command"]),
@@ -326,7 +326,7 @@ def test_list_looks_into_environments(main, tmp_path):
     assert f"fp32, bf16 {python}" in lines["torchscript@again"]
     assert "unavailable: " in lines[ENVIRONMENT]
     assert "pip install openvino" in lines[ENVIRONMENT]
-    assert "cannot run workers: it ended with exit code 1" in lines["openvino@gone"]
+    assert "it ended with exit code 1" in lines["openvino@gone"]
     # In the suite's own environment it is there all the same.
     assert next(x for x in own.splitlines() if x.split()[0] == "openvino").endswith("int8")
 
@@ -779,6 +779,11 @@ def test_another_environment_is_a_row_of_its_own(main, tmp_path):
     # Without it, it is another measurement.
     refused = main(*FINISHED, *more)
     assert_refused(refused, "--backend: torch torchscript@again before, torch now", "--rerun")
+    # And so it is where the name stands for something else now.
+    runs = (group.runs[0], replace(group.runs[1], python="3.8.18"))
+    change(tmp_path, groups=(replace(group, runs=runs),))
+    refused = main(*FINISHED, *more, *environment)
+    assert_refused(refused, "--environment torchscript@again: python 3.8.18, torch", "--rerun")
 
 
 def test_several_counts_of_objects(main, tmp_path):

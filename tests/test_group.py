@@ -400,7 +400,7 @@ def test_an_environment_that_is_gone_costs_its_row(model, hosts, tmp_path, leave
     group, _ = measure(model, make_plan(choices=(TORCH, choice)), hosts, Progress())
     torch_run, run = group.runs
     assert (torch_run.status, run.status) == ("ok", "failed")
-    assert run.reason.startswith("environment torchscript@gone cannot run workers: ")
+    assert run.reason.startswith("environment torchscript@gone cannot run workers")
     assert run.label == "TorchScript@gone"
 
 

@@ -420,6 +420,43 @@ def test_what_is_no_worker(tmp_path, text, words):
     assert refusal(command, tmp_path).startswith("environment openvino@odd ")
 
 
+def test_a_banner_before_the_protocol_is_passed_over(tmp_path):
+    """Entry points of containers print one."""
+    text = f'echo; echo "== A banner =="; echo 3; exec "{sys.executable}" "$@"'
+    host = Host(script_of(tmp_path, text), tmp_path / "host.log")
+    try:
+        assert host.start(tmp_path / "log", 1).cpu_seconds() is not None
+    finally:
+        host.close()
+
+
+def test_one_that_prints_without_end(tmp_path):
+    words = "is no Python that runs workers: it printed 'y' in place of the protocol"
+    assert words in refusal(script_of(tmp_path, "yes"), tmp_path)
+
+
+def test_a_folder_that_is_not_there_in_a_container(host, tmp_path):
+    words = f"there is no {tmp_path / 'none'} in there: mount it under the same name"
+    with pytest.raises(InputError, match=words):
+        host.start(tmp_path / "none" / "log", 1)
+    assert host.start(tmp_path / "log", 1).cpu_seconds() is not None
+
+
+def test_many_that_die_at_once(host, start):
+    """Their pipes are closed while the host still has events of others at hand."""
+    workers = [start() for _ in range(8)]
+    for one in workers:
+        one.ask(protocol.ReadCpuTime())
+    for one in workers[:-1]:
+        one.dismiss()
+        os.kill(one.pid, signal.SIGKILL)
+    assert workers[-1].ask(protocol.ReadCpuTime()).seconds >= 0
+    for one in workers[:-1]:
+        with pytest.raises(RunFailed):
+            one.ask(protocol.ReadCpuTime())
+    assert host.process.poll() is None
+
+
 def test_another_protocol(tmp_path):
     hello = json.dumps({"hello": {"protocol": 99, "python": "3.11.7", "pid": 1}})
     command = script_of(tmp_path, f"echo '{hello}'; sleep 60")
@@ -442,7 +479,8 @@ def test_one_without_pytorch(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("/no/such/python", "there is no program /no/such/python"),
+        ("/no/such/python", "/no/such/python does not exist"),
+        ("/tmp", "/tmp is no program that can be run"),
         ("", "there is no command"),
         ("python 'x", "is no command"),
     ],
@@ -472,6 +510,30 @@ def test_garbage_in_the_middle_costs_the_run(tmp_path, host):
             one.ask(protocol.TimedCalls())
     finally:
         odd.close()
+
+
+def test_a_host_that_has_died_is_replaced(tmp_path):
+    hosts = Hosts((OWN,), tmp_path)
+    try:
+        first = hosts.of(OWN)
+        first.process.kill()
+        first.process.wait()
+        assert hosts.of(OWN) is not first
+        assert hosts.of(OWN).start(tmp_path / "log", 1).cpu_seconds() is not None
+    finally:
+        hosts.close()
+
+
+def test_hosts_that_cannot_be_started_any_more_are_told_of_later(tmp_path):
+    (tmp_path / "bin").mkdir()
+    command = script_of(tmp_path / "bin", "sleep 60")
+    hosts = Hosts((command,), tmp_path)
+    (tmp_path / "bin" / "python").unlink()
+    hosts.start_next()
+    hosts.renew()
+    with pytest.raises(InputError, match="cannot be started"):
+        hosts.of(command)
+    hosts.close()
 
 
 def test_hosts_are_renewed(tmp_path):
