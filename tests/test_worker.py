@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -105,6 +106,26 @@ def test_a_run(ready, exports, tmp_path):
             np.testing.assert_allclose(other, one.numpy(), atol=1e-3)
     once = ready.ask(protocol.Detect("opt", str(tmp_path / "found.npz"), repeat=False))
     assert len(once.seconds) == 1
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is about glibc's allocator")
+@pytest.mark.parametrize("is_raised", [True, False])
+def test_large_blocks_are_not_asked_of_the_system_again_and_again(is_raised):
+    """A page fault for each 4 KiB of each block, but for the first; without it, for all of them."""
+    code = (
+        "import resource, torch\n"
+        "from measure import run\n"
+        f"{'run._raise_mmap_threshold()' if is_raised else ''}\n"
+        "def faults():\n"
+        "    for _ in range(10):\n"
+        "        kept = [torch.ones(20 << 20, dtype=torch.uint8)]\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "print(-faults() + faults())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert (int(done.stdout) < 10_000) == is_raised
 
 
 def test_what_is_known_of_a_run(start, prepared):
