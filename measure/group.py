@@ -83,7 +83,6 @@ def prepare_model(
         benchmark.RunFailed: the process died.
     """
     progress.say(f"{name}: weights, inputs, and the reference detections (Torch fp32)")
-    worker = hosts.of(Command.own()).start(folder / "model.log", plan.threads)
     request = protocol.PrepareModel(
         model=name,
         source=plan.source,
@@ -94,14 +93,13 @@ def prepare_model(
         seed=plan.seed,
         folder=str(folder),
     )
-    try:
-        answer = worker.ask(request, PREPARE_LIMIT_S * max(1, len(plan.images)))
-    except RunFailed:
-        if plan.debug:
-            progress.say(worker.log.read_text(errors="replace"))
-        raise
-    finally:
-        worker.kill()
+    with hosts.of(Command.own()).worker(folder / "model.log", plan.threads) as worker:
+        try:
+            answer = worker.ask(request, PREPARE_LIMIT_S * max(1, len(plan.images)))
+        except RunFailed:
+            if plan.debug:
+                progress.say(worker.log.read_text(errors="replace"))
+            raise
     reference = {key: load_outputs(folder / f"reference-{key}.npz") for key in answer.sizes}
     return Model(name, objects, folder, answer, reference)
 
@@ -256,7 +254,7 @@ def measure_group(
 
     Args:
         same_again: whether a second Torch takes part, to see what difference can be resolved.
-        more: whether another group follows, so that its hosts may start when this one is timed.
+        more: whether another group follows, so that its hosts may start when this one is checked.
     """
     measurement = Measurement(model, precision, plan, progress, same_again)
     try:
@@ -611,13 +609,15 @@ class Measurement:
             artifacts=run.artifacts if together else (),
         )
 
-    def speedup(self, over: str | None, run: Running, place: int | None) -> Any:
+    def speedup(
+        self, over: str | None, run: Running, place: int | None
+    ) -> benchmark.Speedup | None:
         """The speedup of a run over another one; None where one of them has no samples."""
         baseline = [] if over is None else self.samples(over, place)
         samples = self.samples(run.key, place)
-        return (
-            benchmark.speedup(baseline, samples, self.plan.seed) if baseline and samples else None
-        )
+        if not (baseline and samples):
+            return None
+        return benchmark.speedup(baseline, samples, self.plan.seed)
 
     def own_torch(self, run: Running) -> str | None:
         """The key of Torch in the environment of a run, if that is not the suite's own."""
@@ -746,20 +746,15 @@ def failed_group(name: str, objects: int, precision: str, plan: Plan, reason: st
     )
 
 
-def measure_peaks(
-    precisions: Sequence[str], plan: Plan, hosts: Hosts, folder: Path
-) -> dict[str, float]:
+def measure_peaks(precisions: Sequence[str], plan: Plan, hosts: Hosts) -> dict[str, float]:
     """Operations per second that PyTorch reaches, by precision, where it has such kernels.
 
     Raises:
         benchmark.RunFailed: the process died.
     """
-    worker = hosts.of(Command.own()).start(folder / "peak.log", plan.threads)
-    try:
+    with hosts.of(Command.own()).worker(hosts.folder / "peak.log", plan.threads) as worker:
         peaks = {
             precision: worker.ask(protocol.MeasurePeak(precision, plan.device)).operations_per_s
             for precision in precisions
         }
-    finally:
-        worker.kill()
     return {precision: peak for precision, peak in peaks.items() if peak}

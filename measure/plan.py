@@ -217,11 +217,8 @@ def worker_for(hosts: Hosts, command: Command, threads: int) -> Iterator[Worker]
         errors.InputError: it cannot be started, or fails.
     """
     try:
-        worker = hosts.of(command).start(hosts.folder / "questions.log", threads)
-        try:
+        with hosts.of(command).worker(hosts.folder / "questions.log", threads) as worker:
             yield worker
-        finally:
-            worker.kill()
     except RunFailed as error:
         raise InputError(f"{command} does not answer: {error}") from None
 

@@ -23,6 +23,10 @@ from results.record import Coverage, GpuState, ImageSizes, Preparation, Stages, 
 PROTOCOL = 1
 # The number of the host itself, among those of its workers.
 HOST = 0
+# Seconds that a worker has to close what it has opened, when it was told to stop.
+STOP_S = 2.0
+# Bytes that are read at once.
+CHUNK = 1 << 16
 
 A = TypeVar("A")
 

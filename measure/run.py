@@ -37,14 +37,11 @@ if Path(sys.path[0]).resolve() == _HERE:
 from benchmark import warm_up
 from errors import InputError, Unsupported, first_cause
 from measure import protocol
-from measure.protocol import HOST, PROTOCOL
+from measure.protocol import CHUNK, HOST, PROTOCOL, STOP_S
 from results.record import Coverage, GpuState, Preparation
 
 # Calls at other sizes than the one that is timed are repeated if they are shorter than this.
 SHORT_CALL_S = 1.0
-# A process that has been told to stop has this long to close what it has opened.
-STOP_S = 2.0
-CHUNK = 1 << 16
 
 
 # Preparing a test model ------------------------------------------------------------------------
@@ -135,7 +132,7 @@ def _keep_freed_memory() -> None:
     """Lets this process reuse what it has freed, which saves a third of the time at large sizes.
 
     By default glibc hands large blocks back to the system, and every layer asks for new ones. What
-    is timed keeps the default, as its users have that.
+    is timed leaves that to glibc, as its users do: see `_raise_mmap_threshold`.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
@@ -165,6 +162,19 @@ def _save_outputs(path: Path, outputs: Any) -> None:
     _save_arrays(path, _arrays({str(i): x for i, x in enumerate(outputs)}))
 
 
+def load_prepared(folder: Path) -> Tuple[Dict[str, Any], Dict[str, Tuple[Any, ...]]]:
+    """What `prepare_model` has left in a folder.
+
+    Returns:
+        parameters by Detectron2's names; and input -> the images of the call. All are tensors.
+    """
+    inputs: Dict[str, Tuple[Any, ...]] = {}
+    for place, image in _load_tensors(folder / "inputs.npz").items():  # `opt/0`
+        name = place.rsplit("/", 1)[0]
+        inputs[name] = (*inputs.get(name, ()), image)
+    return _load_tensors(folder / "state.npz"), inputs
+
+
 def _load_tensors(path: Path) -> Dict[str, Any]:
     import numpy
     import torch
@@ -187,12 +197,9 @@ class Run:
         from models import MODELS, TUNING, timed
 
         start = time.perf_counter()
-        folder, device = Path(request.folder), torch.device(request.device)
-        state, kept = _load_tensors(folder / "state.npz"), _load_tensors(folder / "inputs.npz")
-        self.inputs: Dict[str, Tuple[Any, ...]] = {}
-        for place, image in kept.items():
-            name = place.rsplit("/", 1)[0]
-            self.inputs[name] = (*self.inputs.get(name, ()), image.to(device))
+        device = torch.device(request.device)
+        state, inputs = load_prepared(Path(request.folder))
+        self.inputs = {name: tuple(x.to(device) for x in call) for name, call in inputs.items()}
         self.timed = timed(self.inputs)
         self.device = request.device
         tuning = {name: self.inputs[name] for name in TUNING}
@@ -206,12 +213,12 @@ class Run:
         built = time.perf_counter()
         self.optimized = self.backend.optimize(*run, cache or None)
         self.synchronize()
-        _raise_mmap_threshold()
         self.seconds = Preparation(
             build=built - start,
             total=time.perf_counter() - start,
             **asdict(self.optimized.seconds),
         )
+        _raise_mmap_threshold()
 
     def facts(self) -> protocol.RunFacts:
         """What is known of it."""
@@ -366,10 +373,14 @@ def cpu_time(request: protocol.ReadCpuTime) -> protocol.CpuTime:
 
 
 class Worker:
-    """Answers requests: about the environment, about a test model, about one run."""
+    """Answers requests: about the environment, about a test model, about one run.
 
-    def __init__(self) -> None:
-        self.run: Optional[Run] = None
+    Args:
+        number: its own, for its messages.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
         self.answers: Dict[Type[Any], Callable[[Any], Any]] = {
             protocol.Survey: survey,
             protocol.CheckWeights: check_weights,
@@ -382,7 +393,7 @@ class Worker:
 
     def prepare(self, request: protocol.PrepareRun) -> protocol.RunFacts:
         """Prepares the run; from then on, it can be asked."""
-        self.run = run = Run(request)
+        run = Run(request)
         self.answers.update(
             {
                 protocol.Warm: run.warm,
@@ -398,21 +409,21 @@ class Worker:
         )
         return run.facts()
 
-    def reply(self, line: bytes) -> Optional[Dict[str, Any]]:
-        """The reply to a line; None where that says to stop."""
+    def reply(self, line: bytes) -> Optional[bytes]:
+        """The line that replies to one; None where that says to stop."""
         message = json.loads(line.decode())
+        names = {"from": self.number, "id": message["id"]}
         try:
             request = protocol.request(message)
             if isinstance(request, protocol.Stop):
                 return None
-            body: Dict[str, Any] = {"answer": asdict(self.answers[type(request)](request))}
-            json.dumps(body)  # Whatever an engine has put into it.
+            # An engine may have put something into it that is no JSON.
+            return _line({**names, "answer": asdict(self.answers[type(request)](request))})
         except (InputError, Unsupported) as error:
-            body = {"error": type(error).__name__, "message": str(error)}
+            return _line({**names, "error": type(error).__name__, "message": str(error)})
         except Exception as error:
             traceback.print_exc()
-            body = {"error": "RunFailed", "message": first_cause(error)}
-        return {"id": message["id"], **body}
+            return _line({**names, "error": "RunFailed", "message": first_cause(error)})
 
 
 @dataclass
@@ -437,14 +448,14 @@ def work(number: int, source: int, sink: int, log: str, threads: int) -> None:
 
     _isolate(log)
     torch.set_num_threads(threads)
-    worker = Worker()
+    worker = Worker(number)
     with open(source, "rb") as requests:
         for line in requests:
             reply = worker.reply(line)
             if reply is None:
                 return
             try:
-                _write(sink, {"from": number, **reply})
+                _write_all(sink, reply)
             except BrokenPipeError:
                 return  # The host is gone.
 
@@ -494,7 +505,7 @@ class Host:
 
     def say(self, message: Any) -> None:
         """A line of the host's own to the parent."""
-        _write(self.sink, {"from": HOST, **message})
+        _write_all(self.sink, _line({"from": HOST, **message}))
 
     def serve(self) -> Optional[Callable[[], None]]:
         """Does its work until its input closes.
@@ -536,7 +547,7 @@ class Host:
             child = self.children.get(request.number)
             if child is not None:
                 _kill(child.pid)
-            self.say({"id": message["id"], "answer": {}})
+            self.say({"id": message["id"], "answer": asdict(protocol.Done())})
         return None
 
     def start(self, request: protocol.Start, message_id: int) -> Optional[Callable[[], None]]:
@@ -557,7 +568,7 @@ class Host:
         child = Child(request.number, pid, from_worker, to_worker)
         self.children[child.number] = child
         self.selector.register(from_worker, selectors.EVENT_READ, child)
-        self.say({"id": message_id, "answer": {"pid": pid}})
+        self.say({"id": message_id, "answer": asdict(protocol.Started(pid))})
         return None
 
     def leave(self, *others: int) -> None:
@@ -630,8 +641,8 @@ def _exit_code(status: int) -> int:
     return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
-def _write(sink: int, message: Dict[str, Any]) -> None:
-    _write_all(sink, json.dumps(message).encode() + b"\n")
+def _line(message: Dict[str, Any]) -> bytes:
+    return json.dumps(message).encode() + b"\n"
 
 
 def _write_all(sink: int, content: bytes) -> None:

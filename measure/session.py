@@ -125,7 +125,6 @@ class Session:
         self.peaks: dict[str, float] = {}
         self.found: Found = {}
         self.complete = False
-        self._is_fresh = True
         if plan.output is not None and not options.rerun:
             self._resume(plan.output)
 
@@ -245,8 +244,7 @@ class Session:
         self.progress.say("how fast this machine multiplies matrices, at most")
         precisions = list(dict.fromkeys(("fp32", *self.plan.precisions)))
         try:
-            folder = self.hosts.folder
-            self.peaks = groups.measure_peaks(precisions, self.plan, self.hosts, folder)
+            self.peaks = groups.measure_peaks(precisions, self.plan, self.hosts)
         except RunFailed as error:
             self.progress.say(f"there is no % of peak: {error}")
 
@@ -329,10 +327,8 @@ class Session:
         }
 
     def _run_group(self, model: Model, precision: str) -> None:
-        if not self._is_fresh:
-            self.hosts.renew()
-        self._is_fresh = False
         last = (self.plan.models[-1], self.plan.detections[-1], self.plan.precisions[-1])
+        more = (model.name, model.objects, precision) != last
         measured = groups.measure_group(
             model,
             precision,
@@ -340,7 +336,7 @@ class Session:
             self.hosts,
             self.progress,
             same_again=self.aa is None,
-            more=(model.name, model.objects, precision) != last,
+            more=more,
         )
         self.groups += measured.groups
         self.aa = self.aa or measured.aa
@@ -350,6 +346,8 @@ class Session:
             self.progress.say(f"warning: {warning}")
         if measured.interruption is not None:
             raise measured.interruption
+        if more:
+            self.hosts.renew()
         self._save()
 
     def _save(self) -> None:

@@ -29,7 +29,7 @@ import psutil
 from benchmark import RunFailed
 from errors import InputError, Unsupported
 from measure import protocol
-from measure.protocol import HOST, PROTOCOL
+from measure.protocol import CHUNK, HOST, PROTOCOL, STOP_S
 
 PREPARE_LIMIT_S = 1800.0
 # A call of the slowest test model takes some ten seconds on two cores; at `max` ten times that.
@@ -40,12 +40,9 @@ HELLO_LIMIT_S = 60.0
 MOST_OTHER_LINES = 200
 # Importing PyTorch for the first time, from a slow disk.
 READY_LIMIT_S = 300.0
-# For a worker that was told to stop.
-STOP_S = 2.0
 # To do what takes no time: fork, kill, end.
 MOMENT_S = 10.0
 RUN = Path(__file__).resolve().parent / "run.py"
-CHUNK = 1 << 16
 
 A = TypeVar("A")
 
@@ -115,7 +112,7 @@ class Host:
         self._hello: protocol.Hello | None = None
         self._is_ready = False
         self._buffer = bytearray()
-        self._messages: deque[dict[str, Any]] = deque()
+        self._lines: deque[bytes] = deque()
         self._deaths: dict[int, int] = {}
         self._count = self._asked = 0
         try:
@@ -165,13 +162,10 @@ class Host:
         try:
             for _ in range(MOST_OTHER_LINES):
                 try:
-                    message = self._next(deadline)
-                    if name in message:
-                        return msgspec.convert(message[name], kind)
-                    raise NotTheProtocol(message)
-                except (NotTheProtocol, msgspec.ValidationError) as error:
-                    told = error if isinstance(error, NotTheProtocol) else NotTheProtocol(message)
-                    odd = odd or (told if told.printed else None)
+                    return _greeted(self._next(deadline), name, kind)
+                except NotTheProtocol as error:
+                    if odd is None and error.printed:
+                        odd = error
         except TimeoutError:
             raise InputError(
                 f"{self.command} did not start within {limit_s:g} s: {shlex.join(self._words())}"
@@ -217,6 +211,15 @@ class Host:
         except InputError as error:
             raise InputError(f"{self.command}: {error}") from None
 
+    @contextlib.contextmanager
+    def worker(self, log: Path, threads: int) -> Iterator[Worker]:
+        """A worker for some questions, see `start`; it ends with the block."""
+        worker = self.start(log, threads)
+        try:
+            yield worker
+        finally:
+            worker.kill()
+
     def ask(self, number: int, request: protocol.Request[A], limit_s: float) -> A:
         """Sends a request to a worker, or to the host itself, and waits for its answer.
 
@@ -228,15 +231,22 @@ class Host:
         deadline = time.monotonic() + limit_s
         try:
             asked = self.tell(number, request)
-            while True:
-                reply = self._reply(number, asked)
-                if reply is not None:
-                    return _answer(reply, request)
-                self._messages.append(self._next(deadline))
+            while number not in self._deaths:
+                reply = self._hear(deadline)
+                if reply.get("from") == number and reply.get("id") == asked:
+                    return _answer(reply, request)  # Others are outdated.
         except (EOFError, BrokenPipeError):
             raise RunFailed(f"the host of its worker died: {self._last_words()}") from None
         except NotTheProtocol as odd:
             raise RunFailed(f"{self.command} is out of step: {odd}") from None
+        raise RunFailed(f"the process {_cause_of_death(self._deaths[number])}")
+
+    def wait_for_end(self, number: int, limit_s: float) -> None:
+        """Waits until a worker has ended, or the host, or that takes too long."""
+        deadline = time.monotonic() + limit_s
+        with contextlib.suppress(TimeoutError, EOFError, NotTheProtocol):
+            while number not in self._deaths:
+                self._hear(deadline)
 
     def tell(self, number: int, request: protocol.Request[Any]) -> int:
         """Sends a request without waiting for its answer; returns the id of that.
@@ -250,21 +260,12 @@ class Host:
         self.process.stdin.write(line)
         return self._asked
 
-    def _reply(self, number: int, asked: int) -> dict[str, Any] | None:
-        """Of the messages that have come, the one that is waited for; others are outdated.
-
-        Raises:
-            benchmark.RunFailed: the worker has died.
-        """
-        while self._messages:
-            message = self._messages.popleft()
-            if "died" in message:
-                self._deaths[message["number"]] = message["died"]
-            elif message.get("from") == number and message.get("id") == asked:
-                return message
-        if number in self._deaths:
-            raise RunFailed(f"the process {_cause_of_death(self._deaths[number])}")
-        return None
+    def _hear(self, deadline: float) -> dict[str, Any]:
+        """The next message, see `_next`; takes note of the death that it may tell of."""
+        message = self._next(deadline)
+        if "died" in message:
+            self._deaths[message["number"]] = message["died"]
+        return message
 
     def _next(self, deadline: float) -> dict[str, Any]:
         """The next message.
@@ -274,11 +275,7 @@ class Host:
             EOFError: the host has ended.
             NotTheProtocol: what came is no message.
         """
-        while True:
-            line, found, rest = self._buffer.partition(b"\n")
-            if found:
-                self._buffer = rest
-                return _message(bytes(line))
+        while not self._lines:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([self.process.stdout], [], [], left)[0]:
                 raise TimeoutError
@@ -286,6 +283,8 @@ class Host:
             if not read:
                 raise EOFError
             self._buffer += read
+            self._lines += protocol.lines(self._buffer)
+        return _message(self._lines.popleft())
 
     def ended_seconds(self) -> float:
         """CPU seconds of its workers that have ended; 0 where they cannot be seen."""
@@ -317,6 +316,13 @@ def _message(line: bytes) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise NotTheProtocol(line.decode(errors="replace"))
     return message
+
+
+def _greeted(message: dict[str, Any], name: str, kind: type[A]) -> A:
+    try:
+        return msgspec.convert(message[name], kind)
+    except (KeyError, msgspec.ValidationError):
+        raise NotTheProtocol(message) from None
 
 
 def _cause_of_death(code: int | None) -> str:
@@ -384,8 +390,8 @@ class Worker:
 
     def stop(self) -> None:
         """Ends the process, politely where it listens."""
-        with contextlib.suppress(RunFailed, TimeoutError):
-            self.host.ask(self._number, protocol.Stop(), STOP_S)
+        self.dismiss()
+        self.host.wait_for_end(self._number, STOP_S)
         self.kill()
 
     def kill(self) -> None:
@@ -395,7 +401,7 @@ class Worker:
         self._is_alive = False
         with contextlib.suppress(RunFailed, TimeoutError):
             self.host.ask(HOST, protocol.Kill(self._number), MOMENT_S)
-            self.host.ask(self._number, protocol.ReadCpuTime(), MOMENT_S)
+        self.host.wait_for_end(self._number, MOMENT_S)
 
 
 class Hosts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import signal
 from pathlib import Path
-from typing import Callable, List, Sequence, Tuple
+from typing import TYPE_CHECKING, Callable, Iterator, List, Sequence, Tuple
 
 import numpy as np
 import pytest
@@ -16,6 +16,9 @@ from detectors.export import Export
 from detectors.inputs import default_image, read_image, tuning_inputs
 from models import MODELS
 from results.environment import cpu_flags, has_native_bf16
+
+if TYPE_CHECKING:
+    from measure.worker import Hosts
 
 # At these sizes a second thread gains nothing, and on a busy machine two wait for each other.
 torch.set_num_threads(1)
@@ -73,3 +76,14 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv(f"{scheme.upper()}_PROXY", "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    """Hosts of the suite's own environment: importing PyTorch takes most of a short run."""
+    # Imported here, as the parent's side does not run on the oldest Python of a worker.
+    from measure.worker import Command, Hosts
+
+    hosts = Hosts((Command.own(),), tmp_path_factory.mktemp("hosts"))
+    yield hosts
+    hosts.close()

@@ -55,14 +55,6 @@ class Outcome(NamedTuple):
     err: str
 
 
-@pytest.fixture(scope="module")
-def hosts(tmp_path_factory):
-    """Hosts of the suite's own environment: to import PyTorch takes most of a short invocation."""
-    hosts = Hosts((Command.own(),), tmp_path_factory.mktemp("hosts"))
-    yield hosts
-    hosts.close()
-
-
 @pytest.fixture
 def main(capsys, monkeypatch, hosts):
     """Runs the command line in this process; invocations share their hosts."""

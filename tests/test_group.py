@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 from statistics import median
-from typing import Any, Iterator, Set, Tuple
+from typing import Any, Set, Tuple
 
 import psutil
 import pytest
@@ -51,13 +51,6 @@ def make_plan(**changes: Any) -> Plan:
         seed=0,
     )
     return dataclasses.replace(plan, **changes)
-
-
-@pytest.fixture(scope="module")
-def hosts(tmp_path_factory) -> Iterator[Hosts]:
-    hosts = Hosts((Command.own(),), tmp_path_factory.mktemp("hosts"))
-    yield hosts
-    hosts.close()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from benchmark import RunFailed
 from measure import quiet
 from measure.protocol import MeasurePeak
 from measure.quiet import Snapshot
-from measure.worker import Command, Hosts, Worker
+from measure.worker import Command, Worker
 from results.record import Machine
 
 # It keeps a process busy for a second.
@@ -56,20 +56,12 @@ def test_a_process_that_dies_does_not_make_its_past_that_of_others(ended, others
 # Real processes --------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def hosts(tmp_path_factory):
-    hosts = Hosts((Command.own(),), tmp_path_factory.mktemp("hosts"))
-    yield hosts
-    hosts.close()
-
-
 @pytest.fixture
 def worker(hosts, tmp_path):
     """A worker that has computed before."""
-    worker = hosts.of(Command.own()).start(tmp_path / "log", threads=1)
-    worker.ask(WORK)
-    yield worker
-    worker.kill()
+    with hosts.of(Command.own()).worker(tmp_path / "log", threads=1) as worker:
+        worker.ask(WORK)
+        yield worker
 
 
 def kill(worker: Worker) -> None:

@@ -39,6 +39,7 @@ from benchmark import RunFailed
 from errors import InputError, Unsupported
 from measure import protocol
 from measure.progress import Progress
+from measure.run import load_prepared
 from measure.worker import CALL_LIMIT_S, PREPARE_LIMIT_S, Command, Host, Worker
 from models import MODELS
 from results.environment import usable_cores
@@ -100,7 +101,7 @@ def compare_all(options: argparse.Namespace, folder: Path) -> List[Tuple[str, ..
     if not engines:
         raise InputError("no engine can be checked here; see --engine")
     progress.say(f"{options.model}: weights and inputs")
-    with host_in(folder) as host:
+    with contextlib.closing(Host(Command.own(), folder / "host.log")) as host:
         request = protocol.PrepareModel(
             model=options.model,
             source="bundled",
@@ -111,7 +112,7 @@ def compare_all(options: argparse.Namespace, folder: Path) -> List[Tuple[str, ..
             seed=0,
             folder=str(folder),
         )
-        with worker_of(host, folder / "model.log", options.threads) as worker:
+        with host.worker(folder / "model.log", options.threads) as worker:
             worker.ask(request, PREPARE_LIMIT_S)
         return [compare(engine, options, host, folder, progress) for engine in engines]
 
@@ -129,7 +130,7 @@ def compare(
         folder=str(folder),
     )
     progress.say(f"{engine}: preparing both sides")
-    with worker_of(host, folder / f"{engine}.log", options.threads) as worker:
+    with host.worker(folder / f"{engine}.log", options.threads) as worker:
         worker.ask(job, PREPARE_LIMIT_S)
         worker.ask(protocol.Warm.by(benchmark.WarmUp.on("cpu")), PREPARE_LIMIT_S)
         model, images = write_model(job)
@@ -154,26 +155,6 @@ def compare(
         interval,
         ANSWERS[ratio.verdict],
     )
-
-
-@contextlib.contextmanager
-def host_in(folder: Path) -> Iterator[Host]:
-    """The process that the suite's workers come from; it ends with the block, and they with it."""
-    host = Host(Command.own(), folder / "host.log")
-    try:
-        yield host
-    finally:
-        host.close()
-
-
-@contextlib.contextmanager
-def worker_of(host: Host, log: Path, threads: int) -> Iterator[Worker]:
-    """A process of the suite that ends with the block."""
-    worker = host.start(log, threads)
-    try:
-        yield worker
-    finally:
-        worker.kill()
 
 
 def suite(worker: Worker, calls: int) -> float:
@@ -211,17 +192,9 @@ def write_model(job: protocol.PrepareRun) -> Tuple[str, List[str]]:
 
 def export_of(job: protocol.PrepareRun) -> Export:
     """The export of the suite's worker, in this process: with the same weights and inputs."""
-    import torch
-
     from detectors.build import build
 
-    with np.load(Path(job.folder) / "state.npz") as arrays:
-        state = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    inputs: Dict[str, Tuple[torch.Tensor, ...]] = {}
-    with np.load(Path(job.folder) / "inputs.npz") as arrays:
-        for place in arrays.files:  # `opt/0`
-            name = place.rsplit("/", 1)[0]
-            inputs[name] = (*inputs.get(name, ()), torch.from_numpy(arrays[place]))
+    state, inputs = load_prepared(Path(job.folder))
     return build(MODELS[job.model], state, "the weights", inputs, job.source)
 
 

@@ -33,7 +33,7 @@ import tempfile
 from collections import Counter
 from importlib import import_module
 from pathlib import Path
-from typing import Dict, Iterator, List, Tuple
+from typing import Collection, Dict, Iterator, List, Tuple
 
 HERE = Path(__file__).resolve().parent.parent
 # Where the files that docs/ quotes are, and where they were.
@@ -50,15 +50,21 @@ Texts = Dict[str, str]
 # What one commit says --------------------------------------------------------------------------
 
 
-def texts(tree: Path) -> Texts:
-    """All that a checkout says of its stored result files; its modules are imported."""
+def texts(tree: Path, names: Collection[str]) -> Texts:
+    """All that a checkout says of its stored result files; its modules are imported.
+
+    Args:
+        names: of the files, see `stored`; others are passed over.
+    """
     sys.path.insert(0, str(tree))
     tables = _tables if (tree / "results" / "tables.py").exists() else _tables_of_old_layout
     said: Texts = {}
-    for name, path in stored(tree).items():
+    files = {name: path for name, path in stored(tree).items() if name in names}
+    for name, path in files.items():
         for kind, of, text in (*tables(path), *_page(path)):
             said[f"{kind}: {name}{of}"] = text
-    for before, after in itertools.product(sorted((tree / COMPARED).glob("*.json")), repeat=2):
+    compared = [path for path in files.values() if path.parent == tree / COMPARED]
+    for before, after in itertools.product(compared, repeat=2):
         said[f"comparison: {before.stem} {after.stem}"] = _comparison(before, after)
     return said
 
@@ -187,9 +193,9 @@ def check(before: Texts, after: Texts) -> bool:
 # The command -----------------------------------------------------------------------------------
 
 
-def texts_of(tree: Path) -> Texts:
+def texts_of(tree: Path, names: Collection[str]) -> Texts:
     """What a checkout says, from a process of its own, as modules have the same names in each."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--texts", str(tree)]
+    command = [sys.executable, str(Path(__file__).resolve()), "--texts", str(tree), *names]
     done = subprocess.run(command, cwd=tree, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout)
 
@@ -215,24 +221,20 @@ def main() -> int:
     """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("commit", nargs="?", help="to compare with")
-    parser.add_argument("--texts", metavar="FOLDER", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--texts", nargs="+", help=argparse.SUPPRESS)  # A folder, and names.
     options = parser.parse_args()
     if options.texts:
-        json.dump(texts(options.texts), sys.stdout)
+        folder, *names = options.texts
+        json.dump(texts(Path(folder), names), sys.stdout)
         return 0
     if not options.commit:
         parser.error("which COMMIT?")
     try:
         with checked_out(options.commit) as tree:
-            before = texts_of(tree)
-            new = set(stored(HERE)) - set(stored(tree))
-        # A file that the commit does not have has nothing to be compared with.
-        after = {
-            name: text
-            for name, text in texts_of(HERE).items()
-            if not any(file in name for file in new)
-        }
-        return 0 if check(before, after) else 1
+            # A file that the commit does not have has nothing to be compared with.
+            names = list(stored(tree))
+            before = texts_of(tree, names)
+        return 0 if check(before, texts_of(HERE, names)) else 1
     except subprocess.CalledProcessError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
