@@ -13,7 +13,8 @@ inconclusive, as also where the baseline itself has changed by a quarter. Where 
 known to hold, --by goes by that alone.
 
 Exit codes: 0; with --fail-on 3, a run is slower; 4, one finds something else than it did; 5, one
-does not run any more (the largest counts); 2, wrong usage, unreadable file, nothing to compare.
+does not run any more, or was asked for and is not there (the largest counts); 2, wrong usage,
+unreadable file, nothing to compare.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import numpy as np
 import benchmark
 from errors import InputError, Parser
 from results import facts
-from results.file import load
+from results.file import load, result_file
 from results.record import Group, Results, Run
 from results.tables import Table, left, markdown, right, short_name
 
@@ -52,8 +53,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parse = Parser(description="Compare two result files of run_blade.py.")
     add = parse.add_argument
-    add("before", metavar="before.json")
-    add("after", metavar="after.json")
+    add("before", metavar="before.json", type=result_file, help="or the folder that has it")
+    add("after", metavar="after.json", type=result_file, help="or the folder that has it")
     add(
         "--threshold",
         type=_share,
@@ -220,6 +221,27 @@ def left_out(before: Results, after: Results) -> Dict[Key, str]:
     }
 
 
+def vanished(before: Results, after: Results) -> Dict[Key, str]:
+    """Runs of before that after was asked for, and does not have: why they are missing."""
+    reasons = left_out(before, after)
+    new = runs_of(after)
+    for key, (group, run) in runs_of(before).items():
+        if key not in new and _has_run(run) and _was_asked(after, group, run):
+            cut_short = "" if after.complete else ", as that was interrupted"
+            reasons.setdefault(key, f"after was asked for it, and does not have it{cut_short}")
+    return reasons
+
+
+def _was_asked(results: Results, group: Group, run: Run) -> bool:
+    settings = results.settings
+    return (
+        group.model in settings.model
+        and group.objects in settings.detections
+        and group.precision in settings.precision
+        and run.name in settings.backend
+    )
+
+
 def _is_of(run: Run, label: str) -> bool:
     """Whether a run is of the backend of this label, in the suite's own environment.
 
@@ -323,6 +345,10 @@ def _changes(pair: Pair) -> Tuple[List[str], Tuple[str, ...]]:
             failures = ("broken",)
     if not _has_run(new):
         return changes, failures
+    stopped = [group.stopped for group in pair.groups]
+    if stopped[1] == "interrupted" != stopped[0]:
+        changes.append("interrupted")
+        failures = failures or ("broken",)
     before, after = _matched(old), _matched(new)
     changes += [
         f"detections at {size}: {before[size]} before, {after.get(size, 'not checked')} after"
@@ -390,7 +416,7 @@ def report(
     differences = differences or ["nothing that is recorded"]
     for name, results in (("before", before), ("after", after)):
         if not results.complete:
-            differences.append(f"{name} was interrupted: not all of it was measured")
+            differences.append(f"{name} is not complete: it was interrupted")
     table = Table(
         title="Comparison",
         columns=COLUMNS,
@@ -466,7 +492,7 @@ def _legend(threshold: float, by: str) -> Tuple[str, str]:
 
 def _missing_and_new(before: Results, after: Results) -> List[str]:
     """The runs that only one file has."""
-    reasons = left_out(before, after)
+    reasons = vanished(before, after)
     notes = []
     for title, own, other in (("missing", before, after), ("new", after, before)):
         others = runs_of(other)
@@ -485,14 +511,14 @@ def _ratio_cell(ratio: Optional[Ratio]) -> str:
     return f"{ratio.ratio:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
 
 
-def exit_code(compared: Sequence[Comparison], fail_on: Sequence[str], left_out: bool) -> int:
+def exit_code(compared: Sequence[Comparison], fail_on: Sequence[str], vanished: bool) -> int:
     """The largest code of what happened and was asked for; else 0.
 
     Args:
-        left_out: whether there are runs that cannot be had any more.
+        vanished: whether there are runs that are not there any more.
     """
     happened = {failure for comparison in compared for failure in comparison.failures}
-    happened |= {"broken"} if left_out else set()
+    happened |= {"broken"} if vanished else set()
     return max((FAILURES[name] for name in happened if name in fail_on), default=0)
 
 
@@ -509,7 +535,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         print(f"{parse.prog}: error: {error}", file=sys.stderr)
         return 2
     print(report(before, after, compared, options.threshold, options.by))
-    return exit_code(compared, options.fail_on, bool(left_out(before, after)))
+    return exit_code(compared, options.fail_on, bool(vanished(before, after)))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from errors import InputError, Parser
 from models import TUNING, timed
 from results import published, tables
 from results.facts import case, case_name
-from results.file import Found, load, load_found, write_text
+from results.file import Found, load, load_found, result_file, write_text
 from results.record import Drawn, Group, Picture, Results, Run
 from results.tables import Table, short_name
 
@@ -483,7 +483,9 @@ def write(path: Path, to: Path) -> None:
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Runs the command line; returns the exit code."""
     parse = Parser(description="Make a page of a result file of run_blade.py.")
-    parse.add_argument("results", metavar="results.json", type=Path)
+    parse.add_argument(
+        "results", metavar="results.json", type=result_file, help="or the folder that has it"
+    )
     parse.add_argument("--output", metavar="FILE", type=Path, help="default: report.html beside it")
     options = parse.parse_args(arguments)
     to = options.output or options.results.parent / "report.html"

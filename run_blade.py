@@ -3,15 +3,17 @@
 
 Exit codes: 0, all runs that were asked for are measured and find what Torch fp32 finds, or their
 row says why a backend cannot take the model; 1, a run failed, mismatched or (--fail-on slower) was
-slower; 2, wrong usage, unavailable backend, unreadable input; 130, interrupted.
+slower; 2, wrong usage, unavailable backend, unreadable input; 130, interrupted; 143, terminated.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
 import traceback
-from typing import Callable, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterator, Optional, Sequence, Tuple
 
 from backends import base
 from errors import InputError, Parser
@@ -176,22 +178,41 @@ def image_size(text: str) -> Tuple[int, int]:
     return height, width
 
 
+class Terminated(KeyboardInterrupt):
+    """The process was told to end by `timeout`, a container's stop, or a terminal that closed."""
+
+
+@contextlib.contextmanager
+def ending_in_order() -> Iterator[None]:
+    """While it lasts, SIGTERM and SIGHUP end the run as Ctrl-C does: see `Terminated`."""
+
+    def end(number: int, frame: Any) -> None:
+        for other in handlers:  # Once: cleaning up is to be finished.
+            signal.signal(other, signal.SIG_IGN)
+        raise Terminated
+
+    # What `nohup` has set to be ignored stays ignored.
+    known = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: old for number, old in known.items() if old is not signal.SIG_IGN}
+    for number in handlers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, old in handlers.items():
+            signal.signal(number, old)
+
+
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Runs the command line; returns the exit code."""
     parse = parser()
     options = parse.parse_args(arguments)
     try:
-        if not options.list and bool(options.model) == options.all:
-            parse.error("say which test models: --model NAME, or --all (see --list)")
-        if options.trace and not options.output:
-            parse.error("--trace needs --output DIR to keep the traces in")
-        # Not before: SciPy takes a second to import, and --help should not.
-        from measure import session
-
-        if options.list:
-            print(session.listing(options))
-            return 0
-        return session.measure(options)
+        with ending_in_order():
+            return run(options, parse)
+    except Terminated:
+        print("terminated", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -200,6 +221,25 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             traceback.print_exc()
         print(f"{parse.prog}: error: {error}", file=sys.stderr)
         return 2
+
+
+def run(options: argparse.Namespace, parse: Parser) -> int:
+    """Does what the command line asks for; returns the exit code.
+
+    Raises:
+        errors.InputError: something that was asked for cannot be had.
+    """
+    if not options.list and bool(options.model) == options.all:
+        parse.error("say which test models: --model NAME, or --all (see --list)")
+    if options.trace and not options.output:
+        parse.error("--trace needs --output DIR to keep the traces in")
+    # Not before: SciPy takes a second to import, and --help should not.
+    from measure import session
+
+    if options.list:
+        print(session.listing(options))
+        return 0
+    return session.measure(options)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,17 @@ import pkgutil
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    ContextManager,
+    Dict,
+    List,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 from errors import InputError
 
@@ -70,6 +80,7 @@ class Optimized:
             of what it takes to build.
         read_artifact_bytes: the size of what was compiled, as one would deploy it, or None where
             there is no such file. It may take long, and is called after the timing.
+        context: what a worker enters once, for all of its calls, as a program that serves would.
     """
 
     call: Callable[..., Tuple[Any, ...]]
@@ -84,6 +95,7 @@ class Optimized:
     label: Optional[str] = None
     cached: bool = False
     read_artifact_bytes: Optional[Callable[[], Optional[int]]] = None
+    context: Optional[Callable[[], ContextManager[Any]]] = None
 
 
 class Backend:
@@ -164,7 +176,7 @@ def load(name: str) -> Backend:
 
 def load_all() -> List[Backend]:
     """All backends, in the order in which the table lists them."""
-    return sorted((load(name) for name in names()), key=lambda backend: backend.rank)
+    return sorted(map(load, names()), key=lambda backend: (backend.rank, backend.name))
 
 
 def cache_folder(root: Path, backend: Backend, export: Export, precision: str, device: str) -> Path:

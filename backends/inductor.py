@@ -12,10 +12,15 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Tuple
 
 from backends.base import Backend, Optimized, Phases, check_sizes, folder_bytes
 from backends.torch import Torch, autocast, count_flops, effective_precision
+from errors import first_cause
 from results.record import Coverage
 
 if TYPE_CHECKING:
     from detectors.export import Export
+
+
+# What the loader says of a library on a file system without permission to execute.
+NO_EXEC = "failed to map segment from shared object"
 
 
 class Inductor(Backend):
@@ -50,7 +55,16 @@ class Inductor(Backend):
         _configure(device, kept)
         before, start = _counts(), time.perf_counter()
         _declare_dynamic(export)
-        compiled, graphs = _compile(export, precision, device)
+        try:
+            compiled, graphs = _compile(export, precision, device)
+        except Exception as error:
+            if NO_EXEC not in first_cause(error):
+                raise
+            # PyTorch's own advice names TORCHINDUCTOR_CACHE_DIR, which is set here.
+            raise OSError(
+                f"TorchInductor's code cannot be run from {kept}, as that is mounted noexec: "
+                "TMPDIR, or --cache, names another folder for it"
+            ) from None
         seconds = Phases(compile=time.perf_counter() - start)
         prepared = _counts()
 

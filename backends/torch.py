@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, ContextManager, Dict, List, Optional, Tuple
 
 from backends.base import Backend, Optimized
 
@@ -43,9 +43,11 @@ class Torch(Backend):
     ) -> Optimized:
         import torch
 
-        call = autocast(export.eager, precision, device)
+        # Autocast keeps what it has cast only of parameters that require gradients.
+        call = autocast(export.eager.requires_grad_(True), precision, device)
         return Optimized(
             call=call,
+            context=autocasting(precision, device),
             precision=precision,
             provider=device,
             threads=torch.get_num_threads() if device == "cpu" else None,
@@ -61,16 +63,28 @@ def autocast(module: Callable, precision: str, device: str) -> Callable[..., Tup
     """
     import torch
 
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+    context = autocasting(precision, device)
 
     def call(*images: Any) -> Tuple[Any, ...]:
         with torch.no_grad():
-            if dtype is None:
+            if context is None:
                 return module(*images)
-            with torch.autocast(device, dtype=dtype):
+            with context():
                 return module(*images)
 
     return call
+
+
+def autocasting(precision: str, device: str) -> Optional[Callable[[], ContextManager[Any]]]:
+    """Autocast to a lower precision; None for fp32.
+
+    Where the outermost context ends, PyTorch forgets which weights it has cast. So a call in a
+    context of its own casts them all again; within one that lasts, once.
+    """
+    import torch
+
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+    return None if dtype is None else lambda: torch.autocast(device, dtype=dtype)
 
 
 def count_flops(module: Callable, images: Tuple[Any, ...]) -> Optional[int]:

@@ -110,7 +110,7 @@ def find_weights(
 
     Args:
         weights: `auto`, `zoo`, `synthetic` or the path of a checkpoint.
-        inputs: whose first images synthetic weights are made for, see `detectors.inputs.inputs`.
+        inputs: whose images synthetic weights are made for, see `detectors.inputs.inputs`.
         detections: how many objects synthetic weights find.
         seed: of synthetic weights.
 
@@ -130,7 +130,8 @@ def find_weights(
     from detectors.synthetic import synthesize
 
     others = [name for name in inputs if name not in TUNING]
-    images = [inputs[name][0] for name in (*TUNING, *others)]
+    first = [inputs[name][0] for name in (*TUNING, *others)]
+    images = first + [image for call in inputs.values() for image in call[1:]]
     state = synthesize(model.config, images, detections, seed)
     record = Weights("synthetic", None, detections, no_zoo, _digest(state))
     return FoundWeights(state, "synthetic weights", record)
@@ -146,9 +147,11 @@ def _digest(state: Dict[str, Tensor]) -> str:
 
 
 def _array(tensor: Tensor) -> np.ndarray:
-    # NumPy has no bfloat16, and of a digest only the bytes count.
-    bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-    return bits.cpu().numpy()
+    tensor = tensor.cpu()
+    try:
+        return tensor.numpy()
+    except TypeError:  # NumPy has no bfloat16, for example, and of a digest only the bytes count.
+        return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
 def check_weights(models: Iterable[TestModel], weights: str) -> None:

@@ -7,12 +7,13 @@ else through `torch.load(weights_only=True)`.
 
 import _codecs
 import collections
+import contextlib
 import pickle
 import re
 import tarfile
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, List, Tuple, Union
+from typing import Any, ContextManager, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -72,13 +73,37 @@ def _is_torchscript(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
+# How `torch.save` begins a file that is no zip archive: a number of its own, as a pickle.
+_TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+
+
+def _is_torch(path: Path) -> bool:
+    """Whether `torch.save` wrote a file; its name does not tell."""
+    with open(path, "rb") as file:
+        begins = file.read(len(_TORCH_MAGIC)) == _TORCH_MAGIC
+    return begins or zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
+
+
+def _admitted_to_torch() -> ContextManager[Any]:
+    """While it lasts, `torch.load(weights_only=True)` takes NumPy's scalars and arrays.
+
+    Trainers keep such beside the weights, in the state of a scheduler for example.
+    """
+    if not hasattr(torch.serialization, "safe_globals"):  # Before PyTorch 2.5.
+        return contextlib.nullcontext()
+    named = [(value, ".".join(name)) for name, value in _numpy_constructors().items()]
+    kinds = {type(np.dtype(code)) for code in np.typecodes["All"] if code != "O"}
+    return torch.serialization.safe_globals([*named, *kinds])
+
+
 def _read_torch(path: Path) -> Any:
     # Before 2.6 PyTorch read these two without regard to weights_only (CVE-2025-32434): its tar
     # archives of 2017, and TorchScript, which it hands on to torch.jit.load.
     if tarfile.is_tarfile(path) or _is_torchscript(path):
         raise pickle.UnpicklingError("not a state dict")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with _admitted_to_torch():
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # "Unsupported class x.y" (PyTorch 2.0), "Unsupported global: GLOBAL x.y" (later).
         refused = re.search(r"(?:GLOBAL|Unsupported class) (\w[\w.]*\w)", str(error))
@@ -113,7 +138,7 @@ def _tensors(document: Any) -> Dict[str, Tensor]:
 
 
 def read(path: Union[str, Path]) -> Dict[str, Tensor]:
-    """Reads a checkpoint: `.pkl` as the model zoo has them, else what `torch.save` wrote.
+    """Reads a checkpoint: what `torch.save` wrote, or a pickle as the model zoo has them.
 
     Entries that are no tensors (`__author__`, `matching_heuristics`) are left out, and the prefix
     `module.` if all keys have it.
@@ -131,7 +156,7 @@ def read(path: Union[str, Path]) -> Dict[str, Tensor]:
     if not path.is_file():
         raise InputError(f"checkpoint {path} does not exist")
     try:
-        document = _read_pickle(path) if path.suffix == ".pkl" else _read_torch(path)
+        document = _read_torch(path) if _is_torch(path) else _read_pickle(path)
     except _ImportRefused as error:
         raise InputError(
             f"checkpoint {path} was not loaded: it tries to import {str(error)[:80]!r}, "
@@ -181,6 +206,28 @@ def _size(tensor: Tensor) -> str:
     return " x ".join(map(str, tensor.shape)) or "scalar"
 
 
+# The layers whose size depends on the number of classes.
+_BY_CLASS = re.compile(r"(cls_score|bbox_pred|mask_head\.predictor)\.(weight|bias)$")
+
+
+def _other_classes(
+    own: Dict[str, Tensor], state: Dict[str, Tensor], reshaped: Sequence[str]
+) -> Optional[Tuple[int, int]]:
+    """Numbers of classes, of a checkpoint and of the model, where they alone make the difference.
+
+    Args:
+        reshaped: keys whose shapes differ.
+    """
+    scores = [key for key in reshaped if key.endswith("cls_score.bias")]
+    if not scores or not all(_BY_CLASS.search(key) for key in reshaped):
+        return None
+    found, wanted = len(state[scores[0]]), len(own[scores[0]])
+    if "box_predictor" in scores[0]:
+        return found - 1, wanted - 1  # One is for what is no object.
+    anchors = len(own["head.bbox_pred.bias"]) // 4  # RetinaNet has a score for each anchor.
+    return found // anchors, wanted // anchors
+
+
 def load_into(model: nn.Module, state: Dict[str, Tensor], source: str) -> None:
     """Loads a state dict into a model: every key and every shape has to fit.
 
@@ -193,7 +240,7 @@ def load_into(model: nn.Module, state: Dict[str, Tensor], source: str) -> None:
         source: what the error message calls the checkpoint.
 
     Raises:
-        InputError: the checkpoint belongs to another architecture.
+        InputError: the checkpoint belongs to another architecture, or has other classes.
     """
     own = model.state_dict()
     state = {key: value for key, value in state.items() if key in own or not _is_ignored(key)}
@@ -213,6 +260,9 @@ def load_into(model: nn.Module, state: Dict[str, Tensor], source: str) -> None:
             f"shapes that differ: {len(reshaped)}, such as {key}, "
             f"{_size(state[key])} instead of {_size(own[key])}"
         )
+    classes = None if missing or unexpected else _other_classes(own, state, reshaped)
+    if classes is not None:
+        raise InputError(f"checkpoint {source} is of {classes[0]} classes, not of {classes[1]}")
     if differences:
         raise InputError(
             f"checkpoint {source} belongs to another architecture ({'; '.join(differences)})"

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 MIN_SCALE = (0.5, 0.7)
 MAX_SCALE = (2.0, 3.0)
 DEFAULT_SIZE = (480, 640)
+# Sides that differ by a smaller factor than this make a square.
+NEARLY_SQUARE = 1.2
 # Two halvings less than the stride of the coarsest feature map: below, nothing is left of it.
 SMALLEST_SIDE = 32
 
@@ -66,7 +68,7 @@ def read_image(path: Optional[Path], size: Optional[Size]) -> np.ndarray:
     try:
         with Image.open(path) as image:
             # Cameras store photographs lying on the side and say so in a tag.
-            image = ImageOps.exif_transpose(image).convert("RGB")
+            image = _eight_bits(ImageOps.exif_transpose(image), path).convert("RGB")
     except FileNotFoundError:
         raise InputError(f"image {path} does not exist") from None
     except UnidentifiedImageError:
@@ -83,6 +85,22 @@ def read_image(path: Optional[Path], size: Optional[Size]) -> np.ndarray:
         )
     bgr = np.asarray(image)[:, :, ::-1].transpose(2, 0, 1)
     return np.ascontiguousarray(bgr, dtype=np.float32)
+
+
+def _eight_bits(image: Any, path: Path) -> Any:
+    """The image with 8 bits a channel; what has more, Pillow would clip to white.
+
+    Raises:
+        errors.InputError: it has pixels without a known range.
+    """
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
+        raise InputError(f"image {path} has {kind} for pixels: convert it to 8 bits a channel")
+    return image
 
 
 def read_images(paths: Sequence[Path], size: Optional[Size], seed: int) -> List[np.ndarray]:
@@ -132,11 +150,20 @@ def digest(arrays: Iterable[np.ndarray]) -> str:
     return hasher.hexdigest()[:16]
 
 
+def call_digest(image: np.ndarray, images_per_call: int) -> str:
+    """The `digest` of the images that a call takes, made of one as `inputs` makes them."""
+    return digest(image[..., ::-1] if place % 2 else image for place in range(images_per_call))
+
+
 # Inputs ----------------------------------------------------------------------------------------
 
 
 def tuning_sizes(size: Sequence[int], seed: int) -> Dict[str, Size]:
     """The sizes of the tuning inputs: `opt` is the image's, `min` and `max` are scaled both ways.
+
+    `max` is also turned, upright where the image lies on its side: an engine that carries the
+    aspect ratio that it was traced at is seen there. No side is smaller than at `opt`, so that the
+    three are a range.
 
     Args:
         size: height and width of the image.
@@ -144,8 +171,14 @@ def tuning_sizes(size: Sequence[int], seed: int) -> Dict[str, Size]:
     """
     generator = np.random.default_rng(seed)
     smallest = _scaled(size, generator.uniform(*MIN_SCALE))
-    largest = _scaled(size, generator.uniform(*MAX_SCALE))
-    return {"min": smallest, "opt": (int(size[0]), int(size[1])), "max": largest}
+    height, width = _scaled(size, generator.uniform(*MAX_SCALE))
+    if max(height, width) < NEARLY_SQUARE * min(height, width):
+        turned = height, int(width / NEARLY_SQUARE)  # Turning it would change next to nothing.
+    else:
+        turned = width, height
+    opt = (int(size[0]), int(size[1]))
+    largest = (max(turned[0], opt[0]), max(turned[1], opt[1]))
+    return {"min": smallest, "opt": opt, "max": largest}
 
 
 def _scaled(size: Sequence[int], factor: float) -> Size:
@@ -156,7 +189,9 @@ def _scaled(size: Sequence[int], factor: float) -> Size:
 def tuning_inputs(
     image: Union[np.ndarray, Tensor], images_per_call: int, seed: int
 ) -> Dict[str, Tuple[Tensor, ...]]:
-    """The images of a call in three sizes: `opt` as it is, `min` and `max` scaled both ways.
+    """The images of a call in three sizes: `opt` as it is, `min` and `max` scaled.
+
+    With several images a call, those of `min` differ in size, too.
 
     Args:
         image: 3 x H x W.
@@ -164,12 +199,14 @@ def tuning_inputs(
     """
     opt = _tensor(image)
     sizes = tuning_sizes(opt.shape[-2:], seed)
-    scaled = {
-        "min": _resize(opt, sizes["min"]),
-        "opt": opt,
-        "max": _resize(opt, sizes["max"]),
+    first, *others = _call(_fitted(opt, sizes["min"]), images_per_call)
+    height, width = sizes["min"]
+    narrow = (height, max(SMALLEST_SIDE, width * 7 // 8))
+    return {
+        "min": (first, *(_fitted(other, narrow) for other in others)),
+        "opt": _call(opt, images_per_call),
+        "max": _call(_fitted(opt, sizes["max"]), images_per_call),
     }
-    return {name: _copies(x, images_per_call) for name, x in scaled.items()}
 
 
 def inputs(
@@ -183,7 +220,7 @@ def inputs(
         images: 3 x H x W each.
     """
     others = {
-        f"image {place}": _copies(_tensor(image), images_per_call)
+        f"image {place}": _call(_tensor(image), images_per_call)
         for place, image in enumerate(images[1:], start=2)
     }
     return {**tuning_inputs(images[0], images_per_call, seed), **others}
@@ -208,11 +245,18 @@ def _tensor(image: Union[np.ndarray, Tensor]) -> Tensor:
     return torch.from_numpy(image.copy()) if isinstance(image, np.ndarray) else image
 
 
-def _resize(image: Tensor, size: Size) -> Tensor:
+def _fitted(image: Tensor, size: Size) -> Tensor:
+    """The middle of an image, as much of it as has that aspect ratio, at that size."""
     import torch.nn.functional as F
 
-    return F.interpolate(image[None], size=list(size), mode="bilinear", align_corners=False)[0]
+    height, width = image.shape[-2:]
+    scale = max(size[0] / height, size[1] / width)
+    rows, columns = (min(x, round(y / scale)) for x, y in zip((height, width), size))
+    top, left = (height - rows) // 2, (width - columns) // 2
+    middle = image[:, top : top + rows, left : left + columns]
+    return F.interpolate(middle[None], size=list(size), mode="bilinear", align_corners=False)[0]
 
 
-def _copies(image: Tensor, count: int) -> Tuple[Tensor, ...]:
-    return tuple(image.clone() for _ in range(count))
+def _call(image: Tensor, count: int) -> Tuple[Tensor, ...]:
+    """The images of a call: every second one is mirrored, as an engine may mix up what is alike."""
+    return tuple(image.flip(-1) if place % 2 else image.clone() for place in range(count))

@@ -37,7 +37,7 @@ def read() -> GpuState:
             return _state(pynvml, _handle(pynvml))
         finally:
             pynvml.nvmlShutdown()
-    except pynvml.NVMLError:
+    except Exception:  # NVML refuses, or is of a version that lacks something.
         return GpuState()
 
 
@@ -60,11 +60,20 @@ def throttle_reasons(bits: int) -> Tuple[str, ...]:
 
 
 def _handle(nvml: Any) -> Any:
-    """By its UUID: PyTorch's numbers are of the visible devices, and NVML's are of all."""
+    """By its UUID: PyTorch's numbers are of the visible devices, and NVML's are of all.
+
+    Raises:
+        LookupError: PyTorch does not tell it, as before mid-2024, and there are several GPUs.
+    """
     import torch
 
-    uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
-    return nvml.nvmlDeviceGetHandleByUUID(uuid.encode())
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    uuid = getattr(properties, "uuid", None)
+    if uuid is not None:
+        return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
+    if nvml.nvmlDeviceGetCount() > 1:
+        raise LookupError("which of the GPUs it is")
+    return nvml.nvmlDeviceGetHandleByIndex(0)
 
 
 def _text(value: Any) -> str:

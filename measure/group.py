@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from measure.worker import CALL_LIMIT_S, PREPARE_LIMIT_S, Command, Hosts, Worker
 from models import MODELS, RUN_BUDGET_S, TUNING
 from results import facts
 from results.environment import file_name
+from results.file import write_text
 from results.record import (
     Agreement,
     Coverage,
@@ -43,6 +44,10 @@ FP32 = "torch fp32"
 AGAIN_HALF_WIDTH = 0.02
 # Calls of which the stages are timed.
 STAGE_CALLS = 5
+# A process that has not stood still in time this often is not waited for any more.
+MOST_UNSETTLED = 3
+
+A = TypeVar("A")
 
 # Timed input -> label of a run -> what it found in each image of the call.
 FoundBy = dict[str, dict[str, tuple[DrawnRun, ...]]]
@@ -144,6 +149,7 @@ class Running:
         calls_s: seconds of each round's calls, one for each input that is timed.
         agreements: input -> whether its detections are those of the reference.
         found: timed input -> what was found in each image of the call.
+        unsettled: how often its process still computed when the next had its turn.
     """
 
     key: str
@@ -164,16 +170,23 @@ class Running:
     agreements: dict[str, Agreement] = field(default_factory=dict)
     found: dict[str, tuple[DrawnRun, ...]] = field(default_factory=dict)
     artifacts: tuple[str, ...] = ()
+    unsettled: int = 0
+
+    def ask(self, request: protocol.Request[A], limit_s: float = CALL_LIMIT_S) -> A:
+        """Asks its worker, and waits until that stands still, as others have their turns next.
+
+        Raises:
+            benchmark.RunFailed, errors.InputError, errors.Unsupported: see `Worker.ask`.
+        """
+        answer = self.worker.ask(request, limit_s)
+        if self.unsettled < MOST_UNSETTLED and not self.worker.settle():
+            self.unsettled += 1
+        return answer
 
     @property
     def label(self) -> str:
         """What the table calls it."""
         return self.choice.labelled(self.facts and self.facts.label)
-
-    @property
-    def is_reference(self) -> bool:
-        """Whether the others' detections are compared with those of the same computation."""
-        return self.choice.is_baseline and self.precision == "fp32"
 
     def give_up(self, status: str, reason: str) -> None:
         """Takes note of why it goes no further, and ends its process."""
@@ -327,10 +340,10 @@ class Measurement:
         )
         try:
             run.worker = _start(hosts, run, plan)
-            run.facts = run.worker.ask(request, PREPARE_LIMIT_S)
+            run.facts = run.ask(request, PREPARE_LIMIT_S)
             run.artifacts = self.keep(run.choice, run.facts.artifacts)
             limit_s = PREPARE_LIMIT_S * len(model.facts.timed)
-            run.warmup_s = run.worker.ask(protocol.Warm.by(plan.warm_up), limit_s).seconds
+            run.warmup_s = run.ask(protocol.Warm.by(plan.warm_up), limit_s).seconds
         except Unsupported as error:
             run.give_up("unsupported", str(error))
         except RunFailed as error:
@@ -348,9 +361,14 @@ class Measurement:
         # A backend that is measured in two environments names them the same in both.
         place = "" if choice.environment is None else f"{choice.environment}."
         named = {self.file_name(place + name): text for name, text in artifacts.items()}
+        kept = []
         for name, text in named.items():
-            (self.plan.output / name).write_text(text, encoding="utf-8")
-        return tuple(sorted(named))
+            try:
+                write_text(self.plan.output / name, text)
+                kept.append(name)
+            except InputError as error:
+                self.progress.say(f"{choice.labelled()}: {error}")
+        return tuple(sorted(kept))
 
     def file_name(self, name: str) -> str:
         """The name of a run's file in the output folder."""
@@ -390,12 +408,8 @@ class Measurement:
         live = [run for run in self.runs if run.worker is not None]
         if self.plan.device != "cuda" or not live:
             return
-        try:
-            state = live[0].worker.ask(protocol.ReadGpu())
-        except RunFailed as error:
-            live[0].give_up("failed", str(error))
-            return
-        if state != GpuState():
+        state = self.known(live[0], "how the GPU is doing", protocol.ReadGpu())
+        if state is not None and state != GpuState():
             self.gpu.append(state)
 
     def time_stages(self) -> Stages | None:
@@ -403,40 +417,61 @@ class Measurement:
         baseline = self.runs[0]
         if baseline.worker is None or baseline.precision != self.precision:
             return None
-        try:
-            calls = baseline.worker.ask(protocol.TimeStages(STAGE_CALLS)).calls
-        except RunFailed as error:
-            baseline.give_up("failed", str(error))
+        answer = self.known(baseline, "where its time goes", protocol.TimeStages(STAGE_CALLS))
+        if answer is None:
             return None
         names = [stage.name for stage in fields(Stages)]
-        return Stages(**{name: median(getattr(call, name) for call in calls) for name in names})
+        return Stages(
+            **{name: median(getattr(call, name) for call in answer.calls) for name in names}
+        )
+
+    def known(self, run: Running, what: str, request: protocol.Request[A]) -> A | None:
+        """The answer to a question that is beside the point: a failure costs the answer alone.
+
+        Args:
+            what: is asked for, in the words of the message.
+        """
+        if run.worker is None:
+            return None
+        try:
+            return run.ask(request)
+        except (RunFailed, Unsupported, InputError) as error:
+            self.progress.say(f"{run.label}: it is not known {what}: {error}")
+            return None
 
     def check(self, run: Running, folder: Path) -> None:
         """Compares what a run finds with the reference, in all inputs."""
         if run.worker is None:
             return
         self.progress.say(f"{self.model.name} {run.precision}: checking {run.key}")
+        run.memory = self.known(run, "how much memory it took", protocol.ReadMemory())
+        run.coverage = self.known(run, "how much the engine took", protocol.ReadCoverage())
         try:
-            run.memory = run.worker.ask(protocol.ReadMemory())
-            run.coverage = run.worker.ask(protocol.ReadCoverage())
             outputs = {name: self.detect(run, name, folder) for name in self.inputs_to_check(run)}
-            if self.plan.costs:
-                run.artifact_mb = run.worker.ask(protocol.ReadArtifact()).mb
-            # Last, as PyTorch's profiler slows a process down.
-            run.effective_precision = run.worker.ask(protocol.ReadPrecision()).precision
-            if self.plan.trace and run.choice.backend.in_pytorch:
-                self.trace(run)
-        except RunFailed as error:
-            run.give_up("failed", f"while its detections were computed: {error}")
+        except (RunFailed, OSError) as error:
+            reason = error if isinstance(error, RunFailed) else error.strerror
+            run.give_up("failed", f"while its detections were computed: {reason}")
             return
-        if not run.is_reference:
+        if self.plan.costs:
+            artifact = self.known(run, "how large its artifact is", protocol.ReadArtifact())
+            run.artifact_mb = artifact and artifact.mb
+        # Last, as PyTorch's profiler slows a process down.
+        effective = self.known(run, "what it computes in", protocol.ReadPrecision())
+        run.effective_precision = effective.precision if effective else run.facts.precision
+        if self.plan.trace and run.choice.backend.in_pytorch:
+            self.trace(run)
+        if not self.is_reference(run):
             self.judge(run, outputs)
+
+    def is_reference(self, run: Running) -> bool:
+        """Whether it is the computation that all detections are compared with."""
+        return run.choice.is_baseline and run.precision == "fp32" and self.plan.device == "cpu"
 
     def inputs_to_check(self, run: Running) -> list[str]:
         """Inputs that a run is called with once more: those it was just timed on come first."""
         timed, sizes = self.model.facts.timed, self.model.facts.sizes
         others = [name for name in sizes if name not in timed]
-        if run.is_reference:
+        if self.is_reference(run):
             return others if self.times_sizes else []
         return [*timed, *others]
 
@@ -450,7 +485,7 @@ class Measurement:
         file = folder / f"{run.key}-{name}.npz"
         is_timed = name in self.model.facts.timed
         is_read = self.times_sizes and not is_timed
-        answer = run.worker.ask(protocol.Detect(name, str(file), repeat=is_read))
+        answer = run.ask(protocol.Detect(name, str(file), repeat=is_read))
         if is_read:
             run.size_seconds[name] = answer.seconds
         if answer.malformed is not None:
@@ -464,10 +499,12 @@ class Measurement:
         name = f"{self.model.name}.{run.key}.{run.precision}.trace.json"
         name = self.file_name(name)
         path = self.plan.output / name
-        run.worker.ask(protocol.Trace(str(path)))
-        if not path.exists():
-            raise RunFailed(f"it wrote {path.name} to another folder of the same name")
-        run.artifacts = (*run.artifacts, name)
+        if self.known(run, "what a trace of it looks like", protocol.Trace(str(path))) is None:
+            return
+        if path.exists():
+            run.artifacts = (*run.artifacts, name)
+        else:
+            self.progress.say(f"{run.label}: {name} went to another folder of the same name")
 
     def judge(self, run: Running, outputs: dict[str, list[np.ndarray] | str]) -> None:
         """Whether detections are those of the reference; else the run is a mismatch."""
@@ -481,7 +518,7 @@ class Measurement:
             if name in self.model.facts.timed:
                 run.found[name] = _drawn(*both)
         worst = facts.worst(run.agreements)
-        if worst.verdict != "match":
+        if worst.is_wrong:
             run.status, run.reason = "mismatch", worst.reason
 
     def report(self) -> None:
@@ -607,6 +644,7 @@ class Measurement:
             python=known and known.python,
             versions=known.versions if known else {},
             artifacts=run.artifacts if together else (),
+            settled=run.unsettled < MOST_UNSETTLED,
         )
 
     def speedup(
@@ -656,7 +694,7 @@ def _timed_call(run: Running, images: int) -> Callable[[], float]:
     """A turn of a run: a call for each image. With several, their mean is what counts."""
 
     def call() -> float:
-        seconds = run.worker.ask(protocol.TimedCalls(), CALL_LIMIT_S * images).seconds
+        seconds = run.ask(protocol.TimedCalls(), CALL_LIMIT_S * images).seconds
         run.calls_s.append(seconds)
         return fmean(seconds)
 
@@ -688,7 +726,7 @@ def _status_of(run: Running, agreements: dict[str, Agreement]) -> tuple[str, str
     if run.status != "mismatch" or not agreements:
         return run.status, run.reason
     worst = facts.worst(agreements)
-    return ("ok", None) if worst.verdict == "match" else ("mismatch", worst.reason)
+    return ("mismatch", worst.reason) if worst.is_wrong else ("ok", None)
 
 
 def _drawn(

@@ -19,10 +19,18 @@ from errors import InputError
 from measure import protocol
 from measure.worker import READY_LIMIT_S, Command, Hosts, Worker
 from models import MODELS
-from results.environment import cpu_flags, has_native_bf16, usable_cores
+from results.environment import cpu_flags, free_memory_mb, has_native_bf16, usable_cores
 from results.facts import OBJECTS
 from results.file import prepare_directory
 
+# What the reference takes at `max`, eager fp32 of PyTorch 2.14 on a CPU: MiB without an image, and
+# bytes and floating-point operations for a pixel. Measured from 0.7 to 2.8 megapixels; of the seven
+# models the largest, but for C4, whose 2 GiB more do not depend on the image.
+BASE_MB, BYTES_PER_PIXEL, OPERATIONS_PER_PIXEL = 2048, 700, 0.6e6
+# Operations per second of a core, about: what it does with AVX2.
+CORE_OPERATIONS_PER_S = 50e9
+# A call at `max` that takes longer is worth a word.
+LONG_CALL_S = 60.0
 # Half the width, as a share, that the interval of every speedup is to have.
 HALF_WIDTH = {"cpu": 0.03, "cuda": 0.01}
 
@@ -82,6 +90,7 @@ class Plan:
         environments: name of a choice -> the same of its environment, with `python`.
         left_out: label -> why a backend that is measured by default cannot be had.
         without: precision -> labels of the backends that do not compute in it.
+        note: what to say before it begins, or None.
     """
 
     models: tuple[str, ...]
@@ -109,6 +118,7 @@ class Plan:
     environments: dict[str, dict[str, str]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     without: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    note: str | None = None
 
 
 # From options ----------------------------------------------------------------------------------
@@ -162,6 +172,8 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
     weights = _weights(options)
     asked = _asked_backends(options.backend, commands)
     threads = options.threads or cores
+    names = tuple(MODELS) if options.all else tuple(dict.fromkeys(options.model))
+    note = check_room(pictures, names, threads, options.seed)
     hosts.start()
     request = protocol.Survey(asked or default_backends(), options.device, options.source)
     survey = survey_of(Command.own(), request, threads, hosts)
@@ -173,7 +185,6 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
         if choice.command.name is not None
     }
     precisions, without = _precisions(options.precision, device, choices)
-    names = tuple(MODELS) if options.all else tuple(dict.fromkeys(options.model))
     _check_weights(names, weights, threads, hosts)
     versions: dict[str, str] = {}
     for choice in choices:
@@ -206,7 +217,45 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
         environments=in_others,
         left_out=left_out,
         without=without,
+        note=note,
     )
+
+
+def check_room(
+    pictures: Sequence[np.ndarray], names: Sequence[str], threads: int, seed: int
+) -> str | None:
+    """What to say of images so large that a call takes minutes; None of smaller ones.
+
+    Args:
+        pictures: the images that were read, 3 x H x W.
+        names: of the test models.
+
+    Raises:
+        errors.InputError: the memory that is free will not do.
+    """
+    height, width = pictures[0].shape[-2:]
+    largest = inputs.tuning_sizes((height, width), seed)["max"]
+    pixels = largest[0] * largest[1] * max(MODELS[name].images_per_call for name in names)
+    needed_mb = BASE_MB + pixels * BYTES_PER_PIXEL / 2**20
+    seconds = pixels * OPERATIONS_PER_PIXEL / (threads * CORE_OPERATIONS_PER_S)
+    free_mb = free_memory_mb()
+    if needed_mb <= free_mb and seconds <= LONG_CALL_S:
+        return None
+    # Of both, so that the way out is one.
+    scale = min(1.0, (LONG_CALL_S / seconds) ** 0.5)
+    if needed_mb > free_mb:
+        scale = min(scale, (max(0.0, free_mb - BASE_MB) / 2 / (needed_mb - BASE_MB)) ** 0.5)
+    smaller = "x".join(
+        str(max(inputs.SMALLEST_SIDE, int(side * scale))) for side in (height, width)
+    )
+    text = (
+        f"at {height}x{width} engines are made for up to {largest[0]}x{largest[1]}, where a call "
+        f"takes about {needed_mb / 1024:.0f} GiB of memory and {seconds / 60:.0f} min"
+    )
+    way_out = f"--image-size {smaller} takes less"
+    if needed_mb > free_mb:
+        raise InputError(f"{text}, and {free_mb / 1024:.0f} GiB are free: {way_out}")
+    return f"{text}: {way_out}"
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 
 from measure.worker import Hosts, Worker
+from results.environment import quota_periods
 from results.record import Machine
 
 CPUS = Path("/sys/devices/system/cpu")
@@ -25,6 +26,7 @@ class Snapshot:
         own: worker -> spent by its process, as long as it lives.
         ended: spent by workers that have ended.
         throttled: how often cores were slowed down for their temperature.
+        periods, stopped: of a container's CPU quota, and in how many of them it stopped processes.
     """
 
     total: float
@@ -33,6 +35,8 @@ class Snapshot:
     own: dict[Worker, float]
     ended: float
     throttled: int
+    periods: int = 0
+    stopped: int = 0
 
 
 def snapshot(workers: Iterable[Worker], hosts: Hosts) -> Snapshot:
@@ -50,12 +54,16 @@ def snapshot(workers: Iterable[Worker], hosts: Hosts) -> Snapshot:
     seconds = {worker: worker.cpu_seconds() for worker in workers}
     own = {worker: spent for worker, spent in seconds.items() if spent is not None}
     ended = hosts.ended_seconds()
-    return Snapshot(total, total - idle - steal, steal, own, ended, _throttle_count())
+    busy = total - idle - steal
+    return Snapshot(total, busy, steal, own, ended, _throttle_count(), *quota_periods())
 
 
 def _throttle_count() -> int:
     counts = CPUS.glob("cpu[0-9]*/thermal_throttle/core_throttle_count")
-    return sum(int(path.read_text()) for path in counts)
+    try:
+        return sum(int(path.read_text()) for path in counts)
+    except (OSError, ValueError):
+        return 0
 
 
 def between(before: Snapshot, after: Snapshot) -> Machine:
@@ -66,6 +74,8 @@ def between(before: Snapshot, after: Snapshot) -> Machine:
         steal_share=max(0.0, after.steal - before.steal) / total,
         others_share=min(1.0, max(0.0, others / total)),
         thermal_throttles=after.throttled - before.throttled,
+        quota_periods=after.periods - before.periods,
+        quota_stops=after.stopped - before.stopped,
     )
 
 

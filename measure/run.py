@@ -40,6 +40,8 @@ from measure import protocol
 from measure.protocol import CHUNK, HOST, PROTOCOL, STOP_S
 from results.record import Coverage, GpuState, Preparation
 
+# That this process may use. Found out here, as PyTorch has not been imported yet.
+CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 # Calls at other sizes than the one that is timed are repeated if they are shorter than this.
 SHORT_CALL_S = 1.0
 
@@ -143,11 +145,15 @@ def _keep_freed_memory() -> None:
 
 
 def _arrays(tensors: Dict[str, Any]) -> Dict[str, Any]:
-    """Tensors as NumPy arrays; NumPy has no bfloat16, and float32 holds all of its values."""
+    """Tensors as NumPy arrays: float32 holds all values of types that NumPy does not have."""
     import torch
 
+    known = (torch.float16, torch.float32, torch.float64)
     return {
-        name: (x.float() if x.dtype == torch.bfloat16 else x).detach().cpu().numpy()
+        name: (x.float() if x.is_floating_point() and x.dtype not in known else x)
+        .detach()
+        .cpu()
+        .numpy()
         for name, x in tensors.items()
     }
 
@@ -197,6 +203,9 @@ class Run:
         from models import MODELS, TUNING, timed
 
         start = time.perf_counter()
+        self.backend = base.load(request.backend)
+        if not self.backend.in_pytorch:
+            _free_from_binding()
         device = torch.device(request.device)
         state, inputs = load_prepared(Path(request.folder))
         self.inputs = {name: tuple(x.to(device) for x in call) for name, call in inputs.items()}
@@ -207,11 +216,12 @@ class Run:
         self.export = build.build(model, state, "the weights", tuning, request.source)
         self.export.other_inputs = [self.inputs[name] for name in self.timed if name != "opt"]
         self.export.eager.to(device)
-        self.backend = base.load(request.backend)
         run = (self.export, request.precision, request.device)
         cache = request.cache and base.cache_folder(Path(request.cache), self.backend, *run)
         built = time.perf_counter()
         self.optimized = self.backend.optimize(*run, cache or None)
+        if self.optimized.context is not None:
+            self.optimized.context().__enter__()  # For life.
         self.synchronize()
         self.seconds = Preparation(
             build=built - start,
@@ -325,6 +335,16 @@ class Run:
         return protocol.Memory(kib / 1024, on_device)
 
 
+def _free_from_binding() -> None:
+    """Lets this process, and the threads that it starts from here on, run on all usable cores.
+
+    Under OMP_PROC_BIND, OMP_PLACES or GOMP_CPU_AFFINITY, importing PyTorch binds its thread to one
+    core, and the threads that an engine starts would inherit that, all of them the same core.
+    """
+    if CORES:
+        os.sched_setaffinity(0, CORES)
+
+
 def _raise_mmap_threshold() -> None:
     """Brings glibc's allocator where it is in a process that has seen larger images.
 
@@ -369,7 +389,8 @@ def measure_peak(request: protocol.MeasurePeak) -> protocol.Peak:
 def cpu_time(request: protocol.ReadCpuTime) -> protocol.CpuTime:
     """Seconds of CPU so far, of this process and its children that have ended."""
     spent = os.times()
-    return protocol.CpuTime(spent.user + spent.system + spent.children_user + spent.children_system)
+    own = time.process_time()  # To the microsecond, which the others are not.
+    return protocol.CpuTime(own + spent.children_user + spent.children_system)
 
 
 class Worker:
@@ -422,7 +443,8 @@ class Worker:
         except (InputError, Unsupported) as error:
             return _line({**names, "error": type(error).__name__, "message": str(error)})
         except Exception as error:
-            traceback.print_exc()
+            with contextlib.suppress(OSError):  # The log may lie on a disk that is full.
+                traceback.print_exc()
             return _line({**names, "error": "RunFailed", "message": first_cause(error)})
 
 

@@ -17,12 +17,12 @@ from measure import protocol
 from measure.group import Model, drawn, image_names, reference_detections
 from measure.plan import Plan, environments, make_plan, survey_of
 from measure.progress import Progress
-from measure.worker import Command, Hosts, scratch_folder
+from measure.worker import Command, Hosts, remove_left_behind, scratch_folder
 from models import MODELS, VERSION
 from results import facts, tables
 from results.environment import environment, file_name
 from results.facts import case, case_name
-from results.file import Found, image_files, load, load_found, save, save_found
+from results.file import RESULTS, Found, image_files, load, load_found, locked, save, save_found
 from results.record import Group, Picture, Results, Settings
 
 # What to do about results that must not be mixed with what is asked for.
@@ -32,6 +32,7 @@ WAY_OUT = "choose another --output, or measure all again with --rerun"
 @contextlib.contextmanager
 def opened(commands: Sequence[Command]) -> Iterator[Hosts]:
     """Hosts for these environments and the suite's own."""
+    remove_left_behind()
     with scratch_folder() as folder:
         hosts = Hosts((Command.own(), *commands), folder)
         try:
@@ -93,8 +94,11 @@ def measure(options: argparse.Namespace) -> int:
         errors.InputError: something that was asked for cannot be had.
     """
     commands = environments(options.environment)
-    with opened(tuple(commands.values())) as hosts:
+    with contextlib.ExitStack() as stack:
+        hosts = stack.enter_context(opened(tuple(commands.values())))
         plan = make_plan(options, commands, hosts)
+        if plan.output is not None:
+            stack.enter_context(locked(plan.output))
         return Session(options, plan, hosts).run()
 
 
@@ -125,6 +129,7 @@ class Session:
         self.peaks: dict[str, float] = {}
         self.found: Found = {}
         self.complete = False
+        self.failures: list[str] = []
         if plan.output is not None and not options.rerun:
             self._resume(plan.output)
 
@@ -134,9 +139,9 @@ class Session:
         Raises:
             errors.InputError: what is there is no result file, or of other settings.
         """
-        if not (output / "results.json").exists():
+        if not (output / RESULTS).exists():
             return
-        earlier = load(output / "results.json")
+        earlier = load(output / RESULTS)
         ignored = ("memory_mb", "kernel", "cpu.governor")
         differing = facts.differences(earlier, self.empty, ignored)
         differing += self._other_weights(earlier.settings)
@@ -167,7 +172,7 @@ class Session:
             if group.image_digest and not group.image
         }
         for count, before in known:
-            digests = [inputs.digest([picture] * count) for picture in self.plan.pictures]
+            digests = [inputs.call_digest(picture, count) for picture in self.plan.pictures]
             if before != " ".join(digests):
                 return ["--image: another image of the same name"]
         return []
@@ -209,6 +214,8 @@ class Session:
         """Measures everything, printing a table after each test model; returns the exit code."""
         for note in facts.missing_notes(self.empty):
             print(note, file=sys.stderr)
+        if self.plan.note is not None:
+            self.progress.say(self.plan.note)
         for warning in self._general_warnings():
             self.progress.say(f"warning: {warning}")
         try:
@@ -220,12 +227,11 @@ class Session:
             self.complete = True
         finally:
             # An interrupted run has its page, too.
+            self.failures = []  # What could be kept in the end is not lost.
             self._save()
-            failure = self._write_page()
-            if failure:
-                self.progress.say(f"no page is made: {failure}")
+            self._write_page()
         self._print_tables()
-        return 2 if failure else exit_code(self.groups, self.options.fail_on)
+        return 2 if self.failures else exit_code(self.groups, self.options.fail_on)
 
     def _print_tables(self) -> None:
         """Those that are about all test models."""
@@ -351,31 +357,39 @@ class Session:
         self._save()
 
     def _save(self) -> None:
+        """Keeps what there is. A disk that is full costs the files, not the run and its tables."""
         output = self.plan.output
         if output is None or not self.groups:
             return
-        save(self.results(), output / "results.json")
-        save_found(self.found, output)
+        with self._keeping("results"):
+            save(self.results(), output / RESULTS)
+        with self._keeping("what was found"):
+            save_found(self.found, output)
         for picture, name in zip(self.plan.pictures, image_files(self.plan.pictures)):
-            inputs.write_image(picture, output / name)
+            with self._keeping("an image"):
+                inputs.write_image(picture, output / name)
 
-    def _write_page(self) -> str | None:
-        """Makes the page of what there is; returns why it cannot be written, or None.
-
-        That must not take the place of what ended the run, nor cost what is printed after it.
-        """
-        if self.plan.output is None or not self.groups:
-            return None
+    def _write_page(self) -> None:
+        """Makes the page of what there is."""
+        if self.plan.output is None or not self.groups or self.failures:
+            return
         try:
             import report  # Drawing takes a second to import, and only this needs it.
         except ImportError as error:
             self.progress.say(f"no page is made: {error}")
-            return None
+            return
+        with self._keeping("a page"):
+            report.write(self.plan.output / RESULTS, self.plan.output / "report.html")
+
+    @contextlib.contextmanager
+    def _keeping(self, what: str) -> Iterator[None]:
+        """Takes note of why something could not be kept."""
         try:
-            report.write(self.plan.output / "results.json", self.plan.output / "report.html")
-        except InputError as error:
-            return str(error)
-        return None
+            yield
+        except (InputError, OSError) as error:
+            reason = str(error) if isinstance(error, InputError) else error.strerror
+            self.failures.append(f"{what} could not be kept: {reason}")
+            self.progress.say(self.failures[-1])
 
 
 def settings(plan: Plan, options: argparse.Namespace) -> Settings:

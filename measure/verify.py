@@ -6,7 +6,7 @@ detections of one image after another, with those of a reference.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -25,6 +25,11 @@ SAME_OBJECT_IOU = 0.5
 # there; an engine that drops or invents more than this has another reason.
 EXCUSED_SHARE = 0.2
 EXCUSED_LEAST = 2
+# A detection with a better one of its class on the same place is what non-maximum suppression, at
+# an IoU of 0.5, leaves out: rounding does not excuse it from here on.
+DUPLICATE_IOU = 0.6
+# With fewer detections, that they all agree says next to nothing.
+LEAST_TO_TELL = 5
 
 
 class Malformed(ValueError):
@@ -42,9 +47,10 @@ class Tolerance:
         share: the share of detections that must have a partner. It is not 1, because at low
             precision a detection may cross a threshold inside the network (proposals kept,
             non-maximum suppression) and take its neighbours along.
-        cut_margin: how close to the cut a score must lie for rounding to decide whether the
-            detection is listed. Far narrower than `score`: near the cut scores are low, and the
-            sigmoid or softmax is flat there.
+        cut_margin: how close to the cut, on either side, a score must lie for rounding to decide
+            whether the detection is listed. Far narrower than `score`: near the cut scores are low,
+            and the sigmoid or softmax is flat there.
+        order: by how much a score may exceed that of a detection before it.
         shift_px, shift_share: how far off the median of each of the four coordinates may be, in
             pixels and as a share of the mean width or height of a box, whichever is more.
         score_shift: how far off the median of the scores may be.
@@ -55,6 +61,7 @@ class Tolerance:
     score: float
     share: float
     cut_margin: float
+    order: float
     shift_px: float
     shift_share: float
     score_shift: float
@@ -69,6 +76,7 @@ _SIXTEEN_BITS = Tolerance(
     score=0.1,
     share=0.95,
     cut_margin=0.02,
+    order=0.02,
     shift_px=1.0,
     shift_share=0.01,
     score_shift=0.03,
@@ -80,6 +88,7 @@ TOLERANCES: Dict[str, Tolerance] = {
         score=0.01,
         share=0.99,
         cut_margin=1e-3,
+        order=1e-3,
         shift_px=0.25,
         shift_share=0.001,
         score_shift=0.002,
@@ -92,6 +101,7 @@ TOLERANCES: Dict[str, Tolerance] = {
         score=0.2,
         share=0.9,
         cut_margin=0.05,
+        order=0.05,
         shift_px=1.5,
         shift_share=0.01,
         score_shift=0.06,
@@ -220,11 +230,37 @@ def compare(
             "error", f"the detections of {len(candidate)} images instead of {len(reference)}"
         )
     tolerance = TOLERANCES[precision]
-    images = [
-        _compare_image(expected, found, tolerance, _cut(expected, score_threshold, limit))
-        for expected, found in zip(reference, candidate)
-    ]
-    return images[0] if len(images) == 1 else _total(images)
+    images = []
+    for expected, found in zip(reference, candidate):
+        flaw = _list_flaw(found, tolerance, limit)
+        if flaw is not None:
+            images.append(Agreement("error", flaw, len(expected.scores)))
+            continue
+        cut = _cut(expected, score_threshold, limit)
+        images.append(_compare_image(expected, found, tolerance, cut))
+    total = images[0] if len(images) == 1 else _total(images)
+    if total.verdict == "match" and total.expected < LEAST_TO_TELL:
+        return replace(total, verdict="too few")
+    return total
+
+
+def _list_flaw(found: Detections, tolerance: Tolerance, limit: int) -> Optional[str]:
+    """Why a list of detections is none that a detector gives, whatever it shows."""
+    scores = found.scores
+    if len(scores) > limit:
+        return f"{len(scores)} detections where {limit} are the most"
+    outside = scores[(scores < 0) | (scores > 1)]
+    if len(outside):
+        return f"a score of {outside[0]:.3g}"
+    lowest = np.minimum.accumulate(scores)
+    rises = scores - lowest
+    if (rises > tolerance.order).any():
+        place = int(rises.argmax())
+        return (
+            f"the detections are not in the order of their scores: {lowest[place]:.3g} stands "
+            f"before {scores[place]:.3g}"
+        )
+    return None
 
 
 @dataclass(frozen=True)
@@ -315,9 +351,9 @@ def _compare_image(
         return incomparable
     pairs = _pair(reference, candidate, tolerance)
     matched = int(pairs.agree.sum())
-    near = cut + tolerance.cut_margin
-    absent = _near_the_cut(reference, pairs.reference[pairs.agree], near, expected)
-    extra = _near_the_cut(candidate, pairs.candidate[pairs.agree], near, expected)
+    margin = tolerance.cut_margin
+    absent = _near_the_cut(reference, pairs.reference[pairs.agree], cut, margin, expected)
+    extra = _near_the_cut(candidate, pairs.candidate[pairs.agree], cut, margin, expected)
     if matched == 0:
         absent = 0  # What a blind engine misses is never excused.
     lost, spurious = expected - matched - absent, found - matched - extra
@@ -422,11 +458,22 @@ def _mask_iou(
     return np.array(overlaps)
 
 
-def _near_the_cut(side: Detections, agreeing: np.ndarray, near: float, expected: int) -> int:
+def _near_the_cut(
+    side: Detections, agreeing: np.ndarray, cut: float, margin: float, expected: int
+) -> int:
     """How many of a side's detections without a partner are excused."""
-    alone = np.delete(side.scores, agreeing)
+    is_near = np.abs(side.scores - cut) <= margin
+    is_near[agreeing] = False
     allowed = max(EXCUSED_LEAST, int(EXCUSED_SHARE * expected))
-    return min(int((alone < near).sum()), allowed)
+    return min(int((is_near & ~_is_duplicate(side)).sum()), allowed)
+
+
+def _is_duplicate(side: Detections) -> np.ndarray:
+    """N, bool: whether one of its class with a higher score lies on the same place."""
+    overlap = _box_iou(side.boxes, side.boxes)
+    same_class = side.classes[:, None] == side.classes[None, :]
+    is_better = side.scores[None, :] > side.scores[:, None]
+    return (same_class & is_better & (overlap >= DUPLICATE_IOU)).any(axis=1)
 
 
 def _shifts(reference: Detections, pairs: _Pairs, tolerance: Tolerance) -> List[str]:

@@ -7,6 +7,8 @@ the system killing it for its memory) becomes a `benchmark.RunFailed` here, and 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import fcntl
 import json
 import os
 import select
@@ -42,6 +44,11 @@ MOST_OTHER_LINES = 200
 READY_LIMIT_S = 300.0
 # To do what takes no time: fork, kill, end.
 MOMENT_S = 10.0
+# A worker that has answered may compute on: threads of engines wait for more work by spinning. It
+# stands still when it used less than this share of a core in two steps, one after the other.
+SETTLE_STEP_S = 0.005
+SETTLED_SHARE = 0.2
+SETTLE_LIMIT_S = 1.0
 RUN = Path(__file__).resolve().parent / "run.py"
 
 A = TypeVar("A")
@@ -344,6 +351,26 @@ def _answer(reply: dict[str, Any], request: protocol.Request[A]) -> A:
         raise RunFailed(f"the answer to {name} is not of the protocol: {error}") from None
 
 
+@dataclass(frozen=True)
+class _Moment:
+    """Seconds of a clock, and of CPU that a process has used until then."""
+
+    time: float
+    cpu: float
+
+
+def _process_clock(pid: int) -> float | None:
+    """CPU seconds of a process by the clock that Linux has for it; psutil counts in hundredths."""
+    get_clock = getattr(ctypes.CDLL(None), "clock_getcpuclockid", None)
+    clock = ctypes.c_int()
+    if get_clock is None or get_clock(pid, ctypes.byref(clock)) != 0:
+        return None
+    try:
+        return time.clock_gettime(clock.value)
+    except OSError:
+        return None
+
+
 class Worker:
     """A process for one run.
 
@@ -382,6 +409,33 @@ class Worker:
         except psutil.Error:
             return None
         return times.user + times.system + times.children_user + times.children_system
+
+    def settle(self, limit_s: float = SETTLE_LIMIT_S) -> bool:
+        """Waits until the process uses no more CPU, so that it disturbs nothing that comes next.
+
+        Returns:
+            False where it still did after `limit_s` seconds.
+        """
+        deadline = time.monotonic() + limit_s
+        still, before = 0, self._cpu_clock()
+        while before is not None and still < 2:
+            if before.time > deadline:
+                return False
+            time.sleep(SETTLE_STEP_S)
+            now = self._cpu_clock()
+            if now is not None:
+                used = (now.cpu - before.cpu) / (now.time - before.time)
+                still = still + 1 if used < SETTLED_SHARE else 0
+            before = now  # None: it has died, and that is told when it is asked again.
+        return True
+
+    def _cpu_clock(self) -> _Moment | None:
+        """What it has used so far, to the microsecond where the system has such a clock."""
+        moment = time.monotonic()
+        seconds = _process_clock(self.pid) if self.host.is_visible else None
+        if seconds is None:
+            seconds = self.cpu_seconds()
+        return None if seconds is None else _Moment(moment, seconds)
 
     def dismiss(self) -> None:
         """Tells the process to clear away what engines opened, and end; `stop` waits for that."""
@@ -465,14 +519,41 @@ class Hosts:
         self._open, self._next = {}, {}
 
 
+# Scratch folders begin with this, and have a lock in them as long as their process lives.
+SCRATCH, LOCK = "run_blade_", "lock"
+
+
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
     """A directory for temporary files, removed at the end.
 
     Also where a compiler that an engine started has not noticed yet that its worker is gone.
+
+    Raises:
+        errors.InputError: there is no room for one.
     """
-    folder = Path(tempfile.mkdtemp(prefix="run_blade_"))
     try:
-        yield folder
+        folder = Path(tempfile.mkdtemp(prefix=SCRATCH))
+    except OSError as error:
+        raise InputError(
+            f"there is no room for temporary files: {error.strerror or error}; TMPDIR names "
+            "another folder for them"
+        ) from None
+    try:
+        # No other invocation sees it before it is locked.
+        with open(folder / f"{LOCK}.new", "w") as lock:
+            with contextlib.suppress(OSError):  # Not all file systems have locks.
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.replace(lock.name, folder / LOCK)
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_left_behind() -> None:
+    """Removes the scratch folders of invocations that were killed."""
+    for path in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*/{LOCK}"):
+        # Another user's, or one that another invocation has just removed; or it is in use.
+        with contextlib.suppress(OSError), open(path, "r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path.parent, ignore_errors=True)

@@ -98,6 +98,19 @@ def usable_cores() -> int:
     return max(1, cores)
 
 
+def quota_periods() -> Tuple[int, int]:
+    """Periods of a container's CPU quota so far, and in how many of them it stopped the processes.
+
+    Of this process's control group or one above it, whichever was stopped most often; 0 and 0
+    where there is no quota.
+    """
+    counts = [(0, 0)]
+    for words in _cgroup_settings("cpu", "cpu.stat"):
+        known = dict(zip(words[::2], words[1::2]))
+        counts.append((int(known.get("nr_periods", 0)), int(known.get("nr_throttled", 0))))
+    return max(counts, key=lambda count: count[1])
+
+
 def _memory_mb() -> int:
     """Memory that this process may use, in MiB: the machine's, or a container's limit."""
     limits = [
@@ -108,6 +121,13 @@ def _memory_mb() -> int:
     import psutil  # What a worker of another environment imports from here does without.
 
     return min([psutil.virtual_memory().total, *sizes]) >> 20
+
+
+def free_memory_mb() -> int:
+    """Memory that this process could have now, in MiB."""
+    import psutil
+
+    return min(psutil.virtual_memory().available >> 20, _memory_mb())
 
 
 def _operating_system() -> str:

@@ -19,6 +19,7 @@ DECISIVE_SETTINGS = (
 MOST_IQR = 0.10
 MOST_STEAL = 0.02
 MOST_OTHERS = 0.10
+MOST_STOPS = 0.02
 
 # Test model, objects that synthetic weights find, and which image: None where there is but one,
 # and for all of them together.
@@ -45,7 +46,7 @@ def rank(agreement: Agreement) -> Tuple[int, float]:
     share = agreement.matched / max(1, agreement.expected, agreement.matched + agreement.spurious)
     nothing_asked = agreement.expected == 0 and agreement.spurious == 0
     return (
-        ("error", "mismatch", "match").index(agreement.verdict),
+        ("error", "mismatch", "match", "too few").index(agreement.verdict),
         1.0 if nothing_asked else share,
     )
 
@@ -53,7 +54,8 @@ def rank(agreement: Agreement) -> Tuple[int, float]:
 def worst(agreements: Mapping[str, Agreement]) -> Agreement:
     """The one that agrees least of several, say at `min`, `opt` and `max`.
 
-    Its reason begins with its key, where it has one.
+    One with too few detections to tell counts only where there is no other. Its reason begins with
+    its key, where it has one.
     """
     name, agreement = min(agreements.items(), key=lambda item: rank(item[1]))
     if not agreement.reason:
@@ -176,6 +178,11 @@ def warnings(group: Group, least_rounds: int) -> List[str]:
         if run.statistics and run.statistics.relative_iqr > MOST_IQR:
             share = f"{100 * run.statistics.relative_iqr:.0f}% of the median"
             found.append(f"{where}, {run.label}: the middle half of its calls spans {share}")
+        if not run.settled and not group.image:
+            found.append(
+                f"{where}, {run.label}: its process computes on after its calls, which slows down "
+                "whatever runs beside it"
+            )
     if group.image:
         return found  # All else is said of the group of all images, whose rounds are the same.
     machine = group.machine
@@ -187,6 +194,11 @@ def warnings(group: Group, least_rounds: int) -> List[str]:
         found.append(f"{where}: other processes took {share} of the cores")
     if machine and machine.thermal_throttles:
         found.append(f"{where}: the CPU was slowed down for its temperature")
+    if machine and machine.quota_stops > MOST_STOPS * machine.quota_periods:
+        found.append(
+            f"{where}: the container's CPU quota stopped the processes in {machine.quota_stops} of "
+            f"{machine.quota_periods} periods: give it whole cores, or use fewer --threads"
+        )
     reasons = [reason for state in group.gpu for reason in state.throttled]
     if reasons:
         why = ", ".join(dict.fromkeys(reasons))

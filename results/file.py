@@ -7,12 +7,14 @@ ignored, so that a newer minor version may add some.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import inspect
 import json
 import os
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, TypeVar, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, TypeVar, Union
 
 import msgspec
 
@@ -21,13 +23,19 @@ from models import timed
 from results.environment import readable
 from results.record import SCHEMA, TOOL, Group, Picture, Results, Run
 
-# Beside the result file: what the runs found, to draw it.
-FOUND = "detections.json"
+# In a folder of results: what was measured, and beside it what the runs found, to draw it.
+RESULTS, FOUND = "results.json", "detections.json"
 # No number of a file is larger, so that no product of two is beyond what a float can hold.
 LARGEST = 1e100
 
 Found = Dict[str, Picture]
 T = TypeVar("T")
+
+
+def result_file(path: Union[str, Path]) -> Path:
+    """The result file that is meant: a file, or the one in a folder that `--output` has filled."""
+    path = Path(path)
+    return path / RESULTS if path.is_dir() else path
 
 
 def load(path: Union[str, Path]) -> Results:
@@ -125,6 +133,56 @@ def write_text(path: Union[str, Path], text: str) -> None:
                 temporary.unlink()
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other invocations out of a folder; a lock ends with the process that has it.
+
+    Raises:
+        InputError: another process has it.
+    """
+    path = folder / f".{TOOL}.lock"
+    try:
+        descriptor = _lock(path)
+    except BlockingIOError as error:
+        owner = f" by process {error.strerror}" if error.strerror else ""
+        raise InputError(
+            f"output directory {folder} is in use{owner}: choose another --output, or wait"
+        ) from None
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> int:
+    """The descriptor of a locked file, which says by what process.
+
+    Raises:
+        BlockingIOError: another process has the lock; its number is the error's text.
+        OSError: the file cannot be created.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.read(descriptor, 20).decode(errors="replace")
+            os.close(descriptor)
+            raise BlockingIOError(error.errno, owner) from None
+        except OSError:  # Not all file systems have locks.
+            return descriptor
+        with contextlib.suppress(OSError):
+            if os.fstat(descriptor).st_ino == path.stat().st_ino:
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, str(os.getpid()).encode())
+                return descriptor
+        os.close(descriptor)  # The one that had it has just removed it.
 
 
 def prepare_directory(path: Union[str, Path], what: str = "output") -> Path:

@@ -215,7 +215,8 @@ class Agreement:
     """How well detections agree with the reference's: see `measure.verify`.
 
     Attributes:
-        verdict: `error` where the output is malformed.
+        verdict: `error` where the output is malformed; `too few` where all agrees, but there is
+            next to nothing to agree on.
         reason: one sentence: what is wrong or, for a match, what was left out of account.
         expected: detections of the reference.
         matched: of these, how many have a partner that agrees with them.
@@ -228,7 +229,7 @@ class Agreement:
         bias: median signed difference of x1, y1, x2, y2 over those pairs, in pixels.
     """
 
-    verdict: Literal["match", "mismatch", "error"]
+    verdict: Literal["match", "mismatch", "error", "too few"]
     reason: str = ""
     expected: int = 0
     matched: int = 0
@@ -241,8 +242,13 @@ class Agreement:
     bias: Optional[Tuple[float, float, float, float]] = None
 
     @property
+    def is_wrong(self) -> bool:
+        """Whether it finds something else."""
+        return self.verdict in ("mismatch", "error")
+
+    @property
     def text(self) -> str:
-        """What the table says: `100/100 match`, `MISMATCH 3/100` or `ERROR`.
+        """What the table says: `100/100 match`, `MISMATCH 3/100`, `ERROR`, `1/1 too few to tell`.
 
         Where detections that should not be there are the greater part of the trouble, their
         number follows: `MISMATCH 100/100 +250`.
@@ -251,6 +257,8 @@ class Agreement:
             return "ERROR"
         if self.verdict == "match":
             return f"{self.matched}/{self.expected} match"
+        if self.verdict == "too few":
+            return f"{self.matched}/{self.expected} too few to tell"
         surplus = f" +{self.spurious}" if self.spurious > self.lost else ""
         return f"MISMATCH {self.matched}/{self.expected}{surplus}"
 
@@ -288,6 +296,7 @@ class Run:
             itself, and where nothing came out.
         python, versions: of the environment that it ran in, what its backend stands on.
         artifacts: names of files that were kept beside the result file.
+        settled: whether its process stood still after its calls, before the next had its turn.
     """
 
     backend: str
@@ -318,6 +327,7 @@ class Run:
     python: Optional[str] = None
     versions: Dict[str, str] = field(default_factory=dict)
     artifacts: Tuple[str, ...] = ()
+    settled: bool = True
 
     @property
     def name(self) -> str:
@@ -352,11 +362,15 @@ class Machine:
         steal_share, others_share: of its cores, taken by a hypervisor and by other processes, 0 to
             1.
         thermal_throttles: how often cores were slowed down for their temperature.
+        quota_periods, quota_stops: periods of a container's CPU quota, and in how many of them it
+            stopped the processes; 0 where there is none.
     """
 
     steal_share: float = 0.0
     others_share: float = 0.0
     thermal_throttles: int = 0
+    quota_periods: int = 0
+    quota_stops: int = 0
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,12 @@ from results.record import (
     Stopped,
 )
 
+# What a match stands for where nothing was trained; two lines of the README say more.
+SYNTHETIC_NOTE = (
+    "synthetic weights survive rounding: a match vouches for the engine, not for what the "
+    "precision costs a trained model"
+)
+
 # What tables call the stages.
 STAGES = {
     "backbone": "backbone + FPN",
@@ -338,8 +344,10 @@ def _model_notes(
     if not groups[0].image:  # Torch was timed against itself on all images together.
         yield from aa_note(results.aa)
     yield from missing_notes(results)
-    weights = [weights_note(group.weights) for group in groups if group.weights]
-    yield from dict.fromkeys(weights)
+    weights = [group.weights for group in groups if group.weights]
+    yield from dict.fromkeys(map(weights_note, weights))
+    if any(known.source == "synthetic" for known in weights):
+        yield SYNTHETIC_NOTE
 
 
 def _percentile_note(groups: Sequence[Group]) -> Iterator[str]:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import arrays, needs_bf16, small_export
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import detectors.boxes
 from backends import base
@@ -25,7 +26,7 @@ from backends.torch import autocast, count_flops, effective_precision
 from detectors.build import build
 from detectors.export import Export
 from detectors.images import batch_images, image_size
-from errors import InputError, Unsupported
+from errors import InputError, Unsupported, first_cause
 from measure import verify
 from models import MODELS
 from results.record import Agreement, Coverage
@@ -87,6 +88,22 @@ def test_a_file_with_two_backends_is_a_mistake(monkeypatch):
     monkeypatch.setattr(base, "names", lambda: ["twins"])
     with pytest.raises(TypeError, match="exactly one Backend, not 2"):
         base.load("twins")
+
+
+def test_backends_of_one_rank_stand_side_by_side(monkeypatch):
+    others = []
+    for name in ("atwin", "zwin"):
+        module = ModuleType(f"backends.{name}")
+        namespace = {"__module__": module.__name__, "name": name, "rank": 4, "label": name}
+        module.Twin = type("Twin", (Backend,), namespace)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        others.append(name)
+    names = base.names()
+    for order in (others, others[::-1]):
+        monkeypatch.setattr(base, "names", lambda order=order: [*order, *names])
+        found = [backend.name for backend in base.load_all()]
+        assert sorted(found) == sorted([*others, *names])
+        assert found[found.index("atwin") :][:3] == ["atwin", "openvino", "zwin"]
 
 
 def test_versions_are_those_of_the_libraries():
@@ -341,6 +358,36 @@ def test_a_call_that_ignores_autocast_is_fp32():
     assert effective_precision(autocast(export.eager, "fp32", "cpu"), export, "bf16") == "fp32"
 
 
+class Casts(TorchDispatchMode):
+    """Counts the parameters that are cast to another type."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._to_copy.default and isinstance(
+            args[0], nn.Parameter
+        )
+        return function(*args, **(kwargs or {}))
+
+
+def casts_of(call: Callable, *images: Tensor) -> int:
+    with Casts() as casts:
+        call(*images)
+    return casts.count
+
+
+def test_a_worker_casts_weights_once():
+    """Each call would cast them anew, in a context of its own."""
+    export = small_export("testRetinaNet")
+    optimized = base.load("torch").optimize(export, "bf16", "cpu")
+    assert casts_of(optimized.call, *export.inputs) > 50
+    assert casts_of(optimized.call, *export.inputs) > 50
+    with optimized.context():
+        assert casts_of(optimized.call, *export.inputs) > 50
+        assert casts_of(optimized.call, *export.inputs) == 0
+    assert base.load("torch").optimize(export, "fp32", "cpu").context is None
+
+
 @needs_openvino
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
 def test_the_layers_of_openvino_run_in_that_precision(precision):
@@ -391,6 +438,23 @@ def test_inductor_counts_graphs():
     optimized = engine("testRetinaNet", "inductor", "fp32")
     assert optimized.coverage.operators_in_engine > 200
     assert optimized.coverage.segments >= optimized.coverage.graph_breaks > 0
+
+
+def test_a_folder_without_permission_to_execute_is_named(monkeypatch, tmp_path):
+    """With what there is to do about it: the variable that PyTorch names is the suite's."""
+    module = sys.modules[type(base.load("inductor")).__module__]
+
+    def refuse(*_: object) -> None:
+        try:
+            raise ImportError(f"{tmp_path}/a.so: failed to map segment from shared object")
+        except ImportError as error:
+            raise OSError("set another directory with TORCHINDUCTOR_CACHE_DIR") from error
+
+    monkeypatch.setattr(module, "_compile", refuse)
+    with pytest.raises(OSError, match="mounted noexec: TMPDIR, or --cache") as caught:
+        base.load("inductor").optimize(tiny_export(), "fp32", "cpu", tmp_path)
+    assert str(tmp_path) in first_cause(caught.value)
+    assert "TORCHINDUCTOR" not in first_cause(caught.value)
 
 
 def test_inductor_says_when_it_compiled_again():

@@ -13,8 +13,11 @@ import torch
 from torch import nn
 
 from detectors import checkpoint
+from detectors.build import _from_file
+from detectors.config import build_detector
 from detectors.layers import FrozenBatchNorm2d
 from errors import InputError
+from models import MODELS
 
 
 class Net(nn.Module):
@@ -135,6 +138,59 @@ def test_training_checkpoint(tmp_path):
     document = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iteration": 9}
     torch.save(document, str(tmp_path / "model_final.pth"))
     assert_equal(checkpoint.read(tmp_path / "model_final.pth"), model.state_dict())
+
+
+def test_a_trainer_may_keep_numbers_of_numpy(tmp_path, state):
+    """Such as the best metric so far, and the state of a scheduler."""
+    path = tmp_path / "model_final.pth"
+    best = {
+        "best": np.float64(41.5),
+        "step": np.int64(9),
+        "rates": np.ones(3),
+        "name": np.str_("x"),
+    }
+    torch.save({"model": state, "scheduler": best, "iteration": np.int32(9)}, str(path))
+    assert_equal(checkpoint.read(path), state)
+    with pytest.raises(pickle.UnpicklingError):  # It is no habit of this process.
+        torch.load(str(path), weights_only=True)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_other_types(tmp_path, state, kind):
+    path = tmp_path / "model.pth"
+    lower = {key: value.to(kind) for key, value in state.items()}
+    torch.save({"model": lower}, str(path))
+    assert_equal(checkpoint.read(path), lower)
+    model = Net()
+    checkpoint.load_into(model, checkpoint.read(path), "x.pth")
+    for key, value in model.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, lower[key].float())
+    one, other = (_from_file(path, "file").record.digest for _ in range(2))
+    assert one == other
+    torch.save({"model": {**lower, "conv.bias": -lower["conv.bias"]}}, str(path))
+    assert _from_file(path, "file").record.digest != one
+
+
+def test_weights_that_lay_on_a_gpu(tmp_path, state, monkeypatch):
+    """The file says so, and is read where there is none."""
+    path = tmp_path / "model.pth"
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+    torch.save({"model": state}, str(path))
+    monkeypatch.undo()
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="CUDA"):
+            torch.load(str(path), weights_only=True)
+    assert_equal(checkpoint.read(path), state)
+
+
+def test_the_content_tells_the_format_and_not_the_name(tmp_path, state):
+    torch.save({"model": state}, str(tmp_path / "new.pkl"))
+    old = tmp_path / "old.pkl"
+    torch.save({"model": state}, str(old), _use_new_zipfile_serialization=False)
+    write_pickle(tmp_path / "zoo.pth", zoo_document(state))
+    for name in ("new.pkl", "old.pkl", "zoo.pth"):
+        assert_equal(checkpoint.read(tmp_path / name), state)
 
 
 def test_parameters_lose_their_gradient(tmp_path):
@@ -336,3 +392,24 @@ def test_another_architecture_is_refused_and_changes_nothing(state):
         "head.weight, 5 x 4 instead of 3 x 4)"
     )
     assert_equal(model.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    "config", sorted({model.config for model in MODELS.values()}), ids=lambda x: x.split("/")[1]
+)
+def test_other_classes_are_no_other_architecture(config):
+    """As in a checkpoint of someone's own: 3 classes in place of 80."""
+    model = build_detector(config, False, initialize=False)
+    state = model.state_dict()
+    for key, value in state.items():
+        if "cls_score" in key:
+            plain = "box_predictor" in key
+            count = 4 if plain else len(value) // 80 * 3
+            state[key] = value[:count]
+        elif key.endswith(("bbox_pred.weight", "bbox_pred.bias")) and len(value) == 320:
+            state[key] = value[:12]
+        elif "mask_head.predictor" in key:
+            state[key] = value[:3]
+    with pytest.raises(InputError) as caught:
+        checkpoint.load_into(model, state, "x.pth")
+    assert str(caught.value) == "checkpoint x.pth is of 3 classes, not of 80"

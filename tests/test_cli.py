@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import List, NamedTuple, Optional
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -352,6 +354,25 @@ def test_a_bad_image(main, no_host, images, tmp_path, name, words):
     outcome = main("--all", "--image", images[name], "--output", output)
     assert_refused(outcome, str(images[name]), words)
     assert not output.exists()
+
+
+def test_a_photograph_that_takes_more_memory_than_there_is(main, no_host, tmp_path, monkeypatch):
+    """As it leaves a camera. Nothing is begun, and there is a size that would do."""
+    path = tmp_path / "photo.jpg"
+    Image.new("RGB", (4000, 3000)).save(path)
+    monkeypatch.setattr(plan, "free_memory_mb", lambda: 8192)
+    outcome = main("--all", "--image", path, "--output", tmp_path / "output")
+    assert_refused(outcome, "at 3000x4000 engines are made for up to", "GiB of memory and", "min")
+    assert "and 8 GiB are free: --image-size" in outcome.err
+    assert not (tmp_path / "output").exists()
+    height, width = map(int, re.search(r"--image-size (\d+)x(\d+)", outcome.err).groups())
+    smaller = [np.zeros((3, height, width), np.float32)]
+    assert plan.check_room(smaller, list(MODELS), 2, 0) is None
+    # Where there is memory, the time is worth a word.
+    monkeypatch.setattr(plan, "free_memory_mb", lambda: 1 << 20)
+    large = [np.zeros((3, 3000, 4000), np.float32)]
+    assert "min: --image-size" in plan.check_room(large, ["testRetinaNet"], 2, 0)
+    assert plan.check_room(large, ["testRetinaNet"], 64, 0) is None
 
 
 class Import:
@@ -919,7 +940,7 @@ def test_exit_code(status, verdict, fail_on, code):
 class Interruptible:
     """A real invocation, in a process group of its own as a terminal would have it."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: object, **variables: str) -> None:
         command = [sys.executable, str(SCRIPT), *map(str, arguments)]
         self.process = subprocess.Popen(
             command,
@@ -927,6 +948,7 @@ class Interruptible:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            env={**os.environ, **variables},
         )
         self.said: List[str] = []
 
@@ -938,11 +960,11 @@ class Interruptible:
                 return
         raise AssertionError(f"it never said '{words}': {self.said}")
 
-    def interrupt(self) -> Outcome:
-        """Presses Ctrl-C; checks that every process of it is gone soon."""
+    def interrupt(self, number: int = signal.SIGINT) -> Outcome:
+        """Presses Ctrl-C, or sends another signal; checks that every process of it is gone soon."""
         children = psutil.Process(self.process.pid).children(recursive=True)
         start = time.monotonic()
-        os.killpg(self.process.pid, signal.SIGINT)
+        os.killpg(self.process.pid, number)
         try:
             out, err = self.process.communicate(timeout=60)
         finally:
@@ -1019,13 +1041,116 @@ def test_a_page_that_cannot_be_written_hides_nothing(main, monkeypatch, copied, 
 
         monkeypatch.setattr(session.Session, "_run_model", end)
     outcome = main(*FINISHED, "--costs", "--output", copied)
-    assert "no page is made: " in outcome.err
+    assert "a page could not be kept: " in outcome.err
     assert outcome.code == (130 if ending is KeyboardInterrupt else 2)
     last = outcome.err.splitlines()[-1]
     if ending is None:
         assert "break-even (images)" in outcome.out
     else:
         assert last == "interrupted" or last.endswith("error: a reason")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_terminated_while_timing(tmp_path, number):
+    """By `timeout`, a container's stop, a terminal that closes: it ends as by Ctrl-C."""
+    scratch, output = tmp_path / "scratch", tmp_path / "output"
+    scratch.mkdir()
+    running = Interruptible(
+        *["--model", "testRetinaNet", "--backend", "torch", "--precision", "fp32", *QUICK],
+        *["--iterations", "100000", "--output", output],
+        TMPDIR=str(scratch),
+    )
+    running.wait_for("timing")
+    time.sleep(2)
+    assert list(scratch.iterdir())
+    outcome = running.interrupt(number)
+    assert outcome.code == 143
+    assert outcome.err.splitlines()[-1] == "terminated"
+    assert "Traceback" not in outcome.err
+    assert list(scratch.iterdir()) == []
+    (group,) = file.load(output / "results.json").groups
+    assert group.stopped == "interrupted"
+    assert group.rounds > 0
+    assert "until it was interrupted" in outcome.out
+    assert not list(output.glob(".*"))
+
+
+def test_what_was_killed_is_cleared_away_by_the_next(tmp_path):
+    variables = {"TMPDIR": str(tmp_path / "scratch")}
+    (tmp_path / "scratch").mkdir()
+    killed = Interruptible("--model", "testRetinaNet", *QUICK, **variables)
+    killed.wait_for("weights, inputs")
+    left = set((tmp_path / "scratch").iterdir())
+    other = Interruptible("--model", "testRetinaNet", "--iterations", "100000", *QUICK, **variables)
+    other.wait_for("timing")
+    killed.interrupt(signal.SIGKILL)
+    others = set((tmp_path / "scratch").iterdir()) - left
+    assert left
+    assert others
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--list"],
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    assert b"Test models" in done.stdout
+    # The other one, which lives, has lost nothing.
+    assert not any(path.exists() for path in left)
+    assert all(path.exists() for path in others)
+    assert_interrupted(other.interrupt())
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_what_nohup_ignores_stays_ignored(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with run_blade.ending_in_order():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert callable(signal.getsignal(signal.SIGTERM))
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_an_output_folder_belongs_to_one_at_a_time(main, tmp_path):
+    running = Interruptible(
+        *["--model", "testRetinaNet", "--backend", "torch", "--precision", "fp32", *QUICK],
+        *["--iterations", "100000", "--output", tmp_path],
+    )
+    running.wait_for("timing")
+    time.sleep(3)
+    outcome = main(*FINISHED, "--backend", "torch", "--output", tmp_path)
+    assert_refused(outcome, str(tmp_path), f"is in use by process {running.process.pid}")
+    assert_interrupted(running.interrupt())
+    assert file.load(tmp_path / "results.json").groups
+    # A lock that a killed process has left does not count.
+    (tmp_path / ".run_blade.lock").write_text("1")
+    outcome = main(*FINISHED, "--rerun", "--backend", "torch", "--output", tmp_path)
+    assert outcome.code == 0, outcome.err
+    assert not list(tmp_path.glob(".*"))
+
+
+@contextmanager
+def full_disk():
+    """While it lasts, no file of this process grows beyond 100 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_costs_the_files_and_not_the_tables(main, tmp_path):
+    with full_disk():
+        outcome = main(*FINISHED, "--backend", "torch", "--costs", "--output", tmp_path)
+    assert outcome.code == 2
+    assert "| RetinaNet     | Torch" in outcome.out
+    assert "break-even (images)" in outcome.out
+    for words in ("results could not be kept: cannot write", "an image could not be kept"):
+        assert words in outcome.err
+    assert "Traceback" not in outcome.err
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_interrupted_while_checking(tmp_path):

@@ -431,6 +431,58 @@ def test_a_backend_that_cannot_be_had_any_more_is_broken(command):
     assert command(before, after, *FAIL_ON_ALL)[0] == 0
 
 
+ASKED = {"model": ["testRetinaNet"], "backend": ["torch", "openvino"], "precision": ["fp32"]}
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_run_that_was_asked_for_and_is_not_there_is_broken(command, complete):
+    before, after = measured(0, **ASKED), measured(1, {"torch": 0.4}, **ASKED)
+    after["complete"] = complete
+    code, printed = command(before, after, *FAIL_ON_ALL)
+    assert code == 5
+    why = "after was asked for it, and does not have it"
+    why += "" if complete else ", as that was interrupted"
+    assert f"- missing: testRetinaNet openvino fp32 ({why})" in printed.out
+    assert ("after is not complete" in printed.out) != complete
+    # What never ran is not missed, nor what was not asked for.
+    assert command(spoil(measured(0, **ASKED), "failed"), after, *FAIL_ON_ALL)[0] == 0
+    after["settings"]["backend"] = ["torch"]
+    assert command(before, after, *FAIL_ON_ALL)[0] == 0
+
+
+def test_a_group_that_was_asked_for_and_is_not_there_is_broken(command):
+    asked = {**ASKED, "precision": ["fp32", "bf16"]}
+    before, after = measured(0, **asked), measured(1, **asked)
+    lower = copy.deepcopy(before["groups"][0])
+    before["groups"].append({**lower, "precision": "bf16"})
+    after["complete"] = False
+    assert command(before, after, *FAIL_ON_ALL)[0] == 5
+    after["settings"]["precision"] = ["fp32"]
+    assert command(before, after, *FAIL_ON_ALL)[0] == 0
+
+
+def test_a_group_that_was_interrupted_is_broken(command):
+    before, after = measured(0), measured(1)
+    after["groups"][0]["stopped"] = "interrupted"
+    after["complete"] = False
+    code, printed = command(before, after, *FAIL_ON_ALL)
+    assert code == 5
+    assert "| interrupted" in printed.out
+    before["groups"][0]["stopped"] = "interrupted"
+    assert command(before, after, *FAIL_ON_ALL)[0] == 0
+
+
+def test_folders_are_as_good_as_the_files_in_them(tmp_path, capsys):
+    for name, seed in (("before", 0), ("after", 1)):
+        (tmp_path / name).mkdir()
+        write(measured(seed), tmp_path / name / "results.json")
+    assert compare.main([str(tmp_path / "before"), str(tmp_path / "after")]) == 0
+    assert "| RetinaNet" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    assert compare.main([str(tmp_path / "before"), str(tmp_path / "empty")]) == 2
+    assert f"cannot read {tmp_path / 'empty' / 'results.json'}" in capsys.readouterr().err
+
+
 def test_what_was_not_checked_is_not_unchanged(command):
     before, after = measured(0), measured(1)
     before["groups"][0]["runs"][1]["detections"] = FOUND
@@ -438,8 +490,8 @@ def test_what_was_not_checked_is_not_unchanged(command):
     after["complete"] = False
     _, printed = command(before, after)
     assert "detections at opt: 100/100 before, not checked after" in printed.out
-    assert "- after was interrupted: not all of it was measured\n" in printed.out
-    assert "before was interrupted" not in printed.out
+    assert "- after is not complete: it was interrupted\n" in printed.out
+    assert "before is not complete" not in printed.out
 
 
 def test_what_was_wrong_before_is_no_news(command):

@@ -45,6 +45,7 @@ def group(**changes: Any) -> Group:
 def test_a_quiet_machine_is_not_warned_of():
     assert facts.warnings(group(), 15) == []
     assert facts.warnings(group(machine=None), 15) == []
+    assert facts.warnings(group(machine=Machine(quota_periods=580, quota_stops=2)), 15) == []
     # NVML is installed, and its second answer did not come.
     assert facts.warnings(group(gpu=(GpuState(), GpuState(name="Some GPU"))), 15) == []
 
@@ -67,6 +68,16 @@ def test_a_quiet_machine_is_not_warned_of():
         (
             {"machine": Machine(thermal_throttles=4)},
             "testRetinaNet fp32: the CPU was slowed down for its temperature",
+        ),
+        (
+            {"machine": Machine(quota_periods=58, quota_stops=58)},
+            "testRetinaNet fp32: the container's CPU quota stopped the processes in 58 of 58 "
+            "periods: give it whole cores, or use fewer --threads",
+        ),
+        (
+            {"runs": (replace(run("OpenVINO", 0.05), settled=False),)},
+            "testRetinaNet fp32, OpenVINO: its process computes on after its calls, which slows "
+            "down whatever runs beside it",
         ),
         (
             {"gpu": (GpuState(throttled=("power brake", "software power cap")),) * 2},

@@ -66,6 +66,23 @@ def test_what_it_is_and_how_it_is(nvml):
     assert nvml.opened == 0
 
 
+def test_a_pytorch_that_does_not_tell_the_uuid(nvml, monkeypatch):
+    """As before mid-2024: the only GPU is the one, and of several none is known."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace())
+    nvml.nvmlDeviceGetCount = lambda: 1
+    nvml.nvmlDeviceGetHandleByIndex = lambda index: f"GPU-{UUID}".encode()
+    assert gpu.read().name == "Some GPU"
+    nvml.nvmlDeviceGetCount = lambda: 2
+    assert gpu.read() == GpuState()
+    assert nvml.opened == 0
+
+
+def test_an_nvml_that_lacks_something(nvml):
+    del nvml.nvmlDeviceGetMemoryInfo
+    assert gpu.read() == GpuState()
+    assert nvml.opened == 0
+
+
 def test_its_name_takes_no_nvml(monkeypatch):
     from measure.run import survey
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import resource
 import signal
 import sys
+import time
 from pathlib import Path
 from statistics import median
-from typing import Any, Set, Tuple
+from typing import Any, ClassVar, Iterator, List, Set, Tuple
 
 import psutil
 import pytest
@@ -27,7 +29,9 @@ from measure.group import Measured, Measurement, Model
 from measure.plan import Choice, Plan
 from measure.progress import Progress
 from measure.worker import Command, Hosts, Worker
+from results import facts
 from results.record import Coverage, Group
+from tools.check_settling import suite_with_stand_in
 
 TORCH, TORCHSCRIPT, OPENVINO = (
     Choice(base.load(name)) for name in ("torch", "torchscript", "openvino")
@@ -323,6 +327,147 @@ def test_an_interruption_before_the_first_round_leaves_no_group(model, hosts, le
     measured = groups.measure_group(model, "fp32", make_plan(), hosts, Impatient())
     assert isinstance(measured.interruption, KeyboardInterrupt)
     assert measured.groups == ()
+
+
+# Turns -----------------------------------------------------------------------------------------
+
+
+class Watching(Worker):
+    """Looks, before each timed call, whether any other worker computes.
+
+    Attributes:
+        used: worker that has its turn -> shares of a core that others used just before.
+        spun: shares of a core that a worker used right after its own calls.
+    """
+
+    prepared: ClassVar[List[Worker]] = []
+    used: ClassVar[List[float]] = []
+    spun: ClassVar[List[float]] = []
+
+    def ask(self, request: Any, *args: Any) -> Any:
+        if isinstance(request, protocol.PrepareRun):
+            self.prepared.append(self)
+        if isinstance(request, protocol.TimedCalls):
+            self.used.extend(share_of_core(x) for x in self.prepared if x is not self)
+        return super().ask(request, *args)
+
+    def settle(self, *args: Any) -> bool:
+        self.spun.append(share_of_core(self))
+        return super().settle(*args)
+
+
+def share_of_core(worker: Worker) -> float:
+    before = worker._cpu_clock()
+    time.sleep(0.01)
+    after = worker._cpu_clock()
+    return (after.cpu - before.cpu) / (after.time - before.time)
+
+
+@pytest.fixture
+def spinning(tmp_path, monkeypatch) -> Iterator[Tuple[Choice, Hosts]]:
+    """A backend that computes on for 200 ms after each call, and hosts that know it."""
+    run, backend = suite_with_stand_in(tmp_path / "suite", seconds=0.2)
+    monkeypatch.setattr(worker, "RUN", run)
+    hosts = Hosts((Command.own(),), tmp_path)
+    yield Choice(backend), hosts
+    hosts.close()
+
+
+def test_no_turn_begins_while_a_worker_computes(model, spinning, monkeypatch):
+    choice, hosts = spinning
+    for name in ("prepared", "used", "spun"):
+        monkeypatch.setattr(Watching, name, [])
+    monkeypatch.setattr(worker, "Worker", Watching)
+    group, _ = measure(model, make_plan(choices=(TORCH, choice)), hosts, Progress())
+    assert [(run.label, run.status) for run in group.runs] == [("Torch", "ok"), ("Spinning", "ok")]
+    assert all(run.settled for run in group.runs)
+    assert sum(share > 0.5 for share in Watching.spun) >= 6
+    assert len(Watching.used) == 12
+    assert max(Watching.used) < 0.2
+
+
+def test_a_process_that_never_stands_still_is_not_waited_for_again_and_again(
+    model, spinning, monkeypatch
+):
+    choice, hosts = spinning
+    waits = []
+
+    def in_vain(self: Worker) -> bool:
+        waits.append(self)
+        return False
+
+    monkeypatch.setattr(Worker, "settle", in_vain)
+    group, _ = measure(model, make_plan(choices=(TORCH, choice)), hosts, Progress())
+    assert len(waits) == 2 * groups.MOST_UNSETTLED
+    assert not any(run.settled for run in group.runs)
+    warnings = facts.warnings(group, least_rounds=1)
+    assert any("Spinning: its process computes on after its calls" in x for x in warnings)
+
+
+# What is beside the point ----------------------------------------------------------------------
+
+
+class Forgetful(Worker):
+    """A worker that fails at every question but those that it is there for."""
+
+    def ask(self, request: Any, *args: Any) -> Any:
+        beside = (protocol.ReadMemory, protocol.ReadCoverage, protocol.ReadArtifact)
+        if isinstance(request, (*beside, protocol.ReadPrecision, protocol.TimeStages)):
+            raise RunFailed("it does not know")
+        return super().ask(request, *args)
+
+
+def test_statistics_that_fail_cost_their_own_line(model, hosts, monkeypatch, capfd):
+    monkeypatch.setattr(worker, "Worker", Forgetful)
+    group, _ = measure(model, make_plan(costs=True, stages=True), hosts, Progress())
+    for run in group.runs:
+        assert (run.status, run.effective_precision) == ("ok", "fp32")
+        assert (run.peak_memory_mb, run.artifact_mb) == (None, None)
+        assert len(run.samples_s) == 6
+    assert group.stages is None
+    assert group.runs[1].detections["opt"].verdict == "match"
+    said = capfd.readouterr().err
+    assert "TorchScript: it is not known how much memory it took: it does not know" in said
+    assert "Torch: it is not known where its time goes: it does not know" in said
+
+
+def test_a_gpu_that_cannot_be_read_costs_no_row(model, hosts, monkeypatch, capfd):
+    plan = make_plan()
+    measurement = Measurement(model, "fp32", plan, Progress(), same_again=False)
+    (run, _) = measurement.runs
+    with hosts.of(Command.own()).worker(model.folder / "gpu.log", 1) as run.worker:
+        monkeypatch.setattr(measurement, "plan", dataclasses.replace(plan, device="cuda"))
+        monkeypatch.setattr(Worker, "ask", lambda *_: (_ for _ in ()).throw(RunFailed("no NVML")))
+        measurement.read_gpu()
+        monkeypatch.undo()
+    assert (run.status, measurement.gpu) == ("ok", [])
+    assert "Torch: it is not known how the GPU is doing: no NVML" in capfd.readouterr().err
+
+
+def test_only_eager_fp32_on_the_cpu_is_not_checked():
+    for device, precision, is_reference in (
+        ("cpu", "fp32", True),
+        ("cpu", "bf16", False),
+        ("cuda", "fp32", False),
+    ):
+        plan = make_plan(device=device, precisions=(precision,))
+        measurement = Measurement(None, precision, plan, Progress(), same_again=False)
+        assert measurement.is_reference(measurement.runs[0]) == is_reference
+        assert not measurement.is_reference(measurement.runs[1])
+
+
+def test_a_full_disk_of_temporary_files_is_the_reason(tmp_path):
+    """The log lies there, too, and cannot take the traceback."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    hosts = Hosts((Command.own(),), tmp_path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        hosts.of(Command.own()).wait()
+        with pytest.raises(RunFailed, match="File too large"):
+            groups.prepare_model("testRetinaNet", 5, make_plan(), hosts, tmp_path, Progress())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        hosts.close()
 
 
 # Other environments ----------------------------------------------------------------------------

@@ -58,6 +58,25 @@ def test_an_image_may_have_other_channels(tmp_path, mode):
     assert read_image(path, None).shape == (3, 64, 96)
 
 
+@pytest.mark.parametrize("name", ["image.png", "image.tif"])
+def test_an_image_of_16_bits_is_scaled_not_clipped(tmp_path, name):
+    """It is white where it is brightest, as the same image of 8 bits."""
+    gray = np.linspace(0, 255, 96).astype(np.uint8) * np.ones((64, 1), np.uint8)
+    deep = save(tmp_path / name, gray.astype(np.uint16) * 257)
+    plain = save(tmp_path / "plain.png", gray)
+    assert np.array_equal(read_image(deep, None), read_image(plain, None))
+    assert len(np.unique(read_image(deep, None))) > 50
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [(np.int32, "32-bit integers"), (np.float32, "floating-point numbers")]
+)
+def test_an_image_of_unknown_range_is_refused(tmp_path, kind, words):
+    path = save(tmp_path / "image.tif", np.ones((64, 96), kind))
+    with pytest.raises(InputError, match=f"has {words} for pixels: convert it to 8 bits"):
+        read_image(path, None)
+
+
 def test_an_image_that_lies_on_its_side_is_turned(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # Orientation: to be turned by 90 degrees clockwise
@@ -101,6 +120,7 @@ def test_the_default_image_needs_matplotlib(monkeypatch):
 
 
 def test_tuning_inputs_are_the_image_scaled_in_both_directions():
+    """And turned at `max`, where an engine that carries the aspect ratio of `opt` shows."""
     image = read_image(None, (240, 400))
     ratios = []
     for seed in range(20):
@@ -109,12 +129,24 @@ def test_tuning_inputs_are_the_image_scaled_in_both_directions():
         assert np.array_equal(tuned["opt"][0].numpy(), image)
         for name, (low, high) in (("min", (0.5, 0.7)), ("max", (2.0, 3.0))):
             height, width = tuned[name][0].shape[-2:]
+            if name == "max":
+                height, width = width, height
             # Sides are rounded down.
             assert low * 240 - 1 <= height <= high * 240
             assert abs(height / 240 - width / 400) < 1 / 240
         ratios.append([tuned[name][0].shape[-1] for name in ("min", "max")])
     assert len({small for small, _ in ratios}) > 5
     assert len({large for _, large in ratios}) > 5
+
+
+@pytest.mark.parametrize("size", [(100, 100), (110, 100), (100, 300), (300, 100), (480, 640)])
+def test_tuning_sizes_are_a_range_of_more_than_one_aspect_ratio(size):
+    for seed in range(20):
+        sizes = tuning_sizes(size, seed)
+        for low, middle, high in zip(sizes["min"], sizes["opt"], sizes["max"]):
+            assert low <= middle <= high
+        ratios = [height / width for height, width in sizes.values()]
+        assert max(ratios) > 1.19 * min(ratios)
 
 
 def test_tuning_inputs_can_be_repeated():
@@ -125,19 +157,36 @@ def test_tuning_inputs_can_be_repeated():
 
 
 def test_tuning_inputs_show_the_same_picture():
+    """The middle of it, where the aspect ratio is another one."""
     image = torch.from_numpy(read_image(None, (120, 160)))
-    for (scaled,) in tuning_inputs(image, 1, 0).values():
-        restored = torch.nn.functional.interpolate(scaled[None], size=(120, 160))[0]
-        both = torch.stack([restored.flatten(), image.flatten()])
-        assert torch.corrcoef(both)[0, 1] > 0.9
+    for name, (scaled,) in tuning_inputs(image, 1, 0).items():
+        shown = image[:, :, 35:125] if name == "max" else image
+        restored = torch.nn.functional.interpolate(scaled[None], size=shown.shape[-2:])[0]
+        both = torch.stack([restored.flatten(), shown.flatten()])
+        assert torch.corrcoef(both)[0, 1] > 0.9, name
 
 
 def test_a_call_takes_as_many_images_as_the_model_asks_for():
     tuned = tuning_inputs(read_image(None, (64, 96)), 2, 0)
     assert [len(images) for images in tuned.values()] == [2, 2, 2]
     first, second = tuned["opt"]
-    assert torch.equal(first, second)
     assert first.data_ptr() != second.data_ptr()
+
+
+def test_the_images_of_a_call_differ():
+    """An engine that gives one image's detections for both, or that image's size, shows."""
+    image = read_image(None, (64, 96))
+    tuned = inputs.inputs([image, image], 2, 0)
+    for name in ("opt", "max", "image 2"):
+        first, second = tuned[name]
+        assert torch.equal(first, second.flip(-1))
+        assert not torch.equal(first, second)
+    first, second = tuned["min"]
+    assert first.shape[1] == second.shape[1]
+    assert first.shape[2] > second.shape[2]
+    for count in (1, 2):
+        call = inputs.inputs([image], count, 0)["opt"]
+        assert inputs.call_digest(image, count) == digest(x.numpy() for x in call)
 
 
 def test_no_tuning_input_is_smaller_than_32_pixels():
@@ -163,7 +212,7 @@ def test_arrays_and_tensors_give_the_same_inputs():
     assert list(first) == list(again) == ["min", "opt", "max", "image 2"]
     for name, images in first.items():
         assert all(torch.equal(one, other) for one, other in zip(images, again[name]))
-    assert np.array_equal(first["image 2"][1].numpy(), image[:, :, ::-1])
+    assert np.array_equal(first["image 2"][0].numpy(), image[:, :, ::-1])
     assert describe_sizes(first)["image 2"] == ((64, 96), (64, 96))
 
 

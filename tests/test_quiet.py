@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,11 +27,22 @@ def snapshot(**changes: Any) -> Snapshot:
 
 def test_what_happened_between_two_snapshots():
     before = snapshot(total=100.0, busy=50.0, steal=1.0, own={1: 4.0, 2: 6.0}, throttled=3)
-    after = snapshot(total=120.0, busy=68.0, steal=2.0, own={1: 9.0, 2: 16.0}, throttled=5)
+    before = replace(before, periods=100, stopped=7)
+    after = snapshot(
+        periods=158,
+        stopped=9,
+        total=120.0,
+        busy=68.0,
+        steal=2.0,
+        own={1: 9.0, 2: 16.0},
+        throttled=5,
+    )
     assert quiet.between(before, after) == Machine(
         steal_share=pytest.approx(1 / 20),
         others_share=pytest.approx((18 - 15) / 20),
         thermal_throttles=2,
+        quota_periods=58,
+        quota_stops=2,
     )
 
 

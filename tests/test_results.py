@@ -703,6 +703,37 @@ def test_usable_cores_follow_a_container_quota(tmp_path, monkeypatch, group, fil
     assert environment.usable_cores() == cores
 
 
+@pytest.mark.parametrize(
+    ("group", "files", "counts"),
+    [
+        ("0::/\n", {"cpu.stat": "usage_usec 5\nnr_periods 58\nnr_throttled 58\n"}, (58, 58)),
+        (
+            "0::/a/b\n",
+            {
+                "a/b/cpu.stat": "nr_periods 9\nnr_throttled 1\n",
+                "a/cpu.stat": "nr_periods 20\nnr_throttled 7\n",
+            },
+            (20, 7),
+        ),
+        ("4:cpu,cpuacct:/\n", {"cpu,cpuacct/cpu.stat": "nr_periods 3\nnr_throttled 2\n"}, (3, 2)),
+        ("0::/\n", {"cpu.stat": "usage_usec 5\n"}, (0, 0)),
+        ("0::/\n", {}, (0, 0)),
+    ],
+)
+def test_a_quota_tells_how_often_it_stopped_us(tmp_path, monkeypatch, group, files, counts):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    read_text = environment._read_text
+    monkeypatch.setattr(environment, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(
+        environment,
+        "_read_text",
+        lambda path: group if path == Path("/proc/self/cgroup") else read_text(path),
+    )
+    assert environment.quota_periods() == counts
+
+
 def test_commit(tmp_path, monkeypatch):
     """A checkout of its own: clean, changed, inside another one."""
 

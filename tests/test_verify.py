@@ -67,6 +67,11 @@ def take(detections, index):
     )
 
 
+def in_order(detections):
+    """As a detector lists them: the best first."""
+    return take(detections, np.argsort(-detections.scores, kind="stable"))
+
+
 def flat(*images):
     """The flat tuple that a model returns, as arrays."""
     return tuple(
@@ -112,17 +117,17 @@ def without_suppression(detections):
     everything = take(detections, np.repeat(np.arange(len(detections.scores)), 4))
     copies = np.arange(len(everything.scores)) % 4
     jitter = generator.normal(0, 2, size=everything.boxes.shape) * (copies > 0)[:, None]
-    return replace(
+    duplicated = replace(
         everything,
         boxes=everything.boxes + jitter,
         scores=everything.scores * (1 - 0.01 * copies),
     )
+    return in_order(duplicated)
 
 
 def without_suppression_top_100(detections):
     """The same, cut to the limit: duplicates have pushed out all that had lower scores."""
-    everything = without_suppression(detections)
-    return take(everything, np.argsort(-everything.scores, kind="stable")[:100])
+    return take(without_suppression(detections), slice(0, 100))
 
 
 def of_another_image_size(detections):
@@ -174,8 +179,8 @@ def test_broken_engine_is_a_mismatch(breakage, count, precision):
     for seed in SEEDS:
         reference = random_detections(seed, count)
         agreement = verify.compare([reference], [breakage(reference)], precision)
-        assert agreement.verdict == "mismatch", agreement
-        assert agreement.text.startswith("MISMATCH")
+        assert agreement.is_wrong, agreement
+        assert agreement.text.startswith(("MISMATCH", "ERROR"))
         assert agreement.reason
 
 
@@ -201,10 +206,9 @@ HEALTHY = {"fp32": (1e-5, 1e-5), "fp16": (2e-3, 5e-3), "bf16": (1e-2, 2e-2), "in
 def test_rounding_is_a_match(count, precision):
     for seed in range(20):
         reference = random_detections(seed, count)
-        candidate = rounded(reference, seed, *HEALTHY[precision])
-        permutation = np.random.default_rng(seed).permutation(count)
-        agreement = verify.compare([reference], [take(candidate, permutation)], precision)
-        assert agreement.verdict == "match", agreement
+        candidate = in_order(rounded(reference, seed, *HEALTHY[precision]))
+        agreement = verify.compare([reference], [candidate], precision)
+        assert agreement.verdict == ("match" if count >= 5 else "too few"), agreement
         assert agreement.matched >= 0.97 * count
         assert agreement.box_drift > 0
         assert agreement.score_drift > 0
@@ -236,7 +240,7 @@ def test_counts_drifts_and_reason_of_a_mismatch():
     boxes, scores = reference.boxes.copy(), reference.scores.copy()
     boxes[0, 0] += 0.01
     scores[1] -= 0.2
-    candidate = take(replace(reference, boxes=boxes, scores=scores), slice(0, 45))
+    candidate = in_order(take(replace(reference, boxes=boxes, scores=scores), slice(0, 45)))
     agreement = verify.compare([reference], [candidate], "fp32", score_threshold=0.01)
     assert agreement.verdict == "mismatch"
     assert (agreement.expected, agreement.matched) == (50, 44)
@@ -272,7 +276,7 @@ def test_low_scores_halved_are_a_mismatch():
 def test_nothing_found_where_nothing_is():
     nothing = random_detections(0, 0)
     agreement = verify.compare([nothing], [nothing], "fp32")
-    assert (agreement.verdict, agreement.text) == ("match", "0/0 match")
+    assert (agreement.verdict, agreement.text) == ("too few", "0/0 too few to tell")
     assert agreement.box_drift is None
     assert agreement.bias is None
 
@@ -291,8 +295,8 @@ def with_scores(detections, scores):
 
 @pytest.mark.parametrize("absent_side", ["reference", "candidate"])
 def test_detection_at_the_threshold_may_be_absent(absent_side):
-    both = with_scores(random_detections(0, 5), [0.9, 0.8, 0.7, 0.6, 0.0504])
-    fewer = take(both, slice(0, 4))
+    both = with_scores(random_detections(0, 6), [0.9, 0.8, 0.7, 0.6, 0.5, 0.0504])
+    fewer = take(both, slice(0, 5))
     sides = [fewer, both] if absent_side == "reference" else [both, fewer]
     agreement = verify.compare([sides[0]], [sides[1]], "fp32")
     assert agreement.verdict == "match"
@@ -350,6 +354,88 @@ def test_flood_of_low_scores_is_not_excused(precision):
     assert agreement.spurious >= 55
 
 
+# What no list of detections is
+
+
+def invented(detections, scores):
+    """The same, with boxes of other places and these scores after them."""
+    others = with_scores(take(random_detections(99, 100), slice(0, len(scores))), scores)
+    fields = ("boxes", "scores", "classes", "masks")
+    joined = {x: np.concatenate([getattr(detections, x), getattr(others, x)]) for x in fields}
+    return replace(detections, **joined)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("count", "score"), [(20, 0.001), (20, 0.0), (10, -5.0), (30, 0.02)])
+def test_what_is_invented_below_the_threshold_is_not_excused(precision, count, score):
+    """No healthy detector lists anything there."""
+    reference = with_scores(random_detections(0, 60), np.linspace(0.9, 0.3, 60))
+    margin = verify.TOLERANCES[precision].cut_margin
+    if 0.05 - score <= margin:
+        pytest.skip("rounding may take a score there")
+    agreement = verify.compare([reference], [invented(reference, [score] * count)], precision)
+    assert agreement.is_wrong, agreement
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_duplicates_below_the_last_of_the_list_are_not_excused(precision):
+    """Twenty more of the best boxes, close to the score at which the list of 100 ends."""
+    reference = with_scores(random_detections(0, 100), np.linspace(0.95, 0.3, 100))
+    twice = take(reference, np.r_[0:80, 0:20])
+    candidate = with_scores(twice, [*reference.scores[:80], *np.full(20, 0.2999)])
+    assert verify.compare([reference], [candidate], precision).is_wrong
+    longer = take(reference, np.r_[0:100, 0:20])
+    candidate = with_scores(longer, [*reference.scores, *np.full(20, 0.29)])
+    agreement = verify.compare([reference], [candidate], precision)
+    assert agreement.reason == "120 detections where 100 are the most"
+    # Of a list that has room, duplicates as close to the threshold as rounding goes.
+    half = take(reference, slice(0, 50))
+    candidate = with_scores(take(half, np.r_[0:50, 0:8]), [*half.scores, *np.full(8, 0.0501)])
+    assert verify.compare([half], [candidate], precision).is_wrong
+
+
+@pytest.mark.parametrize("score", [-0.001, 1.001, 7.0])
+def test_a_score_out_of_range_is_an_error(score):
+    reference = random_detections(0, 30)
+    scores = reference.scores.copy()
+    scores[0 if score > 1 else -1] = score
+    agreement = verify.compare([reference], [replace(reference, scores=scores)], "int8")
+    assert (agreement.verdict, agreement.reason) == ("error", f"a score of {score:.3g}")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_another_order_than_that_of_the_scores_is_an_error(precision):
+    reference = with_scores(random_detections(0, 30), np.linspace(0.9, 0.3, 30))
+    order = verify.TOLERANCES[precision].order
+    for gap, verdict in ((0.9 * order, "match"), (1.1 * order, "error")):
+        scores = np.r_[0.9, 0.9 - gap, np.linspace(0.6, 0.3, 28)]
+        apart = replace(reference, scores=scores)
+        swapped = take(apart, np.r_[1, 0, 2:30])
+        assert verify.compare([apart], [swapped], precision).verdict == verdict
+    backwards = take(reference, np.arange(30)[::-1])
+    agreement = verify.compare([reference], [backwards], precision)
+    assert agreement.reason == (
+        "the detections are not in the order of their scores: 0.3 stands before 0.9"
+    )
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 5])
+def test_next_to_nothing_is_no_match(count):
+    reference = random_detections(0, count)
+    agreement = verify.compare([reference], [reference], "bf16")
+    words = "match" if count >= 5 else "too few to tell"
+    assert agreement.text == f"{count}/{count} {words}"
+    assert not agreement.is_wrong
+    # What differs is told however little it is.
+    if count:
+        assert verify.compare([reference], [one_class_off(reference)], "bf16").is_wrong
+
+
+def test_the_images_of_a_call_are_counted_together():
+    images = [random_detections(seed, 3) for seed in (0, 1)]
+    assert verify.compare(images, images, "fp32").text == "6/6 match"
+
+
 # Pairing
 
 
@@ -400,20 +486,20 @@ def test_what_is_lost_is_named_by_its_place_in_the_reference():
 def test_of_two_boxes_on_one_object_the_one_with_the_score_is_taken():
     reference = with_scores(random_detections(0, 1), [0.9])
     twice = take(reference, [0, 0])
-    boxes = twice.boxes + np.array([[0, 0, 0, 0], [0.01, 0, 0, 0]])
+    boxes = twice.boxes + np.array([[0.01, 0, 0, 0], [0, 0, 0, 0]])
     agreement = verify.compare(
-        [reference], [replace(twice, boxes=boxes, scores=np.array([0.3, 0.9]))], "fp32"
+        [reference], [replace(twice, boxes=boxes, scores=np.array([0.9, 0.3]))], "fp32"
     )
     assert (agreement.matched, agreement.spurious) == (1, 1)
 
 
 def test_box_of_no_width_matches_itself():
-    reference = random_detections(0, 3, masks=False)
+    reference = random_detections(0, 5, masks=False)
     boxes = reference.boxes.copy()
     boxes[1] = [640, 100, 640, 180]
     reference = replace(reference, boxes=boxes)
     moved_a_little = replace(reference, boxes=boxes + 1e-3)
-    assert verify.compare([reference], [moved_a_little], "fp32").text == "3/3 match"
+    assert verify.compare([reference], [moved_a_little], "fp32").text == "5/5 match"
 
 
 def random_boxes(generator, count):
@@ -462,12 +548,12 @@ def test_it_imports_no_pytorch():
 
 
 def test_pasted_masks_are_compared_in_the_image():
-    reference = random_detections(0, 4)
-    masks = np.zeros((4, HEIGHT, WIDTH), dtype=bool)
+    reference = random_detections(0, 5)
+    masks = np.zeros((5, HEIGHT, WIDTH), dtype=bool)
     for mask, (x1, y1, x2, y2) in zip(masks, reference.boxes.astype(int)):
         mask[y1:y2, x1:x2] = True
     reference = replace(reference, masks=masks)
-    assert verify.compare([reference], [reference], "fp32").text == "4/4 match"
+    assert verify.compare([reference], [reference], "fp32").text == "5/5 match"
     elsewhere = replace(reference, masks=np.roll(masks, 200, axis=2))
     agreement = verify.compare([reference], [elsewhere], "bf16")
     assert agreement.verdict == "mismatch"
@@ -505,6 +591,10 @@ def test_worst_size_is_named():
     agreement = facts.worst({"min": none, "opt": match, "max": few})
     assert agreement.text == "MISMATCH 0/100"
     assert agreement.reason.startswith("at min: of 100 detections 100 are lost")
+    few = replace(match, verdict="too few", matched=1, expected=1)
+    assert facts.worst({"min": few, "opt": match, "max": few}) == match
+    assert facts.worst({"min": few, "opt": few}).text == "1/1 too few to tell"
+    assert facts.worst({"min": few, "opt": match, "max": none}).verdict == "mismatch"
     error = Agreement("error", "the output is malformed")
     agreement = facts.worst({"opt": none, "max": error})
     assert (agreement.text, agreement.reason) == ("ERROR", "at max: the output is malformed")

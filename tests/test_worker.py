@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -129,6 +130,64 @@ def test_large_blocks_do_not_come_from_the_system(is_raised):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert int(done.stdout) == (0 if is_raised else 1)
+
+
+def test_autocast_lasts_as_long_as_the_worker(prepared):
+    """In which weights are cast once: see `test_a_worker_casts_weights_once`."""
+    code = (
+        "import torch\n"
+        "from measure import protocol, run\n"
+        f"names = ('cpu', 'bundled', {str(prepared)!r})\n"
+        "for precision in ('fp32', 'bf16'):\n"
+        "    one = run.Run(protocol.PrepareRun('testRetinaNet', 'torch', precision, *names))\n"
+        "    one.timed_calls()\n"
+        "    print(torch.is_autocast_enabled('cpu'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.split() == ["False", "True"]
+
+
+needs_two_cores = pytest.mark.skipif(len(run.CORES) < 2, reason="there is but one usable core")
+
+
+@needs_two_cores
+@pytest.mark.parametrize("variable", ["OMP_PROC_BIND=close", "GOMP_CPU_AFFINITY=0-1"])
+def test_engines_are_not_bound_to_the_core_that_openmp_binds_pytorch_to(
+    tmp_path, prepared, variable
+):
+    command = Command("bound", ("env", variable, "OMP_PLACES=cores", sys.executable))
+    with contextlib.closing(Host(command, tmp_path / "host.log")) as host:
+        cores = {}
+        for backend in ("torch", "onnxruntime"):
+            with host.worker(tmp_path / "log", threads=2) as one:
+                one.ask(request(prepared, backend=backend))
+                cores[backend] = len(psutil.Process(one.pid).cpu_affinity())
+    assert cores["torch"] == 1
+    assert cores["onnxruntime"] == len(run.CORES)
+
+
+def test_settling_waits_for_its_threads(start):
+    """PyTorch's product keeps a thread busy; a worker that sleeps is still at once."""
+    one = start()
+    begin = time.monotonic()
+    assert one.settle()
+    assert time.monotonic() - begin < 0.5
+    one.host.tell(one._number, protocol.MeasurePeak("fp32", "cpu"))  # It takes a second or more.
+    time.sleep(0.3)
+    assert not one.settle(limit_s=0.2)
+    one.kill()
+    assert one.settle()
+
+
+def test_settling_where_it_cannot_be_seen(start):
+    one = start()
+    one.host.is_visible, visible = False, one.host.is_visible
+    try:
+        assert one.settle()
+    finally:
+        one.host.is_visible = visible
 
 
 def test_what_is_known_of_a_run(start, prepared):

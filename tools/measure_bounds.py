@@ -1,0 +1,214 @@
+#!/usr/bin/env python3
+"""How far are healthy engines from eager fp32? What `measure.verify` tolerates is twice that.
+
+Every test model, made to find 100 objects, is run by every engine that there is here, at every
+precision, at `min`, `opt` and `max`, with several seeds. What each detection differs by from its
+partner is collected: a share of them, the worst, are left out, as they may be (`Tolerance.share`).
+Prints a row for each precision and test model: the worst engine, seed and size. From the root of
+the repository:
+
+    python3 tools/measure_bounds.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Dict, Iterator, List, Sequence, Tuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+import run_blade
+from backends import base
+from detectors.build import build, find_weights
+from detectors.export import Export
+from detectors.inputs import inputs, read_image
+from errors import Unsupported
+from measure import verify
+from measure.progress import Progress
+from measure.verify import TOLERANCES, Detections
+from models import MODELS
+from results.tables import Table, left, markdown, right
+
+ENGINES = ("torch", "torchscript", "openvino", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a call would have needed to be a match.
+
+    Attributes:
+        alone: the share of the detections without a partner, those at the cut not counted.
+        cut: how far from the cut the scores of those are that have no partner and lie within 0.1.
+        box, score, mask: 1 - IoU of boxes, difference of scores, 1 - IoU of masks, but for the
+            share that may be beyond.
+        box_median, score_median, mask_median: their medians.
+        shift_px, shift_share, score_shift: see `Tolerance`.
+        order: by how much a score exceeds that of one before.
+        excused: the share of the detections within the margin of the cut without a partner.
+    """
+
+    alone: float
+    cut: float
+    box: float
+    score: float
+    mask: float
+    box_median: float
+    score_median: float
+    mask_median: float
+    shift_px: float
+    shift_share: float
+    score_shift: float
+    order: float
+    excused: float
+
+    def worst(self, other: Need) -> Need:
+        """The larger of each."""
+        return Need(*(max(getattr(x, f.name) for x in (self, other)) for f in fields(self)))
+
+
+def main() -> int:
+    """Prints the table; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--engine", nargs="+", default=list(ENGINES))
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16", "int8"])
+    parser.add_argument("--image-size", type=run_blade.image_size, default=(240, 320))
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    progress = Progress()
+    worst: Dict[Tuple[str, str], Need] = {}
+    where: Dict[Tuple[str, str], Dict[str, Tuple[float, str]]] = defaultdict(dict)
+    for name in options.model:
+        for seed in range(options.seeds):
+            export = export_of(name, options.image_size, seed)
+            with torch.no_grad():
+                wanted = {size: export.eager(*x) for size, x in export.tuning_inputs.items()}
+            for engine, precision, size, found in calls(export, options, progress):
+                need = need_of(wanted[size], found, export, precision)
+                key = (precision, name)
+                for each in fields(need):
+                    value = getattr(need, each.name)
+                    if value >= where[key].get(each.name, (0.0, ""))[0]:
+                        where[key][each.name] = (value, f"{engine} {size} {seed}")
+                worst[key] = worst[key].worst(need) if key in worst else need
+            gc.collect()
+    columns = (*left("precision", "model"), *right(*(each.name for each in fields(Need))))
+    rows = [
+        (*key, *(f"{getattr(need, each.name):.4f}" for each in fields(need)))
+        for key, need in sorted(worst.items())
+    ]
+    notes = [
+        f"{' '.join(key)}: " + ", ".join(f"{k} {v:.4f} ({w})" for k, (v, w) in found.items())
+        for key, found in where.items()
+    ]
+    print(markdown(Table("Needs", columns, tuple(rows), tuple(notes))))
+    return 0
+
+
+def export_of(name: str, size: Tuple[int, int], seed: int) -> Export:
+    """A test model with synthetic weights on the default photograph."""
+    model = MODELS[name]
+    images = inputs([read_image(None, size)], model.images_per_call, seed)
+    weights = find_weights(model, "synthetic", images, 100, seed)
+    return build(model, weights.state, weights.name, images)
+
+
+def calls(
+    export: Export, options: argparse.Namespace, progress: Progress
+) -> Iterator[Tuple[str, str, str, Sequence[torch.Tensor]]]:
+    """What engines find: engine, precision, size, flat tuple."""
+    for engine in options.engine:
+        backend = base.load(engine)
+        for precision in options.precision:
+            is_reference = (engine, precision) == ("torch", "fp32")
+            if is_reference or precision not in backend.precisions["cpu"]:
+                continue
+            if backend.unavailable("cpu") is not None:
+                continue
+            progress.say(f"{export.name}: {engine} {precision}")
+            try:
+                optimized = backend.optimize(export, precision, "cpu")
+            except Unsupported as error:
+                progress.say(str(error))
+                continue
+            for size, images in export.tuning_inputs.items():
+                yield engine, precision, size, optimized.call(*images)
+
+
+def need_of(
+    wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor], export: Export, precision: str
+) -> Need:
+    """The worst of the images of a call."""
+    sides = [
+        verify.split(
+            [x.float().numpy() if x.is_floating_point() else x.numpy() for x in side], export.fields
+        )
+        for side in (wanted, found)
+    ]
+    needs = [of_image(one, other, precision) for one, other in zip(*sides)]
+    total = needs[0]
+    for need in needs[1:]:
+        total = total.worst(need)
+    return total
+
+
+def of_image(one: Detections, other: Detections, precision: str) -> Need:
+    """What it would take for two sets of detections to match."""
+    tolerance = TOLERANCES[precision]
+    same = (one.classes[:, None] == other.classes[None, :]) * verify._box_iou(
+        one.boxes, other.boxes
+    )
+    rows, columns = verify.linear_sum_assignment(same, maximize=True)
+    kept = same[rows, columns] >= verify.SAME_OBJECT_IOU
+    rows, columns = rows[kept], columns[kept]
+    beyond = 1 - tolerance.share
+    cut = verify._cut(one, verify.SCORE_THRESHOLD, verify.LIMIT)
+    alone = np.concatenate(
+        [
+            np.abs(np.delete(side.scores, index) - cut)
+            for side, index in ((one, rows), (other, columns))
+        ]
+    )
+    near = alone[alone <= 0.1]
+    count = max(1, len(one.scores))
+    boxes = other.boxes[columns] - one.boxes[rows]
+    sides = np.tile((one.boxes[rows, 2:] - one.boxes[rows, :2]).mean(axis=0), 2)
+    shift = np.abs(np.median(boxes, axis=0))
+    scores = other.scores[columns] - one.scores[rows]
+    box, score, mask = 1 - same[rows, columns], np.abs(scores), np.zeros(1)
+    if one.masks is not None:
+        mask = 1 - verify._mask_iou(one.masks, other.masks, rows, columns)
+    rises = other.scores - np.minimum.accumulate(other.scores)
+    return Need(
+        alone=float((alone > tolerance.cut_margin).sum() / count),
+        cut=float(near.max(initial=0)),
+        box=worst_but(box, beyond),
+        score=worst_but(score, beyond),
+        mask=worst_but(mask, beyond),
+        box_median=float(np.median(box)),
+        score_median=float(np.median(score)),
+        mask_median=float(np.median(mask)),
+        shift_px=float(shift.max(initial=0)),
+        shift_share=float((shift / sides).max(initial=0)),
+        score_shift=float(abs(np.median(scores))),
+        order=float(max(0, rises.max(initial=0))),
+        excused=float((alone <= tolerance.cut_margin).sum() / count),
+    )
+
+
+def worst_but(values: np.ndarray, share: float) -> float:
+    """The largest value, when the largest `share` of them are left out."""
+    kept: List[float] = np.sort(values)[: len(values) - int(share * len(values))].tolist()
+    return kept[-1] if kept else 0.0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
