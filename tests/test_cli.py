@@ -1062,12 +1062,12 @@ def test_terminated_while_timing(tmp_path, number):
     )
     running.wait_for("timing")
     time.sleep(2)
-    assert list(scratch.iterdir())
+    assert list(scratch.glob("run_blade_*"))
     outcome = running.interrupt(number)
     assert outcome.code == 143
     assert outcome.err.splitlines()[-1] == "terminated"
     assert "Traceback" not in outcome.err
-    assert list(scratch.iterdir()) == []
+    assert not list(scratch.glob("run_blade_*"))
     (group,) = file.load(output / "results.json").groups
     assert group.stopped == "interrupted"
     assert group.rounds > 0
@@ -1078,13 +1078,14 @@ def test_terminated_while_timing(tmp_path, number):
 def test_what_was_killed_is_cleared_away_by_the_next(tmp_path):
     variables = {"TMPDIR": str(tmp_path / "scratch")}
     (tmp_path / "scratch").mkdir()
-    killed = Interruptible("--model", "testRetinaNet", *QUICK, **variables)
-    killed.wait_for("weights, inputs")
-    left = set((tmp_path / "scratch").iterdir())
-    other = Interruptible("--model", "testRetinaNet", "--iterations", "100000", *QUICK, **variables)
+    endless = ["--model", "testRetinaNet", *QUICK, "--iterations", "100000"]
+    killed = Interruptible(*endless, **variables)
+    killed.wait_for("timing")
+    left = set((tmp_path / "scratch").glob("run_blade_*"))
+    other = Interruptible(*endless, **variables)
     other.wait_for("timing")
     killed.interrupt(signal.SIGKILL)
-    others = set((tmp_path / "scratch").iterdir()) - left
+    others = set((tmp_path / "scratch").glob("run_blade_*")) - left
     assert left
     assert others
     done = subprocess.run(
@@ -1098,7 +1099,7 @@ def test_what_was_killed_is_cleared_away_by_the_next(tmp_path):
     assert not any(path.exists() for path in left)
     assert all(path.exists() for path in others)
     assert_interrupted(other.interrupt())
-    assert list((tmp_path / "scratch").iterdir()) == []
+    assert list((tmp_path / "scratch").glob("run_blade_*")) == []
 
 
 def test_what_nohup_ignores_stays_ignored(monkeypatch):
