@@ -198,7 +198,7 @@ def rounded(detections, seed, relative, score_noise):
     )
 
 
-HEALTHY = {"fp32": (1e-5, 1e-5), "fp16": (2e-3, 5e-3), "bf16": (1e-2, 2e-2), "int8": (2e-2, 5e-2)}
+HEALTHY = {"fp32": (1e-5, 1e-5), "fp16": (1e-3, 5e-3), "bf16": (4e-3, 2e-2), "int8": (2e-2, 5e-2)}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -207,9 +207,10 @@ def test_rounding_is_a_match(count, precision):
     for seed in range(20):
         reference = random_detections(seed, count)
         candidate = in_order(rounded(reference, seed, *HEALTHY[precision]))
+        candidate = take(candidate, candidate.scores >= verify.SCORE_THRESHOLD)
         agreement = verify.compare([reference], [candidate], precision)
         assert agreement.verdict == ("match" if count >= 5 else "too few"), agreement
-        assert agreement.matched >= 0.97 * count
+        assert agreement.matched + agreement.exempt >= 0.97 * count
         assert agreement.box_drift > 0
         assert agreement.score_drift > 0
 
@@ -257,10 +258,10 @@ def test_counts_drifts_and_reason_of_a_mismatch():
 def test_shift_is_told_with_its_direction():
     reference = random_detections(1)
     reference = take(reference, (reference.boxes[:, 2:] - reference.boxes[:, :2]).min(1) > 80)
-    agreement = verify.compare([reference], [shifted(reference)], "bf16")
+    agreement = verify.compare([reference], [moved(reference, [3, 0, 3, 0])], "bf16")
     assert agreement.matched == agreement.expected > 10
-    assert agreement.reason == "boxes are off by (+8.0, +0.0, +8.0, +0.0) pixels in the median"
-    assert agreement.bias == pytest.approx((8, 0, 8, 0))
+    assert agreement.reason == "boxes are off by (+3.0, +0.0, +3.0, +0.0) pixels in the median"
+    assert agreement.bias == pytest.approx((3, 0, 3, 0))
 
 
 def test_low_scores_halved_are_a_mismatch():
@@ -270,7 +271,7 @@ def test_low_scores_halved_are_a_mismatch():
     agreement = verify.compare([reference], [scores_halved(reference)], "bf16")
     assert agreement.matched == 100
     assert agreement.verdict == "mismatch"
-    assert agreement.reason == "scores are off by -0.075 in the median"
+    assert agreement.reason.startswith("scores are off by -0.075 in the median; scores are off by")
 
 
 def test_nothing_found_where_nothing_is():
@@ -366,13 +367,10 @@ def invented(detections, scores):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize(("count", "score"), [(20, 0.001), (20, 0.0), (10, -5.0), (30, 0.02)])
+@pytest.mark.parametrize(("count", "score"), [(20, 0.001), (20, 0.0), (10, -5.0), (3, 0.049)])
 def test_what_is_invented_below_the_threshold_is_not_excused(precision, count, score):
     """No healthy detector lists anything there."""
     reference = with_scores(random_detections(0, 60), np.linspace(0.9, 0.3, 60))
-    margin = verify.TOLERANCES[precision].cut_margin
-    if 0.05 - score <= margin:
-        pytest.skip("rounding may take a score there")
     agreement = verify.compare([reference], [invented(reference, [score] * count)], precision)
     assert agreement.is_wrong, agreement
 
@@ -394,13 +392,14 @@ def test_duplicates_below_the_last_of_the_list_are_not_excused(precision):
     assert verify.compare([half], [candidate], precision).is_wrong
 
 
-@pytest.mark.parametrize("score", [-0.001, 1.001, 7.0])
+@pytest.mark.parametrize("score", [-0.001, 0.0497, 1.001, 7.0])
 def test_a_score_out_of_range_is_an_error(score):
     reference = random_detections(0, 30)
     scores = reference.scores.copy()
     scores[0 if score > 1 else -1] = score
     agreement = verify.compare([reference], [replace(reference, scores=scores)], "int8")
-    assert (agreement.verdict, agreement.reason) == ("error", f"a score of {score:.3g}")
+    assert agreement.verdict == "error"
+    assert agreement.reason == f"a score of {score:.3g}, where 0.05 to 1 are listed"
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -453,13 +452,12 @@ def one_box_of_iou(overlap):
     return tuple(replace(right, boxes=box, scores=np.array([0.9])) for box in boxes)
 
 
-@pytest.mark.parametrize(
-    ("precision", "overlap", "agrees"),
-    [("fp32", 0.91, 1), ("fp32", 0.89, 0), ("bf16", 0.76, 1), ("bf16", 0.74, 0)],
-)
-def test_a_box_agrees_from_the_bound_of_its_precision_on(precision, overlap, agrees):
-    right, found = one_box_of_iou(overlap)
-    assert verify.compare([right], [found], precision).matched == agrees
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_box_agrees_from_the_bound_of_its_precision_on(precision):
+    bound = verify.TOLERANCES[precision].iou
+    for overlap, agrees in ((bound + 0.01, 1), (bound - 0.01, 0)):
+        right, found = one_box_of_iou(overlap)
+        assert verify.compare([right], [found], precision).matched == agrees
 
 
 @pytest.mark.parametrize(("overlap", "same_object"), [(0.51, True), (0.49, False)])
