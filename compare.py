@@ -13,8 +13,8 @@ inconclusive, as also where the baseline itself has changed by a quarter. Where 
 known to hold, --by goes by that alone.
 
 Exit codes: 0; with --fail-on 3, a run is slower; 4, one finds something else than it did; 5, one
-does not run any more, or was asked for and is not there (the largest counts); 2, wrong usage,
-unreadable file, nothing to compare.
+does not run any more, was interrupted, or was asked for and is not there (the largest counts); 2,
+wrong usage, unreadable file, nothing to compare.
 """
 
 from __future__ import annotations
@@ -235,7 +235,8 @@ def vanished(before: Results, after: Results) -> Dict[Key, str]:
 def _was_asked(results: Results, group: Group, run: Run) -> bool:
     settings = results.settings
     return (
-        group.model in settings.model
+        group.image is None  # The group of all images has the same runs.
+        and group.model in settings.model
         and group.objects in settings.detections
         and group.precision in settings.precision
         and run.name in settings.backend

@@ -3,13 +3,15 @@
 
 Exit codes: 0, all runs that were asked for are measured and find what Torch fp32 finds, or their
 row says why a backend cannot take the model; 1, a run failed, mismatched or (--fail-on slower) was
-slower; 2, wrong usage, unavailable backend, unreadable input; 130, interrupted; 143, terminated.
+slower; 2, wrong usage, unavailable backend, unreadable input, or what was measured could not be
+kept; 130, interrupted; 143, terminated.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 import traceback
@@ -182,6 +184,13 @@ class Terminated(KeyboardInterrupt):
     """The process was told to end by `timeout`, a container's stop, or a terminal that closed."""
 
 
+def leave_terminal() -> None:
+    """From here on, what is printed to a terminal is lost: one that has closed takes nothing."""
+    for descriptor in (1, 2):
+        if os.isatty(descriptor):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
 @contextlib.contextmanager
 def ending_in_order() -> Iterator[None]:
     """While it lasts, SIGTERM and SIGHUP end the run as Ctrl-C does: see `Terminated`."""
@@ -189,11 +198,14 @@ def ending_in_order() -> Iterator[None]:
     def end(number: int, frame: Any) -> None:
         for other in handlers:  # Once: cleaning up is to be finished.
             signal.signal(other, signal.SIG_IGN)
+        if number == signal.SIGHUP:
+            leave_terminal()
         raise Terminated
 
     # What `nohup` has set to be ignored stays ignored.
     known = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    handlers = {number: old for number, old in known.items() if old is not signal.SIG_IGN}
+    ignored = (signal.SIG_IGN, None)  # None: not ours to change.
+    handlers = {number: old for number, old in known.items() if old not in ignored}
     for number in handlers:
         signal.signal(number, end)
     try:

@@ -1,8 +1,8 @@
 """Reading checkpoints as data, not as programs, and loading them into a detector.
 
 A pickle is a program: loading one with `pickle.load` runs whatever it imports. Nothing here does.
-`.pkl` files go through an unpickler that knows a fixed list of harmless constructors, everything
-else through `torch.load(weights_only=True)`.
+What `torch.save` wrote goes through `torch.load(weights_only=True)`, any other pickle through an
+unpickler that knows a fixed list of harmless constructors.
 """
 
 import _codecs
@@ -89,7 +89,8 @@ def _admitted_to_torch() -> ContextManager[Any]:
 
     Trainers keep such beside the weights, in the state of a scheduler for example.
     """
-    if not hasattr(torch.serialization, "safe_globals"):  # Before PyTorch 2.5.
+    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if release < (2, 6):  # It takes no names of other modules, as other NumPys have them.
         return contextlib.nullcontext()
     named = [(value, ".".join(name)) for name, value in _numpy_constructors().items()]
     kinds = {type(np.dtype(code)) for code in np.typecodes["All"] if code != "O"}
@@ -221,10 +222,12 @@ def _other_classes(
     scores = [key for key in reshaped if key.endswith("cls_score.bias")]
     if not scores or not all(_BY_CLASS.search(key) for key in reshaped):
         return None
-    found, wanted = len(state[scores[0]]), len(own[scores[0]])
+    found, wanted = state[scores[0]].numel(), own[scores[0]].numel()
     if "box_predictor" in scores[0]:
         return found - 1, wanted - 1  # One is for what is no object.
     anchors = len(own["head.bbox_pred.bias"]) // 4  # RetinaNet has a score for each anchor.
+    if any(key.startswith("head.bbox_pred") for key in reshaped) or found % anchors:
+        return None  # It has others.
     return found // anchors, wanted // anchors
 
 

@@ -68,7 +68,7 @@ def read_image(path: Optional[Path], size: Optional[Size]) -> np.ndarray:
     try:
         with Image.open(path) as image:
             # Cameras store photographs lying on the side and say so in a tag.
-            image = _eight_bits(ImageOps.exif_transpose(image), path).convert("RGB")
+            image = ImageOps.exif_transpose(_eight_bits(image, path)).convert("RGB")
     except FileNotFoundError:
         raise InputError(f"image {path} does not exist") from None
     except UnidentifiedImageError:
@@ -96,7 +96,9 @@ def _eight_bits(image: Any, path: Path) -> Any:
     from PIL import Image
 
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        return Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+        scaled = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+        scaled.info.update(image.info)  # Such as which side is up.
+        return scaled
     if image.mode in ("I", "F"):
         kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
         raise InputError(f"image {path} has {kind} for pixels: convert it to 8 bits a channel")
@@ -161,9 +163,9 @@ def call_digest(image: np.ndarray, images_per_call: int) -> str:
 def tuning_sizes(size: Sequence[int], seed: int) -> Dict[str, Size]:
     """The sizes of the tuning inputs: `opt` is the image's, `min` and `max` are scaled both ways.
 
-    `max` is also turned, upright where the image lies on its side: an engine that carries the
-    aspect ratio that it was traced at is seen there. No side is smaller than at `opt`, so that the
-    three are a range.
+    `max` is also turned, upright where the image lies on its side, or narrower where it is nearly a
+    square: an engine that carries the aspect ratio that it was traced at is seen there. No side is
+    smaller than at `opt`, so that the three are a range.
 
     Args:
         size: height and width of the image.

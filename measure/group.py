@@ -150,6 +150,7 @@ class Running:
         agreements: input -> whether its detections are those of the reference.
         found: timed input -> what was found in each image of the call.
         unsettled: how often its process still computed when the next had its turn.
+        settled: whether that happened only a few times within the rounds.
     """
 
     key: str
@@ -171,6 +172,7 @@ class Running:
     found: dict[str, tuple[DrawnRun, ...]] = field(default_factory=dict)
     artifacts: tuple[str, ...] = ()
     unsettled: int = 0
+    settled: bool = True
 
     def ask(self, request: protocol.Request[A], limit_s: float = CALL_LIMIT_S) -> A:
         """Asks its worker, and waits until that stands still, as others have their turns next.
@@ -379,6 +381,8 @@ class Measurement:
         """Makes the rounds, and sees what else the machine did."""
         timed = self.model.facts.timed
         live = [run for run in self.all_runs if run.worker is not None]
+        for run in live:
+            run.unsettled = 0  # What it did while it was prepared disturbed no turn.
         self.rule = _with_budget(self.rule, len(live) * len(timed))
         self.read_gpu()
         workers = [run.worker for run in live]
@@ -400,6 +404,7 @@ class Measurement:
         for run in live:
             if run.key in self.rounds.failures:
                 run.give_up("failed", self.rounds.failures[run.key])
+            run.settled = run.unsettled < MOST_UNSETTLED
         self.machine = quiet.between(before, quiet.snapshot(workers, hosts))
         self.read_gpu()
 
@@ -448,8 +453,8 @@ class Measurement:
         run.coverage = self.known(run, "how much the engine took", protocol.ReadCoverage())
         try:
             outputs = {name: self.detect(run, name, folder) for name in self.inputs_to_check(run)}
-        except (RunFailed, OSError) as error:
-            reason = error if isinstance(error, RunFailed) else error.strerror
+        except (RunFailed, InputError, Unsupported, OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
             run.give_up("failed", f"while its detections were computed: {reason}")
             return
         if self.plan.costs:
@@ -644,7 +649,7 @@ class Measurement:
             python=known and known.python,
             versions=known.versions if known else {},
             artifacts=run.artifacts if together else (),
-            settled=run.unsettled < MOST_UNSETTLED,
+            settled=run.settled,
         )
 
     def speedup(
@@ -694,7 +699,10 @@ def _timed_call(run: Running, images: int) -> Callable[[], float]:
     """A turn of a run: a call for each image. With several, their mean is what counts."""
 
     def call() -> float:
-        seconds = run.ask(protocol.TimedCalls(), CALL_LIMIT_S * images).seconds
+        try:
+            seconds = run.ask(protocol.TimedCalls(), CALL_LIMIT_S * images).seconds
+        except (InputError, Unsupported) as error:
+            raise RunFailed(str(error)) from None
         run.calls_s.append(seconds)
         return fmean(seconds)
 

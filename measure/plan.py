@@ -241,20 +241,25 @@ def check_room(
     free_mb = free_memory_mb()
     if needed_mb <= free_mb and seconds <= LONG_CALL_S:
         return None
+    if free_mb <= BASE_MB:
+        raise InputError(
+            f"{free_mb / 1024:.1f} GiB of memory are free, and PyTorch takes {BASE_MB / 1024:.1f} "
+            "and more for a detector"
+        )
     # Of both, so that the way out is one.
     scale = min(1.0, (LONG_CALL_S / seconds) ** 0.5)
     if needed_mb > free_mb:
-        scale = min(scale, (max(0.0, free_mb - BASE_MB) / 2 / (needed_mb - BASE_MB)) ** 0.5)
+        scale = min(scale, ((free_mb - BASE_MB) / 2 / (needed_mb - BASE_MB)) ** 0.5)
     smaller = "x".join(
         str(max(inputs.SMALLEST_SIDE, int(side * scale))) for side in (height, width)
     )
     text = (
         f"at {height}x{width} engines are made for up to {largest[0]}x{largest[1]}, where a call "
-        f"takes about {needed_mb / 1024:.0f} GiB of memory and {seconds / 60:.0f} min"
+        f"takes about {needed_mb / 1024:.1f} GiB of memory and {seconds / 60:.1f} min"
     )
     way_out = f"--image-size {smaller} takes less"
     if needed_mb > free_mb:
-        raise InputError(f"{text}, and {free_mb / 1024:.0f} GiB are free: {way_out}")
+        raise InputError(f"{text}, and {free_mb / 1024:.1f} GiB are free: {way_out}")
     return f"{text}: {way_out}"
 
 

@@ -32,8 +32,8 @@ WAY_OUT = "choose another --output, or measure all again with --rerun"
 @contextlib.contextmanager
 def opened(commands: Sequence[Command]) -> Iterator[Hosts]:
     """Hosts for these environments and the suite's own."""
-    remove_left_behind()
     with scratch_folder() as folder:
+        remove_left_behind()
         hosts = Hosts((Command.own(), *commands), folder)
         try:
             yield hosts
@@ -373,12 +373,12 @@ class Session:
         """Makes the page of what there is."""
         if self.plan.output is None or not self.groups or self.failures:
             return
-        try:
-            import report  # Drawing takes a second to import, and only this needs it.
-        except ImportError as error:
-            self.progress.say(f"no page is made: {error}")
-            return
         with self._keeping("a page"):
+            try:
+                import report  # Drawing takes a second to import, and only this needs it.
+            except ImportError as error:
+                self.progress.say(f"no page is made: {error}")
+                return
             report.write(self.plan.output / RESULTS, self.plan.output / "report.html")
 
     @contextlib.contextmanager
@@ -387,7 +387,7 @@ class Session:
         try:
             yield
         except (InputError, OSError) as error:
-            reason = str(error) if isinstance(error, InputError) else error.strerror
+            reason = getattr(error, "strerror", None) or error
             self.failures.append(f"{what} could not be kept: {reason}")
             self.progress.say(self.failures[-1])
 

@@ -23,7 +23,7 @@ LIMIT = 100
 SAME_OBJECT_IOU = 0.5
 # Of a set, the share that may be excused for lying near the cut. Rounding swaps a few detections
 # there; an engine that drops or invents more than this has another reason.
-EXCUSED_SHARE = 0.2
+EXCUSED_SHARE = 0.05
 EXCUSED_LEAST = 2
 # A detection with a better one of its class on the same place is what non-maximum suppression, at
 # an IoU of 0.5, leaves out: rounding does not excuse it from here on.
@@ -75,9 +75,10 @@ class Tolerance:
     median_mask: float
 
 
-# Twice what healthy engines were measured to need, on all seven test models
-# (docs/performance.md, tools/measure_bounds.py). fp32 is wider than what a CPU needs, 1e-5: on a
-# GPU PyTorch's convolutions round to TF32, which has two bits more than bf16.
+# About twice what healthy engines were measured to need at bf16, on all seven test models, and at
+# int8, on those that are quantized in a minute (docs/performance.md, tools/measure_bounds.py).
+# Single pairs may be worse, see `share`. fp32 is wider than what a CPU needs, 1e-5: on a GPU
+# PyTorch's convolutions round to TF32, which has two bits more than bf16.
 _SIXTEEN_BITS = Tolerance(
     iou=0.93,
     mask_iou=0.75,
@@ -113,7 +114,7 @@ TOLERANCES: Dict[str, Tolerance] = {
         iou=0.75,
         mask_iou=0.7,
         score=0.2,
-        share=0.95,
+        share=0.9,
         cut_margin=0.05,
         order=0.01,
         shift_px=1.6,
@@ -121,7 +122,7 @@ TOLERANCES: Dict[str, Tolerance] = {
         score_shift=0.065,
         median_box=0.13,
         median_score=0.08,
-        median_mask=0.2,
+        median_mask=0.08,
     ),
 }
 

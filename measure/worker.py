@@ -49,6 +49,7 @@ MOMENT_S = 10.0
 SETTLE_STEP_S = 0.005
 SETTLED_SHARE = 0.2
 SETTLE_LIMIT_S = 1.0
+LIBC = ctypes.CDLL(None)
 RUN = Path(__file__).resolve().parent / "run.py"
 
 A = TypeVar("A")
@@ -361,7 +362,7 @@ class _Moment:
 
 def _process_clock(pid: int) -> float | None:
     """CPU seconds of a process by the clock that Linux has for it; psutil counts in hundredths."""
-    get_clock = getattr(ctypes.CDLL(None), "clock_getcpuclockid", None)
+    get_clock = getattr(LIBC, "clock_getcpuclockid", None)
     clock = ctypes.c_int()
     if get_clock is None or get_clock(pid, ctypes.byref(clock)) != 0:
         return None
@@ -532,26 +533,28 @@ def scratch_folder() -> Iterator[Path]:
     Raises:
         errors.InputError: there is no room for one.
     """
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=SCRATCH))
-    except OSError as error:
-        raise InputError(
-            f"there is no room for temporary files: {error.strerror or error}; TMPDIR names "
-            "another folder for them"
-        ) from None
-    try:
-        # No other invocation sees it before it is locked.
-        with open(folder / f"{LOCK}.new", "w") as lock:
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = Path(tempfile.mkdtemp(prefix=SCRATCH))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            # No other invocation sees it before it is locked.
+            lock = stack.enter_context(open(folder / f"{LOCK}.new", "w"))
             with contextlib.suppress(OSError):  # Not all file systems have locks.
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.replace(lock.name, folder / LOCK)
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        except OSError as error:
+            raise InputError(
+                f"there is no room for temporary files: {error.strerror or error}; TMPDIR names "
+                "another folder for them"
+            ) from None
+        yield folder
 
 
 def remove_left_behind() -> None:
-    """Removes the scratch folders of invocations that were killed."""
+    """Removes the scratch folders of invocations that were killed.
+
+    Call it within a `scratch_folder`, so that there is a place for temporary files.
+    """
     for path in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*/{LOCK}"):
         # Another user's, or one that another invocation has just removed; or it is in use.
         with contextlib.suppress(OSError), open(path, "r+") as lock:

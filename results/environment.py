@@ -108,7 +108,7 @@ def quota_periods() -> Tuple[int, int]:
     for words in _cgroup_settings("cpu", "cpu.stat"):
         known = dict(zip(words[::2], words[1::2]))
         counts.append((int(known.get("nr_periods", 0)), int(known.get("nr_throttled", 0))))
-    return max(counts, key=lambda count: count[1])
+    return max(counts, key=lambda count: (count[1], count[0]))
 
 
 def _memory_mb() -> int:

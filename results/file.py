@@ -177,12 +177,19 @@ def _lock(path: Path) -> int:
             raise BlockingIOError(error.errno, owner) from None
         except OSError:  # Not all file systems have locks.
             return descriptor
-        with contextlib.suppress(OSError):
-            if os.fstat(descriptor).st_ino == path.stat().st_ino:
+        if _is_at(descriptor, path):
+            with contextlib.suppress(OSError):  # It is for the message only; the disk may be full.
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, str(os.getpid()).encode())
-                return descriptor
+            return descriptor
         os.close(descriptor)  # The one that had it has just removed it.
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.fstat(descriptor).st_ino == path.stat().st_ino
+    except FileNotFoundError:
+        return False
 
 
 def prepare_directory(path: Union[str, Path], what: str = "output") -> Path:

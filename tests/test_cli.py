@@ -11,11 +11,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import List, NamedTuple, Optional
+from typing import ClassVar, Iterator, List, NamedTuple, Optional
 
 import numpy as np
 import psutil
@@ -363,11 +364,14 @@ def test_a_photograph_that_takes_more_memory_than_there_is(main, no_host, tmp_pa
     monkeypatch.setattr(plan, "free_memory_mb", lambda: 8192)
     outcome = main("--all", "--image", path, "--output", tmp_path / "output")
     assert_refused(outcome, "at 3000x4000 engines are made for up to", "GiB of memory and", "min")
-    assert "and 8 GiB are free: --image-size" in outcome.err
+    assert "and 8.0 GiB are free: --image-size" in outcome.err
     assert not (tmp_path / "output").exists()
     height, width = map(int, re.search(r"--image-size (\d+)x(\d+)", outcome.err).groups())
     smaller = [np.zeros((3, height, width), np.float32)]
     assert plan.check_room(smaller, list(MODELS), 2, 0) is None
+    monkeypatch.setattr(plan, "free_memory_mb", lambda: 1024)
+    with pytest.raises(InputError, match=r"1\.0 GiB of memory are free, and PyTorch takes 2\.0"):
+        plan.check_room(smaller, ["testRetinaNet"], 2, 0)
     # Where there is memory, the time is worth a word.
     monkeypatch.setattr(plan, "free_memory_mb", lambda: 1 << 20)
     large = [np.zeros((3, 3000, 4000), np.float32)]
@@ -940,6 +944,8 @@ def test_exit_code(status, verdict, fail_on, code):
 class Interruptible:
     """A real invocation, in a process group of its own as a terminal would have it."""
 
+    started: ClassVar[List[subprocess.Popen]] = []
+
     def __init__(self, *arguments: object, **variables: str) -> None:
         command = [sys.executable, str(SCRIPT), *map(str, arguments)]
         self.process = subprocess.Popen(
@@ -951,6 +957,7 @@ class Interruptible:
             env={**os.environ, **variables},
         )
         self.said: List[str] = []
+        self.started.append(self.process)
 
     def wait_for(self, words: str) -> None:
         """Reads standard error up to a line with these words."""
@@ -974,6 +981,16 @@ class Interruptible:
         assert not alive
         assert time.monotonic() - start < 20  # A second or two, on a machine that is not busy.
         return Outcome(self.process.returncode, out, err)
+
+
+@pytest.fixture(autouse=True)
+def none_is_left() -> Iterator[None]:
+    """An invocation that a failing test has left would keep the machine busy."""
+    yield
+    while Interruptible.started:
+        process = Interruptible.started.pop()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def assert_interrupted(outcome: Outcome) -> None:
@@ -1102,6 +1119,16 @@ def test_what_was_killed_is_cleared_away_by_the_next(tmp_path):
     assert list((tmp_path / "scratch").glob("run_blade_*")) == []
 
 
+def test_a_place_for_temporary_files_is_named_where_there_is_none(monkeypatch):
+    def refuse() -> None:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", refuse)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with pytest.raises(InputError, match="no room for temporary files"), session.opened(()):
+        pass
+
+
 def test_what_nohup_ignores_stays_ignored(monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -1132,18 +1159,19 @@ def test_an_output_folder_belongs_to_one_at_a_time(main, tmp_path):
 
 
 @contextmanager
-def full_disk():
-    """While it lasts, no file of this process grows beyond 100 bytes."""
+def full_disk(size: int):
+    """While it lasts, no file of this process grows beyond so many bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_costs_the_files_and_not_the_tables(main, tmp_path):
-    with full_disk():
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_full_disk_costs_the_files_and_not_the_tables(main, tmp_path, size):
+    with full_disk(size):
         outcome = main(*FINISHED, "--backend", "torch", "--costs", "--output", tmp_path)
     assert outcome.code == 2
     assert "| RetinaNet     | Torch" in outcome.out

@@ -461,6 +461,16 @@ def test_a_group_that_was_asked_for_and_is_not_there_is_broken(command):
     assert command(before, after, *FAIL_ON_ALL)[0] == 0
 
 
+def test_another_image_is_no_run_that_has_vanished(command):
+    """The group of all images has the same runs, and says that they were measured on others."""
+    documents = []
+    for seed, image in ((0, "a.jpg"), (1, "b.jpg")):
+        document = measured(seed, **ASKED)
+        document["groups"].append({**document["groups"][0], "image": image})
+        documents.append(document)
+    assert command(*documents, *FAIL_ON_ALL)[0] == 0
+
+
 def test_a_group_that_was_interrupted_is_broken(command):
     before, after = measured(0), measured(1)
     after["groups"][0]["stopped"] = "interrupted"

@@ -398,7 +398,8 @@ def test_a_process_that_never_stands_still_is_not_waited_for_again_and_again(
 
     monkeypatch.setattr(Worker, "settle", in_vain)
     group, _ = measure(model, make_plan(choices=(TORCH, choice)), hosts, Progress())
-    assert len(waits) == 2 * groups.MOST_UNSETTLED
+    prepared = 2 * 2  # Each is prepared and warmed up, which disturbs no turn.
+    assert len(waits) == prepared + 2 * groups.MOST_UNSETTLED
     assert not any(run.settled for run in group.runs)
     warnings = facts.warnings(group, least_rounds=1)
     assert any("Spinning: its process computes on after its calls" in x for x in warnings)
@@ -429,6 +430,33 @@ def test_statistics_that_fail_cost_their_own_line(model, hosts, monkeypatch, cap
     said = capfd.readouterr().err
     assert "TorchScript: it is not known how much memory it took: it does not know" in said
     assert "Torch: it is not known where its time goes: it does not know" in said
+
+
+class Refusing(Worker):
+    """A worker whose engine refuses an image: of that run, and of no other."""
+
+    def ask(self, request: Any, *args: Any) -> Any:
+        if isinstance(request, self.requests) and "torchscript" in self.log.name:
+            raise InputError("image 1 is too large for it")
+        return super().ask(request, *args)
+
+
+@pytest.mark.parametrize(
+    ("request_kind", "words"),
+    [(protocol.TimedCalls, ""), (protocol.Detect, "while its detections were computed: ")],
+)
+def test_an_engine_that_refuses_an_image_costs_its_row(
+    model, hosts, monkeypatch, request_kind, words
+):
+    monkeypatch.setattr(Refusing, "requests", request_kind, raising=False)
+    monkeypatch.setattr(worker, "Worker", Refusing)
+    group, _ = measure(model, make_plan(), hosts, Progress())
+    torch_run, torchscript = group.runs
+    assert torch_run.status == "ok"
+    assert (torchscript.status, torchscript.reason) == (
+        "failed",
+        f"{words}image 1 is too large for it",
+    )
 
 
 def test_a_gpu_that_cannot_be_read_costs_no_row(model, hosts, monkeypatch, capfd):

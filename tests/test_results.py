@@ -716,6 +716,7 @@ def test_usable_cores_follow_a_container_quota(tmp_path, monkeypatch, group, fil
             (20, 7),
         ),
         ("4:cpu,cpuacct:/\n", {"cpu,cpuacct/cpu.stat": "nr_periods 3\nnr_throttled 2\n"}, (3, 2)),
+        ("0::/\n", {"cpu.stat": "nr_periods 5000\nnr_throttled 0\n"}, (5000, 0)),
         ("0::/\n", {"cpu.stat": "usage_usec 5\n"}, (0, 0)),
         ("0::/\n", {}, (0, 0)),
     ],

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How far are healthy engines from eager fp32? What `measure.verify` tolerates is twice that.
+"""How far are healthy engines from eager fp32? `measure.verify` tolerates about twice that.
 
 Every test model, made to find 100 objects, is run by every engine that there is here, at every
 precision, at `min`, `opt` and `max`, with several seeds. Prints a row for each precision and test
