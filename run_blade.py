@@ -184,13 +184,6 @@ class Terminated(KeyboardInterrupt):
     """The process was told to end by `timeout`, a container's stop, or a terminal that closed."""
 
 
-def leave_terminal() -> None:
-    """From here on, what is printed to a terminal is lost: one that has closed takes nothing."""
-    for descriptor in (1, 2):
-        if os.isatty(descriptor):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-
-
 @contextlib.contextmanager
 def ending_in_order() -> Iterator[None]:
     """While it lasts, SIGTERM and SIGHUP end the run as Ctrl-C does: see `Terminated`."""
@@ -199,9 +192,11 @@ def ending_in_order() -> Iterator[None]:
         for other in handlers:  # Once: cleaning up is to be finished.
             signal.signal(other, signal.SIG_IGN)
         if number == signal.SIGHUP:
-            leave_terminal()
+            for terminal in terminals:  # It may have closed, and takes no last words then.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
         raise Terminated
 
+    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
     # What `nohup` has set to be ignored stays ignored.
     known = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     ignored = (signal.SIG_IGN, None)  # None: not ours to change.

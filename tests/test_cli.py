@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pickle
+import pty
 import re
 import resource
 import shutil
@@ -12,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
@@ -1090,6 +1093,34 @@ def test_terminated_while_timing(tmp_path, number):
     assert group.rounds > 0
     assert "until it was interrupted" in outcome.out
     assert not list(output.glob(".*"))
+
+
+def test_a_terminal_that_closes_ends_a_run(tmp_path):
+    """What is printed after that has nowhere to go, and must not cost what was measured."""
+    master, slave = pty.openpty()
+    command = [
+        *[sys.executable, str(SCRIPT), "--model", "testRetinaNet", "--backend", "torch", *QUICK],
+        *["--precision", "fp32", "--iterations", "100000", "--output", str(tmp_path)],
+    ]
+    process = subprocess.Popen(
+        command,
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    Interruptible.started.append(process)
+    os.close(slave)
+    said = b""
+    while said.count(b"preparing Torch fp32") < 2:  # Once more, for A/A. A bar follows.
+        said += os.read(master, 1000)
+    time.sleep(8)
+    os.close(master)
+    assert process.wait(60) == 143
+    (group,) = file.load(tmp_path / "results.json").groups
+    assert group.stopped == "interrupted"
+    assert group.rounds > 0
 
 
 def test_what_was_killed_is_cleared_away_by_the_next(tmp_path):

@@ -254,6 +254,12 @@ def test_its_words(page):
     assert "interrupted" not in text
 
 
+def test_a_folder_is_as_good_as_the_file_in_it(folder):
+    assert report.main([str(folder)]) == 0
+    assert (folder / "report.html").exists()
+    assert Page((folder / "report.html").read_text(encoding="utf-8")).all("svg")
+
+
 def test_without_image_and_detections(folder):
     (folder / FOUND).unlink()
     (folder / "image.png").unlink()
