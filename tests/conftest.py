@@ -25,6 +25,8 @@ torch.set_num_threads(1)
 
 # What a shell starts in the background has Ctrl-C ignored, and so have its children; it is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# So has what `nohup` starts SIGHUP.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Height and width of `opt`. Neither is a multiple of 32, and none of the sizes scaled from them.
 SMALL = (100, 130)

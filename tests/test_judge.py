@@ -28,6 +28,13 @@ from models import MODELS
 from results import facts
 
 PRECISIONS = tuple(TOLERANCES)
+# C4 runs its last stage on each of 1000 regions, however small the image.
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if "C4" in name else name for name in MODELS]
+WITH_MASKS = [
+    pytest.param(name, marks=pytest.mark.slow) if "C4" in name else name
+    for name in MODELS
+    if "pred_masks" in MODELS[name].fields
+]
 Images = List[Detections]
 Fault = Callable[[Images, Tolerance], Images]
 
@@ -212,7 +219,7 @@ def verdict(found: Dict[str, Images], name: str, precision: str) -> str:
     return facts.worst(judged).verdict
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", NAMES)
 def test_what_is_found_is_enough_to_judge_by(name):
     for size, images in reference(name).items():
         assert len(images) == MODELS[name].images_per_call
@@ -226,14 +233,14 @@ def test_what_is_found_is_enough_to_judge_by(name):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", NAMES)
 def test_a_broken_engine_is_caught(name, fault, precision):
     found = {size: fault(images, TOLERANCES[precision]) for size, images in reference(name).items()}
     assert verdict(found, name, precision) in ("mismatch", "error")
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", [name for name in MODELS if "Mask" in name or "Cascade" in name])
+@pytest.mark.parametrize("name", WITH_MASKS)
 def test_masks_of_others_are_caught(name, precision):
     found = {
         size: masks_of_the_next(images, TOLERANCES[precision])
