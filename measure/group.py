@@ -420,7 +420,7 @@ class Measurement:
     def time_stages(self) -> Stages | None:
         """Medians of each stage of the eager module; None where it runs at another precision."""
         baseline = self.runs[0]
-        if baseline.worker is None or baseline.precision != self.precision:
+        if baseline.precision != self.precision:
             return None
         answer = self.known(baseline, "where its time goes", protocol.TimeStages(STAGE_CALLS))
         if answer is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import resource
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Iterator, List, Sequence, Tuple
@@ -38,12 +40,16 @@ needs_bf16 = pytest.mark.skipif(
 
 @functools.lru_cache(maxsize=None)
 def small_export(
-    name: str, source: str = "bundled", size: Tuple[int, int] = SMALL, detections: int = 100
+    name: str,
+    source: str = "bundled",
+    size: Tuple[int, int] = SMALL,
+    detections: int = 100,
+    seed: int = 0,
 ) -> Export:
     """A test model with synthetic weights on the default photograph, at a small size."""
     model = MODELS[name]
-    inputs = tuning_inputs(read_image(None, size), model.images_per_call, seed=0)
-    weights = find_weights(model, "synthetic", inputs, detections, seed=0)
+    inputs = tuning_inputs(read_image(None, size), model.images_per_call, seed)
+    weights = find_weights(model, "synthetic", inputs, detections, seed)
     return build(model, weights.state, weights.name, inputs, source)
 
 
@@ -51,6 +57,17 @@ def arrays(outputs: Sequence[torch.Tensor]) -> List[np.ndarray]:
     """Tensors as NumPy arrays, as a worker hands them over: bfloat16 is float32 then."""
     tensors = [x.float() if x.dtype == torch.bfloat16 else x for x in outputs]
     return [x.detach().cpu().numpy() for x in tensors]
+
+
+@contextlib.contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """While it lasts, no file of this process, or of one that it starts, grows beyond that."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import os
 import pickle
 import pty
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -25,6 +24,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from conftest import full_disk
 from PIL import Image
 
 import benchmark
@@ -944,6 +944,13 @@ def test_exit_code(status, verdict, fail_on, code):
 # Ctrl-C ----------------------------------------------------------------------------------------
 
 
+# What goes on until it is ended.
+ENDLESS = [
+    *["--model", "testRetinaNet", "--backend", "torch", "--precision", "fp32", *QUICK],
+    *["--iterations", "100000"],
+]
+
+
 class Interruptible:
     """A real invocation, in a process group of its own as a terminal would have it."""
 
@@ -1075,11 +1082,7 @@ def test_terminated_while_timing(tmp_path, number):
     """By `timeout`, a container's stop, a terminal that closes: it ends as by Ctrl-C."""
     scratch, output = tmp_path / "scratch", tmp_path / "output"
     scratch.mkdir()
-    running = Interruptible(
-        *["--model", "testRetinaNet", "--backend", "torch", "--precision", "fp32", *QUICK],
-        *["--iterations", "100000", "--output", output],
-        TMPDIR=str(scratch),
-    )
+    running = Interruptible(*ENDLESS, "--output", output, TMPDIR=str(scratch))
     running.wait_for("timing")
     time.sleep(2)
     assert list(scratch.glob("run_blade_*"))
@@ -1098,10 +1101,7 @@ def test_terminated_while_timing(tmp_path, number):
 def test_a_terminal_that_closes_ends_a_run(tmp_path):
     """What is printed after that has nowhere to go, and must not cost what was measured."""
     master, slave = pty.openpty()
-    command = [
-        *[sys.executable, str(SCRIPT), "--model", "testRetinaNet", "--backend", "torch", *QUICK],
-        *["--precision", "fp32", "--iterations", "100000", "--output", str(tmp_path)],
-    ]
+    command = [sys.executable, str(SCRIPT), *ENDLESS, "--output", str(tmp_path)]
     process = subprocess.Popen(
         command,
         stdin=slave,
@@ -1126,11 +1126,10 @@ def test_a_terminal_that_closes_ends_a_run(tmp_path):
 def test_what_was_killed_is_cleared_away_by_the_next(tmp_path):
     variables = {"TMPDIR": str(tmp_path / "scratch")}
     (tmp_path / "scratch").mkdir()
-    endless = ["--model", "testRetinaNet", *QUICK, "--iterations", "100000"]
-    killed = Interruptible(*endless, **variables)
+    killed = Interruptible(*ENDLESS, **variables)
     killed.wait_for("timing")
     left = set((tmp_path / "scratch").glob("run_blade_*"))
-    other = Interruptible(*endless, **variables)
+    other = Interruptible(*ENDLESS, **variables)
     other.wait_for("timing")
     killed.interrupt(signal.SIGKILL)
     others = set((tmp_path / "scratch").glob("run_blade_*")) - left
@@ -1172,10 +1171,7 @@ def test_what_nohup_ignores_stays_ignored(monkeypatch):
 
 
 def test_an_output_folder_belongs_to_one_at_a_time(main, tmp_path):
-    running = Interruptible(
-        *["--model", "testRetinaNet", "--backend", "torch", "--precision", "fp32", *QUICK],
-        *["--iterations", "100000", "--output", tmp_path],
-    )
+    running = Interruptible(*ENDLESS, "--output", tmp_path)
     running.wait_for("timing")
     time.sleep(3)
     outcome = main(*FINISHED, "--backend", "torch", "--output", tmp_path)
@@ -1187,17 +1183,6 @@ def test_an_output_folder_belongs_to_one_at_a_time(main, tmp_path):
     outcome = main(*FINISHED, "--rerun", "--backend", "torch", "--output", tmp_path)
     assert outcome.code == 0, outcome.err
     assert not list(tmp_path.glob(".*"))
-
-
-@contextmanager
-def full_disk(size: int):
-    """While it lasts, no file of this process grows beyond so many bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("size", [0, 100])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import resource
 import signal
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any, ClassVar, Iterator, List, Set, Tuple
 import psutil
 import pytest
 import torch
+from conftest import full_disk
 
 import run_blade
 from backends import base
@@ -486,16 +486,11 @@ def test_only_eager_fp32_on_the_cpu_is_not_checked():
 
 def test_a_full_disk_of_temporary_files_is_the_reason(tmp_path):
     """The log lies there, too, and cannot take the traceback."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     hosts = Hosts((Command.own(),), tmp_path)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    try:
+    with contextlib.closing(hosts), full_disk(100):
         hosts.of(Command.own()).wait()
         with pytest.raises(RunFailed, match="File too large"):
             groups.prepare_model("testRetinaNet", 5, make_plan(), hosts, tmp_path, Progress())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        hosts.close()
 
 
 # Other environments ----------------------------------------------------------------------------

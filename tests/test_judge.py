@@ -15,17 +15,17 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, arrays, needs_bf16, small_export
+from conftest import arrays, small_export
+from test_verify import in_order, take
 
 from backends import base
-from detectors.build import build, find_weights
 from detectors.export import Export
-from detectors.inputs import inputs, read_image
 from errors import Unsupported
 from measure import verify
 from measure.verify import TOLERANCES, Detections, Tolerance
 from models import MODELS
 from results import facts
+from results.environment import cpu_flags, has_native_bf16
 
 PRECISIONS = tuple(TOLERANCES)
 # C4 runs its last stage on each of 1000 regions, however small the image.
@@ -58,20 +58,6 @@ def freed() -> Iterator[None]:
 
 
 # Faults ----------------------------------------------------------------------------------------
-
-
-def take(image: Detections, index: Any) -> Detections:
-    return replace(
-        image,
-        boxes=image.boxes[index],
-        scores=image.scores[index],
-        classes=image.classes[index],
-        masks=None if image.masks is None else image.masks[index],
-    )
-
-
-def in_order(image: Detections) -> Detections:
-    return take(image, np.argsort(-image.scores, kind="stable"))
 
 
 def joined(image: Detections, more: Detections) -> Detections:
@@ -301,14 +287,7 @@ def test_an_engine_that_carries_the_aspect_ratio_is_caught(precision):
 
 
 ENGINES = [
-    pytest.param(
-        name,
-        precision,
-        marks=[
-            pytest.mark.skipif(base.load(name).unavailable("cpu") is not None, reason=name),
-            *([needs_bf16] if precision == "bf16" else []),
-        ],
-    )
+    (name, precision)
     for name, precisions in (
         ("torch", ("bf16",)),
         ("torchscript", ("fp32", "bf16")),
@@ -316,28 +295,20 @@ ENGINES = [
         ("onnxruntime", ("fp32",)),
     )
     for precision in precisions
+    if base.load(name).unavailable("cpu") is None
+    and (precision != "bf16" or has_native_bf16(cpu_flags()))
 ]
-
-
-@functools.lru_cache(maxsize=1)
-def seeded(name: str, seed: int) -> Tuple[Export, Dict[str, Any]]:
-    """A small test model with the weights and sizes of a seed, and what eager fp32 finds."""
-    model = MODELS[name]
-    images = inputs([read_image(None, SMALL)], model.images_per_call, seed)
-    weights = find_weights(model, "synthetic", images, 100, seed)
-    export = build(model, weights.state, weights.name, images)
-    with torch.no_grad():
-        found = {size: arrays(export.eager(*x)) for size, x in export.tuning_inputs.items()}
-    return export, found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("name", list(MODELS))
 def test_healthy_engines_match(name, seed):
-    export, expected = seeded(name, seed)
+    export = small_export.__wrapped__(name, seed=seed)  # Not kept for others: there are many.
+    with torch.no_grad():
+        expected = {size: arrays(export.eager(*x)) for size, x in export.tuning_inputs.items()}
     judged = {}
-    for backend, precision in (param.values for param in ENGINES if not is_skipped(param)):
+    for backend, precision in ENGINES:
         if precision == "int8" and "C4" in name:
             continue  # NNCF takes minutes for it, and its bounds were not measured on it.
         try:
@@ -357,7 +328,3 @@ def test_healthy_engines_match(name, seed):
     assert len(judged) >= 6
     wrong = {key: agreement.reason for key, agreement in judged.items() if agreement.is_wrong}
     assert not wrong
-
-
-def is_skipped(param: Any) -> bool:
-    return any(mark.name == "skipif" and mark.args[0] for mark in param.marks)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Dict, Set, get_args
+from typing import Any, Callable, Dict, Set, get_args
 
 import msgspec
 import numpy as np
@@ -666,6 +666,25 @@ def test_usable_cores_follow_the_affinity():
         os.sched_setaffinity(0, before)
 
 
+@pytest.fixture
+def control_groups(tmp_path, monkeypatch) -> Callable[[str, Dict[str, str]], None]:
+    """Puts this process into a control group, and files into the groups that there are."""
+
+    def put(group: str, files: Dict[str, str]) -> None:
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+        read_text = environment._read_text
+        monkeypatch.setattr(environment, "_CGROUPS", tmp_path)
+        monkeypatch.setattr(
+            environment,
+            "_read_text",
+            lambda path: group if path == Path("/proc/self/cgroup") else read_text(path),
+        )
+
+    return put
+
+
 @pytest.mark.parametrize(
     ("group", "files", "cores"),
     [
@@ -688,17 +707,8 @@ def test_usable_cores_follow_the_affinity():
         ),
     ],
 )
-def test_usable_cores_follow_a_container_quota(tmp_path, monkeypatch, group, files, cores):
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    read_text = environment._read_text
-    monkeypatch.setattr(environment, "_CGROUPS", tmp_path)
-    monkeypatch.setattr(
-        environment,
-        "_read_text",
-        lambda path: group if path == Path("/proc/self/cgroup") else read_text(path),
-    )
+def test_usable_cores_follow_a_container_quota(control_groups, monkeypatch, group, files, cores):
+    control_groups(group, files)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(64), raising=False)
     assert environment.usable_cores() == cores
 
@@ -721,17 +731,8 @@ def test_usable_cores_follow_a_container_quota(tmp_path, monkeypatch, group, fil
         ("0::/\n", {}, (0, 0)),
     ],
 )
-def test_a_quota_tells_how_often_it_stopped_us(tmp_path, monkeypatch, group, files, counts):
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    read_text = environment._read_text
-    monkeypatch.setattr(environment, "_CGROUPS", tmp_path)
-    monkeypatch.setattr(
-        environment,
-        "_read_text",
-        lambda path: group if path == Path("/proc/self/cgroup") else read_text(path),
-    )
+def test_a_quota_tells_how_often_it_stopped_us(control_groups, group, files, counts):
+    control_groups(group, files)
     assert environment.quota_periods() == counts
 
 

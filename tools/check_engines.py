@@ -102,19 +102,34 @@ def compare_all(options: argparse.Namespace, folder: Path) -> List[Tuple[str, ..
         raise InputError("no engine can be checked here; see --engine")
     progress.say(f"{options.model}: weights and inputs")
     with contextlib.closing(Host(Command.own(), folder / "host.log")) as host:
-        request = protocol.PrepareModel(
-            model=options.model,
-            source="bundled",
-            weights="synthetic",
-            images=(),
-            image_size=options.image_size,
-            detections=100,
-            seed=0,
-            folder=str(folder),
-        )
-        with host.worker(folder / "model.log", options.threads) as worker:
-            worker.ask(request, PREPARE_LIMIT_S)
+        prepare_model(host, options, folder)
         return [compare(engine, options, host, folder, progress) for engine in engines]
+
+
+def prepare_model(host: Host, options: argparse.Namespace, folder: Path) -> None:
+    """Leaves weights and inputs of a test model in a folder: synthetic, of the default image.
+
+    Args:
+        options: its `model`, `image_size` and `threads` count.
+    """
+    request = protocol.PrepareModel(
+        model=options.model,
+        source="bundled",
+        weights="synthetic",
+        images=(),
+        image_size=options.image_size,
+        detections=100,
+        seed=0,
+        folder=str(folder),
+    )
+    with host.worker(folder / "model.log", options.threads) as worker:
+        worker.ask(request, PREPARE_LIMIT_S)
+
+
+def prepare_run(worker: Worker, job: protocol.PrepareRun) -> None:
+    """Makes a worker ready to be called: prepared, and warm."""
+    worker.ask(job, PREPARE_LIMIT_S)
+    worker.ask(protocol.Warm.by(benchmark.WarmUp.on("cpu")), PREPARE_LIMIT_S)
 
 
 def compare(
@@ -131,8 +146,7 @@ def compare(
     )
     progress.say(f"{engine}: preparing both sides")
     with host.worker(folder / f"{engine}.log", options.threads) as worker:
-        worker.ask(job, PREPARE_LIMIT_S)
-        worker.ask(protocol.Warm.by(benchmark.WarmUp.on("cpu")), PREPARE_LIMIT_S)
+        prepare_run(worker, job)
         model, images = write_model(job)
         with other_side(job, options.threads, model, images) as other:
             calls = {

@@ -32,10 +32,11 @@ from errors import InputError, Unsupported
 from measure import protocol
 from measure import worker as workers
 from measure.progress import Progress
-from measure.worker import PREPARE_LIMIT_S, Command, Host, Worker
+from measure.worker import Command, Host
 from models import MODELS
 from results.environment import usable_cores
 from results.tables import Table, left, markdown, right
+from tools.check_engines import prepare_model, prepare_run
 
 HERE = Path(__file__).resolve().parent.parent
 # As ONNX Runtime's threads do, which spin for 50 ms.
@@ -143,31 +144,29 @@ def measure(options: argparse.Namespace, folder: Path) -> Dict[Tuple[bool, str],
     }
     with contextlib.closing(Host(Command.own(), folder / "host.log")) as host:
         progress.say(f"{options.model}: weights and inputs")
-        request = protocol.PrepareModel(
-            model=options.model,
-            source="bundled",
-            weights="synthetic",
-            images=(),
-            image_size=options.image_size,
-            detections=100,
-            seed=0,
-            folder=str(folder),
-        )
-        with host.worker(folder / "model.log", options.threads) as worker:
-            worker.ask(request, PREPARE_LIMIT_S)
+        prepare_model(host, options, folder)
         with contextlib.ExitStack() as stack:
             started = {
                 name: stack.enter_context(host.worker(folder / f"{name}.log", options.threads))
                 for name in ("torch", "torch again", "spinning")
             }
             for name, worker in started.items():
-                prepare(worker, name.split()[0], options, folder)
+                job = protocol.PrepareRun(
+                    model=options.model,
+                    backend=name.split()[0],
+                    precision="fp32",
+                    device="cpu",
+                    source="bundled",
+                    folder=str(folder),
+                )
+                prepare_run(worker, job)
+                worker.settle()
             torch = started["torch"]
             before = {"torch": started["torch again"], "spinning": started["spinning"]}
-            order = np.random.default_rng(0)
+            conditions, order = list(seconds), np.random.default_rng(0)
             for _ in range(options.rounds):
-                for place in order.permutation(len(seconds)):
-                    pause, name = list(seconds)[place]
+                for place in order.permutation(len(conditions)):
+                    pause, name = conditions[place]
                     before[name].ask(protocol.TimedCalls())
                     if pause:
                         before[name].settle()
@@ -175,21 +174,6 @@ def measure(options: argparse.Namespace, folder: Path) -> Dict[Tuple[bool, str],
                     for worker in (before[name], torch):
                         worker.settle()
     return seconds
-
-
-def prepare(worker: Worker, name: str, options: argparse.Namespace, folder: Path) -> None:
-    """Makes a worker ready to be called."""
-    request = protocol.PrepareRun(
-        model=options.model,
-        backend=name,
-        precision="fp32",
-        device="cpu",
-        source="bundled",
-        folder=str(folder),
-    )
-    worker.ask(request, PREPARE_LIMIT_S)
-    worker.ask(protocol.Warm.by(benchmark.WarmUp.on("cpu")), PREPARE_LIMIT_S)
-    worker.settle()
 
 
 if __name__ == "__main__":

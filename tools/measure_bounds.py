@@ -16,6 +16,7 @@ import gc
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, fields
+from functools import reduce
 from pathlib import Path
 from typing import Dict, Iterator, Sequence, Tuple
 
@@ -83,8 +84,8 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     progress = Progress()
-    worst: Dict[Tuple[str, str], Need] = {}
-    where: Dict[Tuple[str, str], Dict[str, Tuple[float, str]]] = defaultdict(dict)
+    # Precision and model -> what was needed at most, and where.
+    worst: Dict[Tuple[str, str], Dict[str, Tuple[float, str]]] = defaultdict(dict)
     for name in options.model:
         for seed in range(options.seeds):
             export = export_of(name, options.image_size, seed)
@@ -95,20 +96,18 @@ def main() -> int:
                 told = " ".join(f"{each}={value:.5f}" for each, value in vars(need).items())
                 progress.say(f"{name} {seed} {engine} {precision} {size}: {told}")
                 key = (precision, name)
-                for each in fields(need):
-                    value = getattr(need, each.name)
-                    if value >= where[key].get(each.name, (0.0, ""))[0]:
-                        where[key][each.name] = (value, f"{engine} {size} {seed}")
-                worst[key] = worst[key].worst(need) if key in worst else need
+                for each, value in vars(need).items():
+                    if value >= worst[key].get(each, (0.0, ""))[0]:
+                        worst[key][each] = (value, f"{engine} {size} {seed}")
             gc.collect()
     columns = (*left("precision", "model"), *right(*(each.name for each in fields(Need))))
     rows = [
-        (*key, *(f"{getattr(need, each.name):.4f}" for each in fields(need)))
-        for key, need in sorted(worst.items())
+        (*key, *(f"{value:.4f}" for value, _ in needed.values()))
+        for key, needed in sorted(worst.items())
     ]
     notes = [
         f"{' '.join(key)}: " + ", ".join(f"{k} {v:.4f} ({w})" for k, (v, w) in found.items())
-        for key, found in where.items()
+        for key, found in worst.items()
     ]
     print(markdown(Table("Needs", columns, tuple(rows), tuple(notes))))
     return 0
@@ -154,38 +153,27 @@ def need_of(
         )
         for side in (wanted, found)
     ]
-    needs = [of_image(one, other, precision) for one, other in zip(*sides)]
-    total = needs[0]
-    for need in needs[1:]:
-        total = total.worst(need)
-    return total
+    return reduce(Need.worst, (of_image(one, other, precision) for one, other in zip(*sides)))
 
 
 def of_image(one: Detections, other: Detections, precision: str) -> Need:
     """What it would take for two sets of detections to match."""
     tolerance = TOLERANCES[precision]
-    same = (one.classes[:, None] == other.classes[None, :]) * verify._box_iou(
-        one.boxes, other.boxes
-    )
-    rows, columns = verify.linear_sum_assignment(same, maximize=True)
-    kept = same[rows, columns] >= verify.SAME_OBJECT_IOU
-    rows, columns = rows[kept], columns[kept]
+    pairs = verify._pair(one, other, tolerance)
     cut = verify._cut(one, verify.SCORE_THRESHOLD, verify.LIMIT)
     alone = np.concatenate(
         [
             np.abs(np.delete(side.scores, index) - cut)
-            for side, index in ((one, rows), (other, columns))
+            for side, index in ((one, pairs.reference), (other, pairs.candidate))
         ]
     )
     near = alone[alone <= 0.1]
     count = max(1, len(one.scores))
-    boxes = other.boxes[columns] - one.boxes[rows]
-    sides = np.tile((one.boxes[rows, 2:] - one.boxes[rows, :2]).mean(axis=0), 2)
-    shift = np.abs(np.median(boxes, axis=0))
-    scores = other.scores[columns] - one.scores[rows]
-    box, score, mask = 1 - same[rows, columns], np.abs(scores), np.zeros(1)
-    if one.masks is not None:
-        mask = 1 - verify._mask_iou(one.masks, other.masks, rows, columns)
+    boxes = one.boxes[pairs.reference]
+    sides = np.tile((boxes[:, 2:] - boxes[:, :2]).mean(axis=0), 2)
+    shift = np.abs(np.median(pairs.boxes, axis=0))
+    box, score = 1 - pairs.box_iou, np.abs(pairs.scores)
+    mask = np.zeros(1) if pairs.mask_iou is None else 1 - pairs.mask_iou
     rises = other.scores - np.minimum.accumulate(other.scores)
     return Need(
         alone=float((alone > tolerance.cut_margin).sum() / count),
@@ -198,7 +186,7 @@ def of_image(one: Detections, other: Detections, precision: str) -> Need:
         mask_median=float(np.median(mask)),
         shift_px=float(shift.max(initial=0)),
         shift_share=float((shift / sides).max(initial=0)),
-        score_shift=float(abs(np.median(scores))),
+        score_shift=float(abs(np.median(pairs.scores))),
         order=float(max(0, rises.max(initial=0))),
         excused=float((alone <= tolerance.cut_margin).sum() / count),
     )
