@@ -56,7 +56,7 @@ class Inductor(Backend):
         before, start = _counts(), time.perf_counter()
         _declare_dynamic(export)
         try:
-            compiled, graphs = _compile(export, precision, device)
+            compiled = _compile(export, precision, device)
         except Exception as error:
             if NO_EXEC not in first_cause(error):
                 raise
@@ -70,17 +70,19 @@ class Inductor(Backend):
 
         def call(*images: Any) -> Any:
             check_sizes(images, export, "TorchInductor's code")
-            return compiled(*images)
+            return compiled.call(*images)
 
         return Optimized(
             call=call,
             precision=precision,
-            provider=f"{device}, CUDA graphs" if graphs else device,
+            provider=f"{device}, CUDA graphs" if compiled.replays else device,
             threads=torch.get_num_threads() if device == "cpu" else None,
             seconds=seconds,
             coverage=prepared.since(before),
             cached=_all_cached(),
-            read_precision=lambda: effective_precision(compiled, export, precision),
+            read_precision=lambda: effective_precision(
+                compiled.plain, export, precision, export.inputs
+            ),
             read_coverage=lambda: Coverage(
                 recompilations_while_timed=_counts().graphs - prepared.graphs,
                 share_of_flops=_share_of_flops(export, precision, device),
@@ -89,23 +91,38 @@ class Inductor(Backend):
         )
 
 
-def _compile(export: Export, precision: str, device: str) -> Tuple[Callable, bool]:
-    """The compiled module, warm at all sizes; on CUDA with CUDA graphs if it is faster with them.
+@dataclass(frozen=True)
+class _Compiled:
+    """The compiled module.
 
-    Returns:
-        a function of images, and whether it replays CUDA graphs.
+    Attributes:
+        call: a function of images, warm at all sizes.
+        plain: one without CUDA graphs, warm at `opt`; where they are replayed, a profiler sees no
+            operator.
     """
+
+    call: Callable
+    plain: Callable
+
+    @property
+    def replays(self) -> bool:
+        """Whether it replays CUDA graphs."""
+        return self.call is not self.plain
+
+
+def _compile(export: Export, precision: str, device: str) -> _Compiled:
+    """The module is compiled; on CUDA with CUDA graphs if it is faster with them."""
     import torch
 
-    plain = autocast(torch.compile(export.eager), precision, device)
-    _warm(plain, export)
-    if device == "cpu":
-        return plain, False
-    recorded = torch.compile(export.eager, options={"triton.cudagraphs": True})
-    recorded = _own_outputs(autocast(recorded, precision, device))
-    _warm(recorded, export)
-    seconds = [_seconds_of_calls(call, export.inputs) for call in (plain, recorded)]
-    return (recorded, True) if seconds[1] < seconds[0] else (plain, False)
+    plain = chosen = autocast(torch.compile(export.eager), precision, device)
+    if device == "cuda":
+        recorded = torch.compile(export.eager, options={"triton.cudagraphs": True})
+        recorded = _own_outputs(autocast(recorded, precision, device))
+        # At one size, as each takes half a minute to compile for.
+        if _seconds_of_calls(recorded, export.inputs) < _seconds_of_calls(plain, export.inputs):
+            chosen = recorded
+    _warm(chosen, export)
+    return _Compiled(chosen, plain)
 
 
 def _warm(call: Callable, export: Export) -> None:
@@ -131,7 +148,9 @@ def _seconds_of_calls(call: Callable, images: Tuple[Any, ...], calls: int = 10) 
     """Seconds that some calls on a CUDA device take."""
     import torch
 
-    call(*images)
+    # The first compiles, and CUDA graphs are recorded in the second or the one after it.
+    for _ in range(3):
+        call(*images)
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(calls):

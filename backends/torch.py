@@ -116,7 +116,9 @@ def call_and_count(
 HEAVY = re.compile(r"(convolution(_pointwise_?)?|addmm|linear\w*|b?mm)$")
 
 
-def effective_precision(call: Callable, export: Export, precision: str) -> str:
+def effective_precision(
+    call: Callable, export: Export, precision: str, images: Optional[Tuple[Any, ...]] = None
+) -> str:
     """The precision that most convolutions and matrix products of a call are computed in.
 
     Read from a profile of one call, where each operator has the types of its inputs. The profiler
@@ -125,10 +127,16 @@ def effective_precision(call: Callable, export: Export, precision: str) -> str:
     Args:
         call: takes the images of the export.
         precision: as requested; fp32 is what PyTorch computes in unless something asks for less.
+        images: those of the call; by default, the smallest.
+
+    Raises:
+        RuntimeError: the profiler sees none of them, as where a CUDA graph is replayed.
     """
     if precision == "fp32":
         return precision
-    types = Counter(_input_types(call, export.tuning_inputs["min"]))
+    types = Counter(_input_types(call, images or export.tuning_inputs["min"]))
+    if not types:
+        raise RuntimeError("PyTorch's profiler sees no convolution or matrix product in a call")
     lower = {"fp16": "c10::Half", "bf16": "c10::BFloat16"}[precision]
     return precision if types[lower] > sum(types.values()) / 2 else "fp32"
 

@@ -321,7 +321,9 @@ def test_a_healthy_engine_matches_on_its_device(backend, precision, device):
     effective = (optimized.read_precision or (lambda: optimized.precision))()
     for size, expected in reference("testRetinaNet").items():
         found = optimized.call(*export.tuning_inputs[size])
-        assert all(tensor.device.type == device for tensor in found)
+        # What size an image has is known on the host.
+        devices = {x.device.type for f, x in zip(export.fields, found) if f != "image_size"}
+        assert devices == {device}
         assert agreement_of(expected, found, export, effective).verdict == "match", size
 
 
@@ -356,6 +358,14 @@ def test_a_call_that_ignores_autocast_is_fp32():
     """A row must not be labelled bf16 for having been asked to be."""
     export = small_export("testRetinaNet")
     assert effective_precision(autocast(export.eager, "fp32", "cpu"), export, "bf16") == "fp32"
+
+
+def test_a_call_that_shows_no_operator_has_no_precision():
+    """As one that replays a CUDA graph: it must not be labelled fp32."""
+    export = small_export("testRetinaNet")
+    outputs = export.eager(*export.inputs)
+    with pytest.raises(RuntimeError, match="sees no convolution"):
+        effective_precision(lambda *images: outputs, export, "fp16")
 
 
 class Casts(TorchDispatchMode):

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # What a CUDA machine can tell in its first ten minutes, the most telling first: the tests that need
-# CUDA, then RetinaNet, then the other test models. Whatever was done is in FOLDER after every step.
+# CUDA, then RetinaNet, then the other test models. Inductor comes when three models are through, as
+# it compiles for minutes. Whatever was done is in FOLDER after every step; called again, it goes on
+# with what failed or was not reached.
 #
 #   tools/gpu_check.sh [FOLDER] [--device cpu]
 #
@@ -21,14 +23,14 @@ fi
 python=${PYTHON:-python3}
 # Seconds; what has no time left is not started.
 limit=${LIMIT:-540}
-backends=(torchscript inductor)
 precisions=(fp32 fp16)
+inductor=(fp16)
 size=()
 if [ "$device" = cpu ]; then
     # That nothing fails for a typo is all that a CPU can tell.
     precisions=(fp32)
+    inductor=(fp32)
     size=(--image-size 96x128 --iterations 5 --warmup 1)
-    backends=(torchscript)
 fi
 
 mkdir -p "$folder"
@@ -42,6 +44,10 @@ say() { echo "[$((SECONDS - start)) s] $*" | tee -a "$log"; }
 step() {
     local name=$1
     shift
+    if [ -e "$folder/$name.done" ]; then
+        say "$name: done before"
+        return
+    fi
     local left=$((limit - SECONDS + start))
     if [ "$left" -lt 20 ]; then
         say "$name: no time left"
@@ -51,6 +57,9 @@ step() {
     timeout --signal INT --kill-after 10 "$left" "$@" > "$folder/$name.txt" 2>&1
     local code=$?
     say "$name: exit code $code"
+    if [ "$code" = 0 ]; then
+        touch "$folder/$name.done"
+    fi
     tail -n 3 "$folder/$name.txt" | tee -a "$log"
 }
 
@@ -61,11 +70,24 @@ if [ -n "${WHEELS:-}" ]; then
     export PYTHONPATH="$folder/packages${PYTHONPATH:+:$PYTHONPATH}"
 fi
 
+# Measures a test model: its name, the backend, precisions.
 measure() {
-    local model=$1
-    step "$model" "$python" run_blade.py --model "$model" --device "$device" --weights synthetic \
-        --backend "${backends[@]}" --precision "${precisions[@]}" "${size[@]}" \
-        --coverage --costs --debug --output "$folder/$model"
+    local model=$1 backend=$2
+    shift 2
+    step "${model}_$backend" "$python" run_blade.py --model "$model" --device "$device" \
+        --weights synthetic --backend "$backend" --precision "$@" "${size[@]}" \
+        --coverage --costs --debug --output "$folder/${model}_$backend"
+}
+
+# Runs tests that need CUDA: the step's name, then arguments of pytest.
+tests() {
+    local name=$1
+    shift
+    if [ "$device" = cpu ]; then
+        set -- "$@" --collect-only -q
+    fi
+    step "$name" "$python" -m pytest -p no:cacheprovider -o addopts= --show-capture=no --tb=short -ra \
+        -m cuda "$@"
 }
 
 step machine "$python" - << 'PYTHON'
@@ -74,13 +96,13 @@ print(platform.python_version(), torch.__version__, torchvision.__version__)
 print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device")
 PYTHON
 step list "$python" run_blade.py --list --device "$device"
-if [ "$device" = cuda ]; then
-    step tests "$python" -m pytest -p no:cacheprovider -o addopts= -ra -m cuda
-else
-    step tests "$python" -m pytest -p no:cacheprovider -o addopts= -ra -m cuda --collect-only -q
-fi
-for model in testRetinaNet testMaskRCNNFPN testCascadeRCNN testMaskRCNNFPN_b2 \
-    testMaskRCNNFPN_pproc testRetinaNet_scripted testMaskRCNNC4; do
-    measure "$model"
+tests tests -k "not inductor"
+for model in testRetinaNet testMaskRCNNFPN testCascadeRCNN; do
+    measure "$model" torchscript "${precisions[@]}"
 done
+measure testRetinaNet inductor "${inductor[@]}"
+for model in testMaskRCNNC4 testMaskRCNNFPN_b2 testMaskRCNNFPN_pproc testRetinaNet_scripted; do
+    measure "$model" torchscript "${precisions[@]}"
+done
+tests tests_inductor -k inductor
 say "done"

@@ -38,6 +38,7 @@ from models import MODELS
 from results.tables import Table, left, markdown, right
 
 ENGINES = ("torch", "torchscript", "openvino", "onnxruntime")
+DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def main() -> int:
     parser.add_argument("--model", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--engine", nargs="+", default=list(ENGINES))
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16", "int8"])
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument("--image-size", type=run_blade.image_size, default=(240, 320))
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
@@ -91,7 +93,9 @@ def main() -> int:
             export = export_of(name, options.image_size, seed)
             with torch.no_grad():
                 wanted = {size: export.eager(*x) for size, x in export.tuning_inputs.items()}
-            for engine, precision, size, found in calls(export, options, progress):
+            for engine, precision, size, found in calls(
+                on_device(export, name, options.device), options, progress
+            ):
                 need = need_of(wanted[size], found, export, precision)
                 told = " ".join(f"{each}={value:.5f}" for each, value in vars(need).items())
                 progress.say(f"{name} {seed} {engine} {precision} {size}: {told}")
@@ -121,6 +125,19 @@ def export_of(name: str, size: Tuple[int, int], seed: int) -> Export:
     return build(model, weights.state, weights.name, images)
 
 
+def on_device(export: Export, name: str, device: str) -> Export:
+    """The export with its module and images on a device: exported there, as a worker does it."""
+    if device == "cpu":
+        return export
+    images = {
+        size: tuple(image.to(device) for image in each)
+        for size, each in export.tuning_inputs.items()
+    }
+    moved = build(MODELS[name], export.eager.detector.state_dict(), export.weights, images)
+    moved.eager.to(device)
+    return moved
+
+
 def calls(
     export: Export, options: argparse.Namespace, progress: Progress
 ) -> Iterator[Tuple[str, str, str, Sequence[torch.Tensor]]]:
@@ -128,19 +145,21 @@ def calls(
     for engine in options.engine:
         backend = base.load(engine)
         for precision in options.precision:
-            is_reference = (engine, precision) == ("torch", "fp32")
-            if is_reference or precision not in backend.precisions["cpu"]:
+            is_reference = (engine, precision, options.device) == ("torch", "fp32", "cpu")
+            if is_reference or precision not in backend.precisions.get(options.device, ()):
                 continue
-            if backend.unavailable("cpu") is not None:
+            if backend.unavailable(options.device) is not None:
                 continue
             progress.say(f"{export.name}: {engine} {precision}")
             try:
-                optimized = backend.optimize(export, precision, "cpu")
+                optimized = backend.optimize(export, precision, options.device)
             except Unsupported as error:
                 progress.say(str(error))
                 continue
             for size, images in export.tuning_inputs.items():
-                yield engine, precision, size, optimized.call(*images)
+                with torch.no_grad():
+                    found = optimized.call(*images)
+                yield engine, precision, size, [tensor.cpu() for tensor in found]
 
 
 def need_of(
