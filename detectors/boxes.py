@@ -31,22 +31,31 @@ class AnchorGenerator(nn.Module):
     """Anchors for every cell of every feature map.
 
     Args:
-        sizes: for each feature map, the square roots of its anchors' areas, in pixels.
-        aspect_ratios: height over width, the same for all.
+        sizes: for each feature map, the square roots of its anchors' areas, in pixels; one for all
+            where there is but one.
+        aspect_ratios: height over width, likewise.
         strides: for each feature map, pixels per cell.
+        offset: of the first anchor from the corner of the image, in cells.
     """
 
     def __init__(
         self,
         sizes: Sequence[Sequence[float]],
-        aspect_ratios: Sequence[float],
+        aspect_ratios: Sequence[Sequence[float]],
         strides: Sequence[int],
+        offset: float = 0.0,
     ) -> None:
         super().__init__()
         self.strides = list(strides)
-        self.num_anchors = len(sizes[0]) * len(aspect_ratios)
+        self.offset = float(offset)
         # One buffer for all levels, outside the state dict, as Detectron2's are.
-        anchors = torch.stack([cell_anchors(level, aspect_ratios) for level in sizes])
+        anchors = torch.stack(
+            [
+                cell_anchors(sizes[n % len(sizes)], aspect_ratios[n % len(aspect_ratios)])
+                for n in range(len(self.strides))
+            ]
+        )
+        self.num_anchors = anchors.shape[1]
         self.register_buffer("cell_anchors", anchors, persistent=False)
 
     def forward(self, features: List[Tensor]) -> List[Tensor]:
@@ -54,9 +63,12 @@ class AnchorGenerator(nn.Module):
         anchors: List[Tensor] = []
         for level, feature in enumerate(features):
             stride = self.strides[level]
+            first = self.offset * stride
             cells = self.cell_anchors[level]
             ys = torch.arange(feature.shape[-2], device=cells.device, dtype=cells.dtype) * stride
             xs = torch.arange(feature.shape[-1], device=cells.device, dtype=cells.dtype) * stride
+            if first != 0.0:
+                ys, xs = ys + first, xs + first
             y, x = torch.meshgrid([ys, xs], indexing="ij")
             shifts = torch.stack([x, y, x, y], dim=2).view(-1, 1, 4)
             anchors.append((shifts + cells.view(1, -1, 4)).reshape(-1, 4))
@@ -100,15 +112,22 @@ def apply_deltas(
     return moved.reshape(deltas.shape)
 
 
+def four(weights: Sequence[float]) -> Tuple[float, float, float, float]:
+    """The weights of `apply_deltas`, from a configuration."""
+    x, y, width, height = weights
+    return float(x), float(y), float(width), float(height)
+
+
 def clip(boxes: Tensor, size: Tensor) -> Tensor:
     """Clips ... x 4 boxes to an image; `size` is its height and width, int64."""
     limits = size.to(device=boxes.device, dtype=boxes.dtype).flip(0).repeat(2)
     return torch.minimum(boxes.clamp(min=0), limits)
 
 
-def nonempty(boxes: Tensor) -> Tensor:
-    """Mask of the boxes that have a width and a height."""
-    return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+def nonempty(boxes: Tensor, smallest: float = 0.0) -> Tensor:
+    """Mask of the boxes whose width and height are more than `smallest` pixels."""
+    widths, heights = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    return (widths > smallest) & (heights > smallest)
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:

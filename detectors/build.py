@@ -16,6 +16,7 @@ from detectors.config import build_detector
 from detectors.export import Export, ScriptableBoxDetector, TraceableDetector
 from detectors.inputs import digest
 from detectors.zoo import NAMED_WEIGHTS, CheckpointUnavailable, zoo_checkpoint
+from detectors.zoo_configurations import zoo_configuration
 from errors import InputError
 from models import TUNING, TestModel
 from results.environment import file_name
@@ -44,7 +45,7 @@ def build(
         from detectors.from_detectron2 import Detectron2Export
 
         return Detectron2Export(model, state, weights_name, tuning_inputs)
-    detector = build_detector(model.config, model.postprocess, initialize=False)
+    detector = build_detector(zoo_configuration(model.config), model.postprocess, initialize=False)
     load_into(detector, state, weights_name)
     wrapper = ScriptableBoxDetector if model.kind == "scripted" else TraceableDetector
     return Export(model, wrapper(detector).eval(), tuning_inputs)
@@ -132,7 +133,7 @@ def find_weights(
     others = [name for name in inputs if name not in TUNING]
     first = [inputs[name][0] for name in (*TUNING, *others)]
     images = first + [image for call in inputs.values() for image in call[1:]]
-    state = synthesize(model.config, images, detections, seed)
+    state = synthesize(zoo_configuration(model.config), images, detections, seed)
     record = Weights("synthetic", None, detections, no_zoo, _digest(state))
     return FoundWeights(state, "synthetic weights", record)
 
@@ -168,4 +169,5 @@ def check_weights(models: Iterable[TestModel], weights: str) -> None:
         return
     state = read(weights)
     for config in dict.fromkeys(model.config for model in models):
-        load_into(build_detector(config, False, initialize=False), state, weights)
+        detector = build_detector(zoo_configuration(config), False, initialize=False)
+        load_into(detector, state, weights)

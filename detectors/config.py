@@ -1,34 +1,62 @@
-"""From the name of a Detectron2 model-zoo configuration to a network."""
+"""From a Detectron2 configuration to a network.
+
+What is set to something that there is no network for is refused here, by the name of its key.
+"""
 
 from contextlib import contextmanager
-from typing import Callable, Dict, Iterator
+from dataclasses import replace
+from typing import Any, Callable, Collection, Dict, Iterator, List, Sequence, Tuple, Union
 
 from torch import nn
 
-from detectors.rcnn import cascade_rcnn, mask_rcnn_c4, mask_rcnn_fpn
+from detectors.backbone import (
+    FPN,
+    NUM_BLOCKS,
+    STAGES,
+    LastLevelMaxPool,
+    LastLevelP6P7,
+    ResNet,
+    make_stage,
+    stage_channels,
+)
+from detectors.boxes import AnchorGenerator
+from detectors.configuration import Configuration, ResNets
+from detectors.layers import NORM_GROUPS, NORMS
+from detectors.rcnn import GeneralizedRCNN
 from detectors.retinanet import RetinaNet
+from detectors.roi_heads import (
+    BoxHead,
+    BoxPredictor,
+    CascadeROIHeads,
+    MaskHead,
+    Res5ROIHeads,
+    ROIPooler,
+    Selection,
+    StandardROIHeads,
+)
+from detectors.rpn import RPN
+from errors import InputError
 
-ARCHITECTURES: Dict[str, Callable[[bool], nn.Module]] = {
-    "COCO-Detection/retinanet_R_50_FPN_3x": RetinaNet,
-    "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x": mask_rcnn_fpn,
-    "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_3x": mask_rcnn_c4,
-    "Misc/cascade_mask_rcnn_R_50_FPN_3x": cascade_rcnn,
-}
+Backbone = Union[ResNet, FPN]
+POOLERS = ("ROIAlignV2", "ROIAlign", "ROIPool")
 
 
-def build_detector(config: str, postprocess: bool, initialize: bool = True) -> nn.Module:
-    """The detector of a model-zoo configuration, in eval mode, with untrained weights.
+def build_detector(config: Configuration, postprocess: bool, initialize: bool = True) -> nn.Module:
+    """The detector of a configuration, in eval mode, with untrained weights.
 
     Args:
-        config: a key of `ARCHITECTURES`.
+        config: see `detectors.config_file`.
         postprocess: clip the boxes to the image and paste the masks into it.
         initialize: give the parameters PyTorch's random values. Where all of them are overwritten
             anyway, False saves nine tenths of the time: they hold whatever the memory holds.
+
+    Raises:
+        errors.InputError: it asks for what there is no network for, or contradicts itself.
     """
     if initialize:
-        return ARCHITECTURES[config](postprocess).eval()
+        return _built(config, postprocess).eval()
     with _uninitialized():
-        return ARCHITECTURES[config](postprocess).eval()
+        return _built(config, postprocess).eval()
 
 
 @contextmanager
@@ -43,3 +71,350 @@ def _uninitialized() -> Iterator[None]:
     finally:
         for kind, initialize in kept.items():
             kind.reset_parameters = initialize
+
+
+def _built(config: Configuration, postprocess: bool) -> nn.Module:
+    architecture = config.model.meta_architecture
+    one_of("MODEL.META_ARCHITECTURE", architecture, ARCHITECTURES)
+    for name in ("pixel_mean", "pixel_std"):
+        if len(getattr(config.model, name)) != 3:
+            raise InputError(f"MODEL.{name.upper()} has to have a number for each of 3 channels")
+    one_of("INPUT.FORMAT", config.input.format, ("BGR", "RGB"))
+    return ARCHITECTURES[architecture](config, postprocess)
+
+
+def one_of(key: str, value: Any, known: Collection[Any]) -> None:
+    """Makes sure that there is a network for a value.
+
+    Raises:
+        errors.InputError: there is none.
+    """
+    if value not in known:
+        raise InputError(
+            f"{key} is {value!r}, and the bundled detectors know "
+            f"{', '.join(str(each) or 'none' for each in known)}"
+        )
+
+
+# Backbones -------------------------------------------------------------------------------------
+
+
+def _backbone(config: Configuration) -> Backbone:
+    name = config.model.backbone.name
+    one_of("MODEL.BACKBONE.NAME", name, BACKBONES)
+    return BACKBONES[name](config)
+
+
+def _resnet(config: Configuration) -> ResNet:
+    _check_resnets(config.model.resnets)
+    return ResNet(config.model.resnets)
+
+
+def _check_resnets(resnets: ResNets) -> None:
+    one_of("MODEL.RESNETS.DEPTH", resnets.depth, NUM_BLOCKS)
+    one_of("MODEL.RESNETS.RES5_DILATION", resnets.res5_dilation, (1, 2))
+    if not resnets.out_features:
+        raise InputError("MODEL.RESNETS.OUT_FEATURES is empty")
+    for name in resnets.out_features:
+        one_of("MODEL.RESNETS.OUT_FEATURES", name, ("stem", *STAGES))
+    if len(resnets.deform_on_per_stage) != len(STAGES):
+        raise InputError("MODEL.RESNETS.DEFORM_ON_PER_STAGE has to say it of each of 4 stages")
+    _check_norm("MODEL.RESNETS.NORM", resnets.norm, resnets.stem_out_channels)
+    if resnets.depth in (18, 34):
+        plain = ResNets(
+            depth=resnets.depth,
+            out_features=resnets.out_features,
+            norm=resnets.norm,
+            stride_in_1x1=resnets.stride_in_1x1,
+            width_per_group=resnets.width_per_group,
+            stem_out_channels=resnets.stem_out_channels,
+            res2_out_channels=64,
+            deform_modulated=resnets.deform_modulated,
+            deform_num_groups=resnets.deform_num_groups,
+        )
+        if resnets != plain:
+            raise InputError(
+                f"a ResNet of {resnets.depth} layers has RES2_OUT_CHANNELS 64, and neither groups, "
+                "nor dilation, nor deformable convolutions"
+            )
+
+
+def _check_norm(key: str, norm: str, channels: int) -> None:
+    one_of(key, norm, ("", *NORMS))
+    if norm == "GN" and channels % NORM_GROUPS:
+        raise InputError(f"{key} is GN, and {channels} channels are no multiple of {NORM_GROUPS}")
+
+
+def _pyramid(config: Configuration, top_block: Callable[[ResNet], nn.Module]) -> FPN:
+    fpn = config.model.fpn
+    bottom_up = _resnet(config)
+    one_of("MODEL.FPN.FUSE_TYPE", fpn.fuse_type, ("sum", "avg"))
+    _check_norm("MODEL.FPN.NORM", fpn.norm, fpn.out_channels)
+    if not fpn.in_features:
+        raise InputError("MODEL.FPN.IN_FEATURES is empty")
+    # p6 is made of p5, or of res5.
+    one_of("MODEL.RESNETS.OUT_FEATURES, the last,", bottom_up.names[-1], ("res5",))
+    places = _places("MODEL.FPN.IN_FEATURES", bottom_up, fpn.in_features)
+    strides = [bottom_up.strides[n] for n in places]
+    if any(2 * fine != coarse for fine, coarse in zip(strides, strides[1:])):
+        raise InputError(
+            f"MODEL.FPN.IN_FEATURES have strides {strides}, and each has to be twice the one before"
+        )
+    return FPN(
+        bottom_up, places, fpn.out_channels, fpn.norm, fpn.fuse_type == "avg", top_block(bottom_up)
+    )
+
+
+def _fpn(config: Configuration) -> FPN:
+    one_of("MODEL.FPN.IN_FEATURES, the last,", config.model.fpn.in_features[-1:], (("res5",),))
+    return _pyramid(config, lambda bottom_up: LastLevelMaxPool())
+
+
+def _retinanet_fpn(config: Configuration) -> FPN:
+    channels = config.model.fpn.out_channels
+    return _pyramid(config, lambda bottom_up: LastLevelP6P7(bottom_up.channels[-1], channels))
+
+
+BACKBONES: Dict[str, Callable[[Configuration], Backbone]] = {
+    "build_resnet_backbone": _resnet,
+    "build_resnet_fpn_backbone": _fpn,
+    "build_retinanet_resnet_fpn_backbone": _retinanet_fpn,
+}
+
+
+def _places(key: str, backbone: Backbone, names: Sequence[str]) -> List[int]:
+    """The places of features among those of the backbone."""
+    if not names:
+        raise InputError(f"{key} is empty")
+    for name in names:
+        one_of(key, name, backbone.names)
+    return [backbone.names.index(name) for name in names]
+
+
+def _channels(key: str, backbone: Backbone, places: Sequence[int]) -> int:
+    """The channels of some features, which have the same number of them."""
+    channels = {backbone.channels[n] for n in places}
+    if len(channels) > 1:
+        raise InputError(f"{key} differ in their channels: {sorted(channels)}")
+    return channels.pop()
+
+
+# Anchors and proposals -------------------------------------------------------------------------
+
+
+def _anchors(config: Configuration, strides: Sequence[int]) -> AnchorGenerator:
+    settings = config.model.anchor_generator
+    one_of("MODEL.ANCHOR_GENERATOR.NAME", settings.name, ("DefaultAnchorGenerator",))
+    counts = {}
+    for name in ("sizes", "aspect_ratios"):
+        values = getattr(settings, name)
+        if len(values) not in (1, len(strides)) or not all(values):
+            raise InputError(
+                f"MODEL.ANCHOR_GENERATOR.{name.upper()} has {len(values)} entries for "
+                f"{len(strides)} feature maps"
+            )
+        counts[name] = [len(values[min(n, len(values) - 1)]) for n in range(len(strides))]
+    numbers = {sizes * ratios for sizes, ratios in zip(*counts.values())}
+    if len(numbers) > 1:
+        raise InputError("MODEL.ANCHOR_GENERATOR has more anchors on one feature map than another")
+    return AnchorGenerator(settings.sizes, settings.aspect_ratios, strides, settings.offset)
+
+
+def _rpn(config: Configuration, backbone: Backbone) -> RPN:
+    model = config.model
+    one_of("MODEL.PROPOSAL_GENERATOR.NAME", model.proposal_generator.name, ("RPN",))
+    one_of("MODEL.RPN.HEAD_NAME", model.rpn.head_name, ("StandardRPNHead",))
+    if not model.rpn.conv_dims or any(each < 1 and each != -1 for each in model.rpn.conv_dims):
+        raise InputError(f"MODEL.RPN.CONV_DIMS is {list(model.rpn.conv_dims)}: -1 or more than 0")
+    key = "MODEL.RPN.IN_FEATURES"
+    places = _places(key, backbone, model.rpn.in_features)
+    return RPN(
+        places,
+        _channels(key, backbone, places),
+        _anchors(config, [backbone.strides[n] for n in places]),
+        model.rpn,
+        model.proposal_generator.min_size,
+    )
+
+
+# Heads of regions ------------------------------------------------------------------------------
+
+
+def _selection(config: Configuration) -> Selection:
+    heads = config.model.roi_heads
+    limit = config.test.detections_per_image
+    if limit < 1:
+        raise InputError(f"TEST.DETECTIONS_PER_IMAGE is {limit}, and has to be more than 0")
+    return Selection(float(heads.score_thresh_test), float(heads.nms_thresh_test), limit)
+
+
+def _pooler(key: str, head: Any, strides: Sequence[int]) -> ROIPooler:
+    one_of(f"{key}.POOLER_TYPE", head.pooler_type, POOLERS)
+    if any(2 * fine != coarse for fine, coarse in zip(strides, strides[1:])):
+        raise InputError(
+            f"MODEL.ROI_HEADS.IN_FEATURES have strides {list(strides)}, and are no pyramid"
+        )
+    return ROIPooler(head.pooler_resolution, strides, head.pooler_type, head.pooler_sampling_ratio)
+
+
+def _predictor(config: Configuration, features: int, weights: Sequence[float]) -> BoxPredictor:
+    head = config.model.roi_box_head
+    return BoxPredictor(
+        features,
+        config.model.roi_heads.num_classes,
+        head.cls_agnostic_bbox_reg,
+        weights,
+        head.use_sigmoid_ce,
+    )
+
+
+def _mask_head(config: Configuration, in_channels: int) -> MaskHead:
+    head = config.model.roi_mask_head
+    one_of("MODEL.ROI_MASK_HEAD.NAME", head.name, ("MaskRCNNConvUpsampleHead",))
+    _check_norm("MODEL.ROI_MASK_HEAD.NORM", head.norm, head.conv_dim)
+    num_classes = 1 if head.cls_agnostic_mask else config.model.roi_heads.num_classes
+    return MaskHead(in_channels, num_classes, head)
+
+
+def _pooled_features(config: Configuration, backbone: Backbone) -> Tuple[List[int], int]:
+    """The places of what regions are pooled from, and its channels."""
+    key = "MODEL.ROI_HEADS.IN_FEATURES"
+    places = _places(key, backbone, config.model.roi_heads.in_features)
+    return places, _channels(key, backbone, places)
+
+
+def _standard_heads(config: Configuration, backbone: Backbone) -> StandardROIHeads:
+    _, channels = _pooled_features(config, backbone)
+    head = _box_head(config, channels)
+    predictor = _predictor(config, head.features, config.model.roi_box_head.bbox_reg_weights)
+    return _heads(StandardROIHeads, config, backbone, head, predictor)
+
+
+def _cascade_heads(config: Configuration, backbone: Backbone) -> CascadeROIHeads:
+    cascade = config.model.roi_box_cascade_head
+    if len(cascade.bbox_reg_weights) != len(cascade.ious) or not cascade.ious:
+        raise InputError("MODEL.ROI_BOX_CASCADE_HEAD needs as many BBOX_REG_WEIGHTS as IOUS")
+    if not config.model.roi_box_head.cls_agnostic_bbox_reg:
+        raise InputError("a cascade needs MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG: True")
+    _, channels = _pooled_features(config, backbone)
+    heads = nn.ModuleList(_box_head(config, channels) for _ in cascade.ious)
+    predictors = nn.ModuleList(
+        _predictor(config, head.features, weights)
+        for head, weights in zip(heads, cascade.bbox_reg_weights)
+    )
+    return _heads(CascadeROIHeads, config, backbone, heads, predictors)
+
+
+def _box_head(config: Configuration, channels: int) -> BoxHead:
+    head = config.model.roi_box_head
+    one_of("MODEL.ROI_BOX_HEAD.NAME", head.name, ("FastRCNNConvFCHead",))
+    _check_norm("MODEL.ROI_BOX_HEAD.NORM", head.norm, head.conv_dim)
+    if head.num_conv + head.num_fc == 0:
+        raise InputError("MODEL.ROI_BOX_HEAD has neither convolutions (NUM_CONV) nor NUM_FC")
+    return BoxHead(channels, head)
+
+
+def _heads(
+    kind: Callable[..., StandardROIHeads],
+    config: Configuration,
+    backbone: Backbone,
+    head: nn.Module,
+    predictor: nn.Module,
+) -> StandardROIHeads:
+    """Heads with a pooler of each one's own."""
+    model = config.model
+    places, channels = _pooled_features(config, backbone)
+    strides = [backbone.strides[n] for n in places]
+    mask_pooler = mask_head = None
+    if model.mask_on:
+        mask_pooler = _pooler("MODEL.ROI_MASK_HEAD", model.roi_mask_head, strides)
+        mask_head = _mask_head(config, channels)
+    return kind(
+        places,
+        _pooler("MODEL.ROI_BOX_HEAD", model.roi_box_head, strides),
+        head,
+        predictor,
+        _selection(config),
+        mask_pooler,
+        mask_head,
+    )
+
+
+def _res5_heads(config: Configuration, backbone: Backbone) -> Res5ROIHeads:
+    model = config.model
+    resnets = model.resnets
+    places, channels = _pooled_features(config, backbone)
+    if len(places) > 1:
+        raise InputError("Res5ROIHeads take one feature in MODEL.ROI_HEADS.IN_FEATURES")
+    if resnets.depth in (18, 34) or resnets.deform_on_per_stage[-1]:
+        raise InputError(
+            "Res5ROIHeads have no stage of basic blocks or deformable convolutions "
+            "(MODEL.RESNETS.DEPTH, DEFORM_ON_PER_STAGE)"
+        )
+    # Detectron2 makes this stage of three blocks, whatever the depth, and never dilates it.
+    res5 = make_stage(replace(resnets, depth=50, res5_dilation=1), "res5", channels, stride=2)
+    out_channels = stage_channels(resnets, "res5")
+    return Res5ROIHeads(
+        places,
+        _pooler("MODEL.ROI_BOX_HEAD", model.roi_box_head, [backbone.strides[places[0]]]),
+        res5,
+        _predictor(config, out_channels, model.roi_box_head.bbox_reg_weights),
+        _selection(config),
+        _mask_head(config, out_channels) if model.mask_on else None,
+    )
+
+
+ROI_HEADS: Dict[str, Callable[[Configuration, Backbone], nn.Module]] = {
+    "StandardROIHeads": _standard_heads,
+    "CascadeROIHeads": _cascade_heads,
+    "Res5ROIHeads": _res5_heads,
+}
+
+
+# Detectors -------------------------------------------------------------------------------------
+
+
+def _retinanet(config: Configuration, postprocess: bool) -> RetinaNet:
+    model = config.model
+    backbone = _backbone(config)
+    key = "MODEL.RETINANET.IN_FEATURES"
+    places = _places(key, backbone, model.retinanet.in_features)
+    channels = _channels(key, backbone, places)
+    _check_norm("MODEL.RETINANET.NORM", model.retinanet.norm, channels)
+    return RetinaNet(
+        backbone,
+        places,
+        _anchors(config, [backbone.strides[n] for n in places]),
+        model.retinanet,
+        model.pixel_mean,
+        model.pixel_std,
+        config.test.detections_per_image,
+        postprocess,
+    )
+
+
+def _generalized_rcnn(config: Configuration, postprocess: bool) -> GeneralizedRCNN:
+    model = config.model
+    if model.load_proposals:
+        raise InputError(
+            "MODEL.LOAD_PROPOSALS: Fast R-CNN takes proposals that were computed before, of which "
+            "there are none for an image of one's own"
+        )
+    if model.keypoint_on:
+        raise InputError("MODEL.KEYPOINT_ON: the bundled detectors have no keypoints")
+    one_of("MODEL.ROI_HEADS.NAME", model.roi_heads.name, ROI_HEADS)
+    backbone = _backbone(config)
+    return GeneralizedRCNN(
+        backbone,
+        _rpn(config, backbone),
+        ROI_HEADS[model.roi_heads.name](config, backbone),
+        model.pixel_mean,
+        model.pixel_std,
+        postprocess,
+    )
+
+
+ARCHITECTURES: Dict[str, Callable[[Configuration, bool], nn.Module]] = {
+    "RetinaNet": _retinanet,
+    "GeneralizedRCNN": _generalized_rcnn,
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Dict, Optional, Sequence, Tuple
 
 import torch
@@ -9,6 +10,24 @@ from torch import Tensor, nn
 
 from detectors.instances import Instances, flatten
 from models import TestModel
+
+
+def script(module: nn.Module) -> torch.jit.ScriptModule:
+    """The scripted module, which shares its parameters with the one that is given.
+
+    PyTorch puts what `__prepare_scriptable__` gives into the module that it scripts. So it gets a
+    copy of the tree.
+    """
+    return torch.jit.script(_copy_of_tree(module))
+
+
+def _copy_of_tree(module: nn.Module) -> nn.Module:
+    copied = copy.copy(module)
+    copied._modules = {
+        name: each if each is None else _copy_of_tree(each)
+        for name, each in module._modules.items()
+    }
+    return copied
 
 
 class TraceableDetector(nn.Module):
@@ -77,4 +96,4 @@ class Export:
             return torch.jit.trace(self.eager, self.inputs, check_trace=False)
 
     def _script(self) -> torch.jit.ScriptModule:
-        return torch.jit.script(self.eager)
+        return script(self.eager)

@@ -1,10 +1,14 @@
-"""Building blocks: frozen batch norm, convolution with norm, bottleneck block."""
+"""Convolutions with their normalisation, and the blocks and stages of a ResNet."""
 
-from typing import Optional
+from typing import Any, List, Optional, Type
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import deform_conv2d
+
+# Groups of a group norm, whatever its channels.
+NORM_GROUPS = 32
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -32,40 +36,144 @@ class FrozenBatchNorm2d(nn.Module):
         )
 
 
+def make_norm(norm: str, channels: int) -> Optional[nn.Module]:
+    """The normalisation that a configuration names; None for an empty name.
+
+    A synchronised batch norm is one like any other where nothing is trained.
+
+    Args:
+        norm: a key of `NORMS`, or empty.
+    """
+    return NORMS[norm](channels) if norm else None
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(NORM_GROUPS, channels)
+
+
+NORMS = {
+    "FrozenBN": FrozenBatchNorm2d,
+    "BN": nn.BatchNorm2d,
+    "SyncBN": nn.BatchNorm2d,
+    "nnSyncBN": nn.BatchNorm2d,
+    "naiveSyncBN": nn.BatchNorm2d,
+    "naiveSyncBN_N": nn.BatchNorm2d,
+    "GN": _group_norm,
+}
+
+
 class Conv2d(nn.Conv2d):
-    """A convolution without bias that owns its frozen batch norm, as `norm`."""
+    """A convolution that owns its normalisation, as `norm`.
+
+    Args:
+        norm: see `make_norm`.
+        bias: by default there is one where there is no normalisation.
+    """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        norm: str = "FrozenBN",
+        bias: Optional[bool] = None,
     ) -> None:
         super().__init__(
             in_channels,
             out_channels,
             kernel_size,
             stride=stride,
-            padding=kernel_size // 2,
-            bias=False,
+            padding=kernel_size // 2 * dilation,
+            dilation=dilation,
+            groups=groups,
+            bias=not norm if bias is None else bias,
         )
-        self.norm = FrozenBatchNorm2d(out_channels)
+        self.norm = make_norm(norm, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self._conv_forward(x, self.weight, self.bias))
+        x = self._conv_forward(x, self.weight, self.bias)
+        if self.norm is not None:
+            x = self.norm(x)
+        return x
+
+
+class DeformConv2d(Conv2d):
+    """A 3x3 convolution that samples its input at given offsets (Dai et al. 2017,
+    https://arxiv.org/abs/1703.06211), each weighted where it is modulated (Zhu et al. 2018,
+    https://arxiv.org/abs/1811.11168).
+    """
+
+    def forward(self, x: Tensor, offset: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+        """Convolves.
+
+        Args:
+            x: N x C x H x W.
+            offset: N x (2 * G * 9) x H' x W', for each of G groups of channels y and x in turns.
+            mask: None, or N x (G * 9) x H' x W', 0 to 1.
+        """
+        x = deform_conv2d(
+            x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask
+        )
+        if self.norm is not None:
+            x = self.norm(x)
+        return x
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut, for ResNets of 18 and 34 layers.
+
+    (He et al. 2015, https://arxiv.org/abs/1512.03385)
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: str) -> None:
+        super().__init__()
+        self.shortcut: Optional[Conv2d] = None
+        if in_channels != out_channels:
+            self.shortcut = Conv2d(in_channels, out_channels, 1, stride, norm=norm, bias=False)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, stride, norm=norm, bias=False)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, norm=norm, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu_(self.conv1(x))
+        out = self.conv2(out)
+        if self.shortcut is not None:
+            x = self.shortcut(x)
+        out += x
+        return F.relu_(out)
 
 
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions and a shortcut (He et al. 2015, https://arxiv.org/abs/1512.03385).
 
-    The stride is in the first 1x1, where the MSRA weights that Detectron2 starts from have it.
+    Args:
+        in_channels, channels, out_channels: before, within and after.
+        stride: of the first 1x1, where the MSRA weights that Detectron2 starts from have it, or of
+            the 3x3.
+        groups: of the 3x3 (Xie et al. 2016, https://arxiv.org/abs/1611.05431).
     """
 
-    def __init__(self, in_channels: int, channels: int, out_channels: int, stride: int) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        out_channels: int,
+        stride: int,
+        norm: str = "FrozenBN",
+        groups: int = 1,
+        stride_in_1x1: bool = True,
+        dilation: int = 1,
+    ) -> None:
         super().__init__()
         self.shortcut: Optional[Conv2d] = None
         if in_channels != out_channels:
-            self.shortcut = Conv2d(in_channels, out_channels, 1, stride)
-        self.conv1 = Conv2d(in_channels, channels, 1, stride)
-        self.conv2 = Conv2d(channels, channels, 3)
-        self.conv3 = Conv2d(channels, out_channels, 1)
+            self.shortcut = Conv2d(in_channels, out_channels, 1, stride, norm=norm, bias=False)
+        first, second = (stride, 1) if stride_in_1x1 else (1, stride)
+        self.conv1 = Conv2d(in_channels, channels, 1, first, norm=norm, bias=False)
+        self.conv2 = Conv2d(channels, channels, 3, second, dilation, groups, norm, bias=False)
+        self.conv3 = Conv2d(channels, out_channels, 1, norm=norm, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu_(self.conv1(x))
@@ -77,8 +185,67 @@ class Bottleneck(nn.Module):
         return F.relu_(out)
 
 
-def res_stage(in_channels: int, channels: int, num_blocks: int, stride: int) -> nn.Sequential:
-    """One stage of a ResNet: `num_blocks` bottlenecks of `channels`, 4 x `channels` out."""
-    blocks = [Bottleneck(in_channels, channels, 4 * channels, stride)]
-    blocks += [Bottleneck(4 * channels, channels, 4 * channels, 1) for _ in range(num_blocks - 1)]
+class DeformBottleneck(Bottleneck):
+    """A bottleneck whose 3x3 convolution is deformable.
+
+    Args:
+        modulated: whether what is sampled is weighted.
+        offset_groups: groups of channels that have offsets of their own.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        out_channels: int,
+        stride: int,
+        norm: str = "FrozenBN",
+        groups: int = 1,
+        stride_in_1x1: bool = True,
+        dilation: int = 1,
+        modulated: bool = False,
+        offset_groups: int = 1,
+    ) -> None:
+        super().__init__(
+            in_channels, channels, out_channels, stride, norm, groups, stride_in_1x1, dilation
+        )
+        second = self.conv2.stride[0]
+        self.modulated = modulated
+        per_group = 27 if modulated else 18
+        self.conv2_offset = Conv2d(
+            channels, per_group * offset_groups, 3, second, dilation, norm="", bias=True
+        )
+        self.conv2 = DeformConv2d(channels, channels, 3, second, dilation, groups, norm, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu_(self.conv1(x))
+        out = F.relu_(self._deformed(out))
+        out = self.conv3(out)
+        if self.shortcut is not None:
+            x = self.shortcut(x)
+        out += x
+        return F.relu_(out)
+
+    def _deformed(self, x: Tensor) -> Tensor:
+        offset = self.conv2_offset(x)
+        if not self.modulated:
+            return self.conv2(x, offset)
+        # As Detectron2 cuts them: the first two thirds are offsets, y and x in turns.
+        first, second, mask = offset.chunk(3, dim=1)
+        return self.conv2(x, torch.cat((first, second), dim=1), mask.sigmoid())
+
+
+def res_stage(
+    block: Type[nn.Module], num_blocks: int, in_channels: int, stride: int, **rest: Any
+) -> nn.Sequential:
+    """One stage of a ResNet.
+
+    Args:
+        block: the class of its blocks.
+        stride: of the first block.
+        rest: what else each block takes; `out_channels` among it.
+    """
+    blocks: List[nn.Module] = [block(in_channels=in_channels, stride=stride, **rest)]
+    for _ in range(num_blocks - 1):
+        blocks.append(block(in_channels=rest["out_channels"], stride=1, **rest))
     return nn.Sequential(*blocks)

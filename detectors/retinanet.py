@@ -1,35 +1,64 @@
 """RetinaNet (Lin et al. 2017, https://arxiv.org/abs/1708.02002), inference only."""
 
-from typing import List, Tuple
+from typing import List, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
-from torch.jit import Final
 
 from detectors import boxes as box_ops
-from detectors.backbone import RetinaNetFPN
+from detectors.configuration import RetinaNet as Settings
 from detectors.images import batch_images, image_size
 from detectors.instances import Instances
+from detectors.layers import make_norm
 
-NUM_CLASSES = 80
+# Batch norms that have statistics of their own for each level of the pyramid.
+PER_LEVEL_NORMS = ("BN", "SyncBN")
 
 
-def _subnet() -> nn.Sequential:
-    layers: List[nn.Module] = []
-    for _ in range(4):
-        layers += [nn.Conv2d(256, 256, 3, padding=1), nn.ReLU()]
-    return nn.Sequential(*layers)
+class LevelBatchNorm(nn.ModuleList):
+    """Batch norms, one for each level of the pyramid, that share their weight and bias.
+
+    Detectron2's names; see Wu and Johnson 2021, https://arxiv.org/abs/2105.07576, section 5.2.
+    """
+
+    def __init__(self, num_levels: int, channels: int) -> None:
+        super().__init__(nn.BatchNorm2d(channels, affine=False) for _ in range(num_levels))
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor, level: int) -> Tensor:
+        return self[level](x) * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
 
 
 class RetinaNetHead(nn.Module):
-    """Class logits and box deltas from each level of the pyramid, with shared weights."""
+    """Class logits and box deltas from each level of the pyramid, with shared weights.
 
-    def __init__(self, num_anchors: int) -> None:
+    Args:
+        channels: of each level.
+        num_levels: of the pyramid.
+        num_anchors: of each cell.
+        config: what else is set.
+    """
+
+    def __init__(self, channels: int, num_levels: int, num_anchors: int, config: Settings) -> None:
         super().__init__()
-        self.cls_subnet = _subnet()
-        self.bbox_subnet = _subnet()
-        self.cls_score = nn.Conv2d(256, num_anchors * NUM_CLASSES, 3, padding=1)
-        self.bbox_pred = nn.Conv2d(256, num_anchors * 4, 3, padding=1)
+        self.cls_subnet = self.make_subnet(channels, num_levels, config)
+        self.bbox_subnet = self.make_subnet(channels, num_levels, config)
+        self.cls_score = nn.Conv2d(channels, num_anchors * config.num_classes, 3, padding=1)
+        self.bbox_pred = nn.Conv2d(channels, num_anchors * 4, 3, padding=1)
+
+    @staticmethod
+    def make_subnet(channels: int, num_levels: int, config: Settings) -> nn.Sequential:
+        """Convolutions, each with what the configuration has for a norm, and a ReLU."""
+        layers: List[nn.Module] = []
+        for _ in range(config.num_convs):
+            layers.append(nn.Conv2d(channels, channels, 3, padding=1))
+            if config.norm in PER_LEVEL_NORMS:
+                layers.append(LevelBatchNorm(num_levels, channels))
+            elif config.norm:
+                layers.append(make_norm(config.norm, channels))
+            layers.append(nn.ReLU())
+        return nn.Sequential(*layers)
 
     def forward(self, features: List[Tensor]) -> Tuple[List[Tensor], List[Tensor]]:
         """Returns, per level, N x (A * K) x H x W logits and N x (A * 4) x H x W deltas."""
@@ -41,6 +70,24 @@ class RetinaNetHead(nn.Module):
         return logits, anchor_deltas
 
 
+class PerLevelRetinaNetHead(RetinaNetHead):
+    """One with batch norms, of which each level of the pyramid has its own."""
+
+    def forward(self, features: List[Tensor]) -> Tuple[List[Tensor], List[Tensor]]:
+        """As that of `RetinaNetHead`."""
+        logits: List[Tensor] = []
+        anchor_deltas: List[Tensor] = []
+        for level, feature in enumerate(features):
+            logits.append(self.cls_score(self._hidden(self.cls_subnet, feature, level)))
+            anchor_deltas.append(self.bbox_pred(self._hidden(self.bbox_subnet, feature, level)))
+        return logits, anchor_deltas
+
+    def _hidden(self, subnet: nn.Sequential, x: Tensor, level: int) -> Tensor:
+        for layer in subnet:
+            x = layer(x, level) if isinstance(layer, LevelBatchNorm) else layer(x)
+        return x
+
+
 def _per_anchor(prediction: Tensor, channels: int) -> Tensor:
     """N x (A * channels) x H x W to N x (H * W * A) x channels."""
     n, _, height, width = prediction.shape
@@ -49,40 +96,56 @@ def _per_anchor(prediction: Tensor, channels: int) -> Tensor:
 
 
 class RetinaNet(nn.Module):
-    """RetinaNet R50-FPN with Detectron2's parameter names and model-zoo settings.
+    """RetinaNet with Detectron2's parameter names.
 
     Args:
+        backbone: images -> feature maps.
+        in_features: places of those that are looked at.
+        anchor_generator: makes the anchors of these.
+        config: what else is set.
+        pixel_mean, pixel_std: of each channel.
+        detections_per_image: how many are kept, the best of all classes.
         postprocess: clip the boxes to the image and leave out what is empty then.
     """
 
-    num_classes: Final[int] = NUM_CLASSES
-    score_threshold: Final[float] = 0.05
-    topk_candidates: Final[int] = 1000
-    nms_threshold: Final[float] = 0.5
-    detections_per_image: Final[int] = 100
-
-    def __init__(self, postprocess: bool = True) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        in_features: Sequence[int],
+        anchor_generator: box_ops.AnchorGenerator,
+        config: Settings,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        detections_per_image: int,
+        postprocess: bool = True,
+    ) -> None:
         super().__init__()
+        self.in_features = list(in_features)
+        self.num_classes = config.num_classes
+        self.score_threshold = float(config.score_thresh_test)
+        self.topk_candidates = config.topk_candidates_test
+        self.nms_threshold = float(config.nms_thresh_test)
+        self.weights = box_ops.four(config.bbox_reg_weights)
+        self.detections_per_image = detections_per_image
         self.postprocess = postprocess
-        self.register_buffer(
-            "pixel_mean", torch.tensor([103.530, 116.280, 123.675]).view(-1, 1, 1), False
-        )
-        self.register_buffer("pixel_std", torch.ones(3, 1, 1), False)
-        self.backbone = RetinaNetFPN()
-        sizes = [[x, x * 2 ** (1.0 / 3), x * 2 ** (2.0 / 3)] for x in (32, 64, 128, 256, 512)]
-        self.anchor_generator = box_ops.AnchorGenerator(
-            sizes, (0.5, 1.0, 2.0), (8, 16, 32, 64, 128)
-        )
-        self.head = RetinaNetHead(self.anchor_generator.num_anchors)
+        self.size_divisibility: int = backbone.size_divisibility
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+        self.backbone = backbone
+        self.anchor_generator = anchor_generator
+        kind = PerLevelRetinaNetHead if config.norm in PER_LEVEL_NORMS else RetinaNetHead
+        channels = backbone.channels[in_features[0]]
+        self.head = kind(channels, len(in_features), anchor_generator.num_anchors, config)
 
     def forward(self, images: List[Tensor]) -> List[Instances]:
         """Detects objects.
 
         Args:
-            images: 3 x H x W float tensors, BGR, 0 to 255.
+            images: 3 x H x W float tensors in the format of the configuration, 0 to 255.
         """
-        batch = batch_images(images, self.pixel_mean, self.pixel_std, 32)
+        batch = batch_images(images, self.pixel_mean, self.pixel_std, self.size_divisibility)
         features = self.backbone(batch)
+        features = [features[n] for n in self.in_features]
         logits, anchor_deltas = self.head(features)
         anchors = self.anchor_generator(features)
         logits = [_per_anchor(x, self.num_classes) for x in logits]
@@ -112,7 +175,7 @@ class RetinaNet(nn.Module):
             anchor_index, class_index = candidates.nonzero()[order].unbind(1)
             all_boxes.append(
                 box_ops.apply_deltas(
-                    deltas[level][anchor_index], anchors[level][anchor_index], (1.0, 1.0, 1.0, 1.0)
+                    deltas[level][anchor_index], anchors[level][anchor_index], self.weights
                 )
             )
             all_scores.append(top_scores)

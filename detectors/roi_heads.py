@@ -5,7 +5,7 @@ features, and of Cascade R-CNN (Cai and Vasconcelos 2018, https://arxiv.org/abs/
 """
 
 from collections import OrderedDict
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -13,30 +13,54 @@ from torch import Tensor, nn
 from torch.jit import Final
 
 from detectors import boxes as box_ops
+from detectors.configuration import ROIBoxHead, ROIMaskHead
 from detectors.instances import Instances
-from detectors.layers import res_stage
+from detectors.layers import Conv2d
 
-NUM_CLASSES = 80
+
+class Selection(NamedTuple):
+    """Which of the predictions are detections.
+
+    Attributes:
+        score_threshold: detections score more than this.
+        nms_threshold: IoU above which the lower score of a class is suppressed.
+        limit: of detections in an image, the best of all classes.
+    """
+
+    score_threshold: float
+    nms_threshold: float
+    limit: int
 
 
 class ROIPooler(nn.Module):
-    """ROI align on the pyramid level that fits the size of each box.
+    """Pools regions, each on the pyramid level that fits the size of its box.
 
     Args:
         output_size: P; regions are pooled to P x P.
         strides: of the feature maps that are given to `forward`, finest first.
+        kind: `ROIAlignV2`, `ROIAlign` (half a pixel off) or `ROIPool`.
+        sampling_ratio: samples in each direction of a cell, 0 for as many as it has pixels.
     """
 
     # A box of 224 x 224 pixels is pooled from level 4 (equation 1 of the FPN paper).
     canonical_box_size: Final[int] = 224
     canonical_level: Final[int] = 4
 
-    def __init__(self, output_size: int, strides: Sequence[int]) -> None:
+    def __init__(
+        self,
+        output_size: int,
+        strides: Sequence[int],
+        kind: str = "ROIAlignV2",
+        sampling_ratio: int = 0,
+    ) -> None:
         super().__init__()
         self.output_size = output_size
         self.scales = [1.0 / stride for stride in strides]
         self.min_level = strides[0].bit_length() - 1
         self.max_level = strides[-1].bit_length() - 1
+        self.is_max = kind == "ROIPool"
+        self.aligned = kind == "ROIAlignV2"
+        self.sampling_ratio = sampling_ratio
 
     def forward(self, features: List[Tensor], boxes: List[Tensor]) -> Tensor:
         """Pools regions.
@@ -53,7 +77,7 @@ class ROIPooler(nn.Module):
             indexed.append(torch.cat([torch.full_like(image_boxes[:, :1], n), image_boxes], dim=1))
         rois = torch.cat(indexed)
         if len(self.scales) == 1:
-            return self._align(features[0], rois, self.scales[0])
+            return self._pool(features[0], rois, self.scales[0])
         levels = self._levels(torch.cat(boxes))
         pooled = torch.zeros(
             [rois.shape[0], features[0].shape[1], self.output_size, self.output_size],
@@ -62,17 +86,21 @@ class ROIPooler(nn.Module):
         )
         for level, scale in enumerate(self.scales):
             (index,) = (levels == level).nonzero().unbind(1)
-            pooled.index_put_([index], self._align(features[level], rois[index], scale))
+            pooled.index_put_([index], self._pool(features[level], rois[index], scale))
         return pooled
 
-    def _align(self, feature: Tensor, rois: Tensor, scale: float) -> Tensor:
+    def _pool(self, feature: Tensor, rois: Tensor, scale: float) -> Tensor:
         # The coordinates stay float32: bfloat16 would move a corner at x = 600 by up to 2 pixels.
-        # The operator and not torchvision.ops.roi_align, whose checks make the tracer warn.
-        # 0 samples: as many as a region has cells; aligned: pixel centers, not corners.
+        feature, dtype = feature.to(rois.dtype), feature.dtype
+        # The operators and not torchvision.ops.roi_align, whose checks make the tracer warn.
+        size = self.output_size
+        if self.is_max:
+            return torch.ops.torchvision.roi_pool(feature, rois, scale, size, size)[0].to(dtype)
+        # Aligned: pixel centers, not corners.
         pooled = torch.ops.torchvision.roi_align(
-            feature.to(rois.dtype), rois, scale, self.output_size, self.output_size, 0, True
+            feature, rois, scale, size, size, self.sampling_ratio, self.aligned
         )
-        return pooled.to(feature.dtype)
+        return pooled.to(dtype)
 
     def _levels(self, boxes: Tensor) -> Tensor:
         areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
@@ -81,73 +109,96 @@ class ROIPooler(nn.Module):
         return levels.clamp(self.min_level, self.max_level).to(torch.int64) - self.min_level
 
 
-class BoxHead(nn.Module):
-    """Two fully connected layers. M x 256 x 7 x 7 in, M x 1024 out."""
+class BoxHead(nn.Sequential):
+    """Convolutions and fully connected layers. M x C x P x P in, M x D out.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(256 * 7 * 7, 1024)
-        self.fc2 = nn.Linear(1024, 1024)
+    Without any fully connected layer, M x C x P x P out.
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu_(self.fc1(x.flatten(1)))
-        return F.relu_(self.fc2(x))
+    Args:
+        in_channels: of the pooled regions.
+        config: what is set for it.
+
+    Attributes:
+        features: D, or C * P * P.
+    """
+
+    def __init__(self, in_channels: int, config: ROIBoxHead) -> None:
+        layers: Dict[str, nn.Module] = OrderedDict()
+        for n in range(1, config.num_conv + 1):
+            layers[f"conv{n}"] = Conv2d(in_channels, config.conv_dim, 3, norm=config.norm)
+            layers[f"conv_relu{n}"] = nn.ReLU(inplace=True)
+            in_channels = config.conv_dim
+        features = in_channels * config.pooler_resolution**2
+        for n in range(1, config.num_fc + 1):
+            if n == 1:
+                layers["flatten"] = nn.Flatten()
+            layers[f"fc{n}"] = nn.Linear(features, config.fc_dim)
+            layers[f"fc_relu{n}"] = nn.ReLU(inplace=True)
+            features = config.fc_dim
+        super().__init__(layers)
+        self.features = features
 
 
 class BoxPredictor(nn.Module):
     """Class logits (background last) and box deltas of each region.
 
     Args:
-        in_channels: of the region's feature vector.
-        num_regressed: 80 sets of deltas, one for each class, or 1 for all of them.
+        in_features: of the region's feature vector.
+        num_classes: K.
+        class_agnostic: whether there is one set of deltas for all classes.
         weights: what the deltas were multiplied by in training.
+        by_sigmoid: whether each class has a probability of its own.
     """
 
     def __init__(
         self,
-        in_channels: int,
-        num_regressed: int,
-        weights: Tuple[float, float, float, float],
+        in_features: int,
+        num_classes: int,
+        class_agnostic: bool,
+        weights: Sequence[float],
+        by_sigmoid: bool = False,
     ) -> None:
         super().__init__()
-        self.weights = weights
-        self.cls_score = nn.Linear(in_channels, NUM_CLASSES + 1)
-        self.bbox_pred = nn.Linear(in_channels, 4 * num_regressed)
+        self.weights = box_ops.four(weights)
+        self.by_sigmoid = by_sigmoid
+        self.class_agnostic = class_agnostic
+        self.cls_score = nn.Linear(in_features, num_classes + 1)
+        self.bbox_pred = nn.Linear(in_features, 4 * (1 if class_agnostic else num_classes))
 
     def forward(self, features: Tensor, boxes: Tensor) -> Tuple[Tensor, Tensor]:
-        """Returns M x 81 probabilities and M x 4k boxes."""
-        probabilities = F.softmax(self.cls_score(features), dim=-1)
-        return probabilities, box_ops.apply_deltas(self.bbox_pred(features), boxes, self.weights)
+        """Returns M x (K + 1) probabilities and M x 4k boxes, k = K or 1.
+
+        Args:
+            features: M x D, or what flattens to it.
+            boxes: M x 4.
+        """
+        features = features.flatten(1)
+        logits = self.cls_score(features)
+        scores = logits.sigmoid() if self.by_sigmoid else F.softmax(logits, dim=-1)
+        return scores, box_ops.apply_deltas(self.bbox_pred(features), boxes, self.weights)
 
 
 def detections_of_image(
-    boxes: Tensor,
-    scores: Tensor,
-    size: Tensor,
-    class_agnostic: bool,
-    score_threshold: float = 0.05,
-    nms_threshold: float = 0.5,
-    limit: int = 100,
+    boxes: Tensor, scores: Tensor, size: Tensor, class_agnostic: bool, selection: Selection
 ) -> Instances:
     """Thresholds and suppresses the predictions of one image.
 
     Args:
-        boxes: R x 4k, k = 80 or, where they are class-agnostic, 1.
-        scores: R x 81, background last.
+        boxes: R x 4k, k = K or, where they are class-agnostic, 1.
+        scores: R x (K + 1), background last.
         size: height and width of the image.
         class_agnostic: whether all classes share one box.
-        score_threshold: detections score more than this.
-        nms_threshold: IoU above which the lower score of a class is suppressed.
-        limit: of detections, the best of all classes.
+        selection: what is a detection.
     """
     finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)
     scores = scores[:, :-1]
-    candidates = (scores > score_threshold) & finite[:, None]
+    candidates = (scores > selection.score_threshold) & finite[:, None]
     region, classes = candidates.nonzero().unbind(1)
     boxes = box_ops.clip(boxes.reshape(boxes.shape[0], -1, 4), size)
     boxes = boxes[region, 0] if class_agnostic else boxes[candidates]
     scores = scores[candidates]
-    keep = box_ops.batched_nms(boxes, scores, classes, nms_threshold)[:limit]
+    keep = box_ops.batched_nms(boxes, scores, classes, selection.nms_threshold)
+    keep = keep[: selection.limit]
     return Instances(size, boxes[keep], scores[keep], classes[keep], None)
 
 
@@ -167,14 +218,17 @@ def detections_of_images(
     scores: Tensor,
     proposals: List[Tensor],
     sizes: List[Tensor],
-    class_agnostic: bool = False,
+    class_agnostic: bool,
+    selection: Selection,
 ) -> List[Instances]:
     """The detections of each image from the predictions for the regions of all images."""
     image_boxes = split_like(boxes, proposals)
     image_scores = split_like(scores, proposals)
     results: List[Instances] = []
     for n, size in enumerate(sizes):
-        results.append(detections_of_image(image_boxes[n], image_scores[n], size, class_agnostic))
+        results.append(
+            detections_of_image(image_boxes[n], image_scores[n], size, class_agnostic, selection)
+        )
     return results
 
 
@@ -183,19 +237,21 @@ class MaskHead(nn.Sequential):
 
     Args:
         in_channels: of the pooled regions.
-        num_convs: 3x3 convolutions before the transposed one.
+        num_classes: of masks, 1 where all classes share one.
+        config: what is set for it.
     """
 
-    def __init__(self, in_channels: int, num_convs: int) -> None:
+    def __init__(self, in_channels: int, num_classes: int, config: ROIMaskHead) -> None:
         layers: Dict[str, nn.Module] = OrderedDict()
-        for n in range(num_convs):
-            layers[f"mask_fcn{n + 1}"] = nn.Conv2d(in_channels, 256, 3, padding=1)
-            layers[f"mask_fcn_relu{n + 1}"] = nn.ReLU()
-            in_channels = 256
-        layers["deconv"] = nn.ConvTranspose2d(in_channels, 256, 2, stride=2)
+        for n in range(1, config.num_conv + 1):
+            layers[f"mask_fcn{n}"] = Conv2d(in_channels, config.conv_dim, 3, norm=config.norm)
+            layers[f"mask_fcn_relu{n}"] = nn.ReLU()
+            in_channels = config.conv_dim
+        layers["deconv"] = nn.ConvTranspose2d(in_channels, config.conv_dim, 2, stride=2)
         layers["deconv_relu"] = nn.ReLU()
-        layers["predictor"] = nn.Conv2d(256, NUM_CLASSES, 1)
+        layers["predictor"] = nn.Conv2d(config.conv_dim, num_classes, 1)
         super().__init__(layers)
+        self.class_agnostic = num_classes == 1
 
     def probabilities(self, x: Tensor, classes: Tensor) -> Tensor:
         """Returns M x 1 x 2P x 2P probabilities, each of the mask of its region's class.
@@ -205,6 +261,8 @@ class MaskHead(nn.Sequential):
             classes: M, int64.
         """
         logits = self(x)
+        if self.class_agnostic:
+            return logits.sigmoid()
         index = torch.arange(logits.shape[0], device=logits.device)
         return logits[index, classes][:, None].sigmoid()
 
@@ -219,15 +277,35 @@ def with_masks(results: List[Instances], masks: Tensor) -> List[Instances]:
 
 
 class StandardROIHeads(nn.Module):
-    """Box and mask heads on a pyramid [p2, p3, p4, p5, ...] of 256 channels."""
+    """Box and mask heads, each of which pools regions of the backbone's features.
 
-    def __init__(self) -> None:
+    Args:
+        in_features: places of the feature maps that regions are pooled from.
+        box_pooler, box_head, box_predictor: see there; those of a cascade are lists.
+        selection: what is a detection.
+        mask_pooler, mask_head: see there; None where there are no masks.
+    """
+
+    selection: Selection  # TorchScript would take it for a bare tuple.
+
+    def __init__(
+        self,
+        in_features: Sequence[int],
+        box_pooler: ROIPooler,
+        box_head: nn.Module,
+        box_predictor: nn.Module,
+        selection: Selection,
+        mask_pooler: Optional[ROIPooler] = None,
+        mask_head: Optional[MaskHead] = None,
+    ) -> None:
         super().__init__()
-        self.box_pooler = ROIPooler(7, (4, 8, 16, 32))
-        self.box_head = BoxHead()
-        self.box_predictor = BoxPredictor(1024, NUM_CLASSES, (10.0, 10.0, 5.0, 5.0))
-        self.mask_pooler = ROIPooler(14, (4, 8, 16, 32))
-        self.mask_head = MaskHead(256, 4)
+        self.in_features = list(in_features)
+        self.selection = selection
+        self.box_pooler = box_pooler
+        self.box_head = box_head
+        self.box_predictor = box_predictor
+        self.mask_pooler = mask_pooler
+        self.mask_head = mask_head
 
     def forward(
         self, features: List[Tensor], proposals: List[Tensor], sizes: List[Tensor]
@@ -235,42 +313,35 @@ class StandardROIHeads(nn.Module):
         """Returns the detections of each image.
 
         Args:
-            features: per level, N x 256 x H x W.
+            features: of the backbone, N x C x H x W each.
             proposals: per image, R x 4.
             sizes: height and width of each image.
         """
-        results = self.boxes(features[:4], proposals, sizes)
-        pooled = self.mask_pooler(features[:4], [x.pred_boxes for x in results])
+        features = [features[n] for n in self.in_features]
+        results = self.boxes(features, proposals, sizes)
+        if self.mask_head is None:
+            return results
+        pooled = self.mask_pooler(features, [x.pred_boxes for x in results])
         classes = torch.cat([x.pred_classes for x in results])
         return with_masks(results, self.mask_head.probabilities(pooled, classes))
 
     def boxes(
         self, features: List[Tensor], proposals: List[Tensor], sizes: List[Tensor]
     ) -> List[Instances]:
-        """The detections of each image, without masks."""
+        """The detections of each image, without masks, from the features that are pooled."""
         hidden = self.box_head(self.box_pooler(features, proposals))
         scores, boxes = self.box_predictor(hidden, torch.cat(proposals))
-        return detections_of_images(boxes, scores, proposals, sizes)
+        class_agnostic = self.box_predictor.class_agnostic
+        return detections_of_images(boxes, scores, proposals, sizes, class_agnostic, self.selection)
 
 
 class CascadeROIHeads(StandardROIHeads):
-    """Three box heads, each refining the boxes of the one before; scores are averaged."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.box_head = nn.ModuleList([BoxHead() for _ in range(3)])
-        self.box_predictor = nn.ModuleList(
-            [
-                BoxPredictor(1024, 1, (10.0, 10.0, 5.0, 5.0)),
-                BoxPredictor(1024, 1, (20.0, 20.0, 10.0, 10.0)),
-                BoxPredictor(1024, 1, (30.0, 30.0, 15.0, 15.0)),
-            ]
-        )
+    """Several box heads, each refining the boxes of the one before; scores are averaged."""
 
     def boxes(
         self, features: List[Tensor], proposals: List[Tensor], sizes: List[Tensor]
     ) -> List[Instances]:
-        """The detections of each image, without masks."""
+        """The detections of each image, without masks, from the features that are pooled."""
         total = torch.zeros(1)
         boxes = torch.cat(proposals)
         regions = proposals
@@ -281,26 +352,51 @@ class CascadeROIHeads(StandardROIHeads):
             hidden = head(self.box_pooler(features, regions))
             scores, boxes = predictor(hidden, torch.cat(regions))
             total = scores if stage == 0 else total + scores
-        return detections_of_images(boxes, total * (1.0 / 3), proposals, sizes, class_agnostic=True)
+        scores = total * (1.0 / len(self.box_head))
+        return detections_of_images(boxes, scores, proposals, sizes, True, self.selection)
 
 
 class Res5ROIHeads(nn.Module):
-    """Box and mask heads on C4 features that run the last stage of the ResNet per region."""
+    """Box and mask heads on C4 features that run the last stage of the ResNet per region.
 
-    def __init__(self) -> None:
+    Args:
+        in_features: the place of the feature map that regions are pooled from.
+        pooler, box_predictor, selection, mask_head: as for `StandardROIHeads`.
+        res5: the stage.
+    """
+
+    selection: Selection
+
+    def __init__(
+        self,
+        in_features: Sequence[int],
+        pooler: ROIPooler,
+        res5: nn.Sequential,
+        box_predictor: BoxPredictor,
+        selection: Selection,
+        mask_head: Optional[MaskHead] = None,
+    ) -> None:
         super().__init__()
-        self.pooler = ROIPooler(14, (16,))
-        self.res5 = res_stage(1024, 512, 3, 2)
-        self.box_predictor = BoxPredictor(2048, NUM_CLASSES, (10.0, 10.0, 5.0, 5.0))
-        self.mask_head = MaskHead(2048, 0)
+        self.in_features = list(in_features)
+        self.selection = selection
+        self.pooler = pooler
+        self.res5 = res5
+        self.box_predictor = box_predictor
+        self.mask_head = mask_head
 
     def forward(
         self, features: List[Tensor], proposals: List[Tensor], sizes: List[Tensor]
     ) -> List[Instances]:
         """Returns the detections of each image; arguments as for `StandardROIHeads`."""
+        features = [features[n] for n in self.in_features]
         hidden = self.res5(self.pooler(features, proposals)).mean(dim=[2, 3])
         scores, boxes = self.box_predictor(hidden, torch.cat(proposals))
-        results = detections_of_images(boxes, scores, proposals, sizes)
+        class_agnostic = self.box_predictor.class_agnostic
+        results = detections_of_images(
+            boxes, scores, proposals, sizes, class_agnostic, self.selection
+        )
+        if self.mask_head is None:
+            return results
         pooled = self.res5(self.pooler(features, [x.pred_boxes for x in results]))
         classes = torch.cat([x.pred_classes for x in results])
         return with_masks(results, self.mask_head.probabilities(pooled, classes))

@@ -1,21 +1,44 @@
 """Region proposal network (Ren et al. 2015, https://arxiv.org/abs/1506.01497), inference only."""
 
-from typing import List, Tuple
+from collections import OrderedDict
+from typing import Dict, List, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.jit import Final
 
 from detectors import boxes as box_ops
+from detectors.configuration import RPN as Settings
 
 
 class RPNHead(nn.Module):
-    """Objectness and box deltas of every anchor."""
+    """Objectness and box deltas of every anchor.
 
-    def __init__(self, in_channels: int, num_anchors: int) -> None:
+    Args:
+        in_channels: of each feature map.
+        num_anchors: of each cell.
+        conv_dims: channels of the hidden convolutions, -1 for as many as come in.
+    """
+
+    def __init__(
+        self, in_channels: int, num_anchors: int, conv_dims: Sequence[int] = (-1,)
+    ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, in_channels, 3, padding=1)
+        convs: List[nn.Module] = []
+        for channels in conv_dims:
+            out_channels = in_channels if channels == -1 else channels
+            convs.append(nn.Conv2d(in_channels, out_channels, 3, padding=1))
+            in_channels = out_channels
+        if len(convs) == 1:
+            self.conv = convs[0]
+        else:
+            # The first of them are followed by a ReLU in here, the last one in `forward`.
+            layers: Dict[str, nn.Module] = OrderedDict()
+            for n, conv in enumerate(convs):
+                layers[f"conv{n}"] = conv
+                if n < len(convs) - 1:
+                    layers[f"relu{n}"] = nn.ReLU()
+            self.conv = nn.Sequential(layers)
         self.objectness_logits = nn.Conv2d(in_channels, num_anchors, 1)
         self.anchor_deltas = nn.Conv2d(in_channels, num_anchors * 4, 1)
 
@@ -34,29 +57,39 @@ class RPN(nn.Module):
     """Proposals from feature maps.
 
     Args:
+        in_features: places of the feature maps that it looks at, among those of the backbone.
         in_channels: of each feature map.
         anchor_generator: makes the anchors of these feature maps.
-        pre_nms_topk: candidates that each feature map may put forward.
+        config: what else is set.
+        min_size: proposals have a width and a height of more than this, in pixels.
     """
 
-    nms_threshold: Final[float] = 0.7
-    post_nms_topk: Final[int] = 1000
-
     def __init__(
-        self, in_channels: int, anchor_generator: box_ops.AnchorGenerator, pre_nms_topk: int
+        self,
+        in_features: Sequence[int],
+        in_channels: int,
+        anchor_generator: box_ops.AnchorGenerator,
+        config: Settings,
+        min_size: float,
     ) -> None:
         super().__init__()
-        self.pre_nms_topk = pre_nms_topk
-        self.rpn_head = RPNHead(in_channels, anchor_generator.num_anchors)
+        self.in_features = list(in_features)
+        self.pre_nms_topk = config.pre_nms_topk_test
+        self.post_nms_topk = config.post_nms_topk_test
+        self.nms_threshold = float(config.nms_thresh)
+        self.weights = box_ops.four(config.bbox_reg_weights)
+        self.min_size = float(min_size)
+        self.rpn_head = RPNHead(in_channels, anchor_generator.num_anchors, config.conv_dims)
         self.anchor_generator = anchor_generator
 
     def forward(self, features: List[Tensor], sizes: List[Tensor]) -> List[Tensor]:
-        """Returns up to 1000 proposals for each image, R x 4, best objectness first.
+        """Returns the proposals for each image, R x 4, best objectness first.
 
         Args:
-            features: per level, N x C x H x W.
+            features: of the backbone, N x C x H x W each.
             sizes: height and width of each image.
         """
+        features = [features[n] for n in self.in_features]
         anchors = self.anchor_generator(features)
         logits, deltas = self.rpn_head(features)
         logits = [x.permute(0, 2, 3, 1).flatten(1) for x in logits]
@@ -84,9 +117,7 @@ class RPN(nn.Module):
         for level, level_logits in enumerate(logits):
             top_logits, order = box_ops.topk(level_logits, self.pre_nms_topk)
             all_boxes.append(
-                box_ops.apply_deltas(
-                    deltas[level][order], anchors[level][order], (1.0, 1.0, 1.0, 1.0)
-                )
+                box_ops.apply_deltas(deltas[level][order], anchors[level][order], self.weights)
             )
             all_logits.append(top_logits)
             all_levels.append(torch.full_like(order, level))
@@ -94,7 +125,7 @@ class RPN(nn.Module):
 
         finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(top)
         boxes = box_ops.clip(boxes, size)
-        keep = finite & box_ops.nonempty(boxes)
+        keep = finite & box_ops.nonempty(boxes, self.min_size)
         boxes, top, levels = boxes[keep], top[keep], levels[keep]
         keep = box_ops.batched_nms(boxes, top, levels, self.nms_threshold)
         return boxes[keep[: self.post_nms_topk]]

@@ -20,6 +20,7 @@ from torchvision.ops import box_iou
 
 from detectors import boxes as box_ops
 from detectors.config import build_detector
+from detectors.configuration import Configuration
 from detectors.images import batch_images, image_size
 from detectors.layers import Bottleneck, FrozenBatchNorm2d
 from detectors.rcnn import GeneralizedRCNN
@@ -76,12 +77,12 @@ MIDDLE_ANCHOR = 4
 
 
 def synthesize(
-    config: str, images: Sequence[Tensor], detections: int, seed: int
+    config: Configuration, images: Sequence[Tensor], detections: int, seed: int
 ) -> Dict[str, Tensor]:
     """Weights with which a detector finds a set number of objects in an image.
 
     Args:
-        config: a key of `detectors.config.ARCHITECTURES`.
+        config: of a test model.
         images: the image at the sizes `min`, `opt` and `max`, and any others, each 3 x H x W, BGR,
             0 to 255. The network is scaled on `opt`; objects are chosen in all.
         detections: how many objects are found in each, up to 100. Where an image has too few
@@ -563,7 +564,7 @@ def _box_stages(heads: nn.Module) -> List[_BoxStage]:
         return _res5(heads, features, boxes).mean(dim=[2, 3])
 
     def embed_pyramid(head: nn.Module, features: List[Tensor], boxes: Tensor) -> Tensor:
-        return head(heads.box_pooler(features[:4], [boxes]))
+        return head(heads.box_pooler(_pooled(heads, features), [boxes]))
 
     if isinstance(heads, Res5ROIHeads):
         return [(embed_c4, heads.box_predictor)]
@@ -574,14 +575,19 @@ def _box_stages(heads: nn.Module) -> List[_BoxStage]:
 
 
 def _res5(heads: Res5ROIHeads, features: List[Tensor], boxes: Tensor) -> Tensor:
-    return heads.res5(heads.pooler(features, [boxes]))
+    return heads.res5(heads.pooler(_pooled(heads, features), [boxes]))
+
+
+def _pooled(heads: nn.Module, features: List[Tensor]) -> List[Tensor]:
+    """Of the backbone's features, those that regions are pooled from."""
+    return [features[n] for n in heads.in_features]
 
 
 def _pool_masks(heads: nn.Module, view: _View) -> Tensor:
     boxes = view.proposals[:MASK_SAMPLE]
     if isinstance(heads, Res5ROIHeads):
         return _res5(heads, view.features, boxes)
-    return heads.mask_pooler(view.features[:4], [boxes])
+    return heads.mask_pooler(_pooled(heads, view.features), [boxes])
 
 
 def _proposal_regions(view: _View, hidden: Tensor, shortest: int) -> _Regions:

@@ -30,6 +30,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # So has what `nohup` starts SIGHUP.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+# The configurations of the test models, by their names in the model zoo.
+CONFIGS = sorted({model.config for model in MODELS.values()})
 # Height and width of `opt`. Neither is a multiple of 32, and none of the sizes scaled from them.
 SMALL = (100, 130)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from detectron2 import model_zoo
@@ -15,13 +15,24 @@ from torch import Tensor, nn
 from models import TestModel
 
 
-def build(config: str) -> nn.Module:
-    """Detectron2's detector of a model-zoo configuration, on the CPU, with seeded weights."""
-    settings = model_zoo.get_config(config + ".yaml")
-    settings.MODEL.DEVICE = "cpu"
-    settings.MODEL.WEIGHTS = ""
-    detector = build_model(settings).eval()
-    detector.load_state_dict(seeded_weights(detector.state_dict()))
+def build(
+    config: str,
+    settings: Optional[Mapping[str, Any]] = None,
+    weights: Callable[[Mapping[str, Tensor]], Dict[str, Tensor]] = seeded_weights,
+) -> nn.Module:
+    """Detectron2's detector of a model-zoo configuration, on the CPU, with seeded weights.
+
+    Args:
+        settings: what is different from that.
+        weights: makes them for a state dict.
+    """
+    node = model_zoo.get_config(config + ".yaml")
+    node.MODEL.DEVICE = "cpu"
+    node.MODEL.WEIGHTS = ""
+    for key, value in (settings or {}).items():
+        node.merge_from_list([key, value])
+    detector = build_model(node).eval()
+    detector.load_state_dict(weights(detector.state_dict()))
     return detector
 
 
@@ -55,11 +66,23 @@ def outputs(
         found = [x["instances"] for x in detector.inference(inputs, do_postprocess=True)]
     else:
         found = detector.inference(inputs, do_postprocess=False)
-    return [_fields(model, instances) for instances in found]
+    return [_fields(model.fields, instances) for instances in found]
 
 
-def _fields(model: TestModel, instances) -> Dict[str, Tensor]:
-    fields = {name: getattr(instances, name) for name in model.fields}
+@torch.no_grad()
+def outputs_of_part(detector: nn.Module, images: Tuple[Tensor, ...]) -> List[Dict[str, Tensor]]:
+    """What one of `parts` finds, one set of fields for each image, not postprocessed."""
+    inputs = [{"image": image} for image in images]
+    if hasattr(detector, "roi_heads"):
+        found = detector.inference(inputs, do_postprocess=False)
+    else:
+        found = [x["instances"] for x in detector(inputs)]
+    names = ("pred_boxes", "pred_classes", "pred_masks", "scores", "image_size")
+    return [_fields([x for x in names if hasattr(each, x)], each) for each in found]
+
+
+def _fields(names: Sequence[str], instances) -> Dict[str, Tensor]:
+    fields = {name: getattr(instances, name) for name in names}
     fields["pred_boxes"] = fields["pred_boxes"].tensor
     fields["image_size"] = torch.tensor(fields["image_size"])
     return fields

@@ -63,8 +63,10 @@ def seeded_image(seed: int, height: int, width: int) -> Tensor:
 
 
 def _parameter(name: str, shape: Tuple[int, ...]) -> np.ndarray:
+    if not shape:  # Counts the batches of a training.
+        return np.zeros(shape, dtype=np.int64)
     values = _uniform(name, shape)
-    if name.endswith(("norm.weight", "running_var")):
+    if name.endswith("running_var") or (name.endswith("weight") and len(shape) == 1):
         values = 1 + 0.5 * values
     elif name.endswith(("bias", "running_mean")):
         values = 0.1 * values

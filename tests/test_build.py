@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import CONFIGS
 
 from detectors import build as building
 from detectors.build import build, check_weights, find_weights, resolve_source
-from detectors.config import ARCHITECTURES, build_detector
+from detectors.config import build_detector
 from detectors.inputs import digest, read_image, tuning_inputs
+from detectors.zoo_configurations import zoo_configuration
 from errors import InputError
 from models import MODELS, TestModel
 from results.facts import weights_note
@@ -20,11 +22,11 @@ RETINANET = MODELS["testRetinaNet"]
 # Building --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", ARCHITECTURES)
+@pytest.mark.parametrize("config", CONFIGS)
 def test_no_trace_of_the_memory_is_left_where_nothing_is_initialized(config):
     """What is not loaded has the same values as in a detector that is initialized."""
-    whole = build_detector(config, True)
-    bare = build_detector(config, True, initialize=False)
+    whole = build_detector(zoo_configuration(config), True)
+    bare = build_detector(zoo_configuration(config), True, initialize=False)
     bare.load_state_dict(whole.state_dict())
     for kind in ("named_parameters", "named_buffers"):
         wanted, found = (dict(getattr(x, kind)()) for x in (whole, bare))
@@ -37,7 +39,7 @@ def test_no_trace_of_the_memory_is_left_where_nothing_is_initialized(config):
 
 
 def test_layers_are_initialized_again_after_that():
-    build_detector(RETINANET.config, True, initialize=False)
+    build_detector(zoo_configuration(RETINANET.config), True, initialize=False)
     torch.manual_seed(0)
     first = torch.nn.Linear(3, 3).weight
     torch.manual_seed(0)
@@ -64,7 +66,7 @@ def inputs():
 
 def state_of(model: TestModel) -> dict:
     torch.manual_seed(0)
-    return build_detector(model.config, model.postprocess).state_dict()
+    return build_detector(zoo_configuration(model.config), model.postprocess).state_dict()
 
 
 def test_auto_falls_back_to_synthetic_weights_and_says_so(offline, inputs):

@@ -16,6 +16,7 @@ from detectors import checkpoint
 from detectors.build import _from_file
 from detectors.config import build_detector
 from detectors.layers import FrozenBatchNorm2d
+from detectors.zoo_configurations import zoo_configuration
 from errors import InputError
 from models import MODELS
 
@@ -399,7 +400,7 @@ def test_another_architecture_is_refused_and_changes_nothing(state):
 )
 def test_other_classes_are_no_other_architecture(config):
     """As in a checkpoint of someone's own: 3 classes in place of 80."""
-    model = build_detector(config, False, initialize=False)
+    model = build_detector(zoo_configuration(config), False, initialize=False)
     state = model.state_dict()
     for key, value in state.items():
         if "cls_score" in key:

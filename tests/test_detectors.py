@@ -18,15 +18,17 @@ import golden
 import numpy as np
 import pytest
 import torch
+from conftest import CONFIGS
 from seeded_weights import seeded_image, seeded_weights
 from torch import nn
 
 from detectors import boxes as box_ops
 from detectors import images, masks
 from detectors.backbone import LastLevelP6P7
-from detectors.config import ARCHITECTURES, build_detector
-from detectors.export import TraceableDetector
+from detectors.config import build_detector
+from detectors.export import TraceableDetector, script
 from detectors.instances import Instances, flatten
+from detectors.zoo_configurations import zoo_configuration
 from models import MODELS
 
 PARAMETERS = json.loads((golden.DATA / "parameters.json").read_text(encoding="utf-8"))
@@ -43,7 +45,7 @@ class Subject:
 
     def __init__(self, model):
         self.model = model
-        self.detector = build_detector(model.config, model.postprocess)
+        self.detector = build_detector(zoo_configuration(model.config), model.postprocess)
         self.detector.load_state_dict(seeded_weights(self.detector.state_dict()))
         self.eager = TraceableDetector(self.detector).eval()
         self.warned = {}
@@ -55,7 +57,7 @@ class Subject:
 
     @functools.cached_property
     def scripted(self):
-        scripted = self._recording("scripted", lambda: torch.jit.script(self.detector))
+        scripted = self._recording("scripted", lambda: script(self.detector))
 
         def call(*images):
             return tuple(x for found in scripted(list(images)) for x in flatten(Instances(*found)))
@@ -219,25 +221,25 @@ def test_traced_without_objects(subject):
     assert_all_same(golden.fields_of(found, subject.model), outputs[call])
 
 
-@pytest.mark.parametrize("config", ARCHITECTURES)
+@pytest.mark.parametrize("config", CONFIGS)
 def test_parameters_are_detectron2s(config):
     shapes = {
         name: "x".join(str(side) for side in value.shape)
-        for name, value in build_detector(config, False).state_dict().items()
+        for name, value in build_detector(zoo_configuration(config), False).state_dict().items()
     }
     assert shapes == PARAMETERS[config]["state_dict"]
 
 
-@pytest.mark.parametrize("config", ARCHITECTURES)
+@pytest.mark.parametrize("config", CONFIGS)
 def test_anchors_are_detectron2s(config):
-    detector = build_detector(config, False)
+    detector = build_detector(zoo_configuration(config), False)
     owner = detector if "retinanet" in config else detector.proposal_generator
     expected = [json.loads(level) for level in PARAMETERS[config]["cell_anchors"]]
     np.testing.assert_array_equal(owner.anchor_generator.cell_anchors.numpy(), np.float32(expected))
 
 
 def test_anchors_of_feature_maps():
-    generator = box_ops.AnchorGenerator([[8, 16], [32, 64]], (1.0,), (4, 16))
+    generator = box_ops.AnchorGenerator([[8, 16], [32, 64]], [[1.0]], (4, 16))
     levels = generator([torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 1, 1)])
     squares = [[-4, -4, 4, 4], [-8, -8, 8, 8]]
     expected = [
@@ -374,7 +376,7 @@ def test_no_box_grows_without_bound():
 
 
 def test_the_last_level_is_computed_from_what_is_positive():
-    block = LastLevelP6P7()
+    block = LastLevelP6P7(2048, 256)
     with torch.no_grad():
         p6, p7 = block(torch.randn(1, 2048, 8, 8), torch.randn(1, 256, 8, 8))
         assert (p6 < 0).any()
@@ -384,7 +386,7 @@ def test_the_last_level_is_computed_from_what_is_positive():
 
 @pytest.mark.parametrize("limit", [3, 100])
 def test_retinanet_lists_no_more_than_its_limit(limit):
-    detector = build_detector("COCO-Detection/retinanet_R_50_FPN_3x", True)
+    detector = build_detector(zoo_configuration("COCO-Detection/retinanet_R_50_FPN_3x"), True)
     detector.load_state_dict(seeded_weights(detector.state_dict()))
     detector.score_threshold, detector.detections_per_image = 0.0, limit
     with torch.no_grad():

@@ -15,6 +15,7 @@ from seeded_weights import seeded_image, seeded_weights
 from detectors.build import build
 from detectors.config import build_detector
 from detectors.export import Export
+from detectors.zoo_configurations import zoo_configuration
 from measure.profile import Stopwatch, _watched, measure_peak, time_stages
 from models import MODELS
 from results.record import Stages
@@ -37,7 +38,9 @@ def test_time_belongs_to_the_innermost_stage():
 def seeded_export(name: str) -> Export:
     """A test model with weights that are quickly made, and a small image."""
     model = MODELS[name]
-    state = seeded_weights(build_detector(model.config, model.postprocess).state_dict())
+    state = seeded_weights(
+        build_detector(zoo_configuration(model.config), model.postprocess).state_dict()
+    )
     inputs = dict.fromkeys(("min", "opt", "max"), (seeded_image(1, 64, 96),))
     return build(model, state, "seeded weights", inputs)
 

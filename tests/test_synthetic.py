@@ -6,12 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import arrays, needs_bf16
+from conftest import CONFIGS, arrays, needs_bf16
 
 from detectors import inputs, synthetic
 from detectors.build import build
-from detectors.config import ARCHITECTURES, build_detector
+from detectors.config import build_detector
 from detectors.synthetic import synthesize
+from detectors.zoo_configurations import zoo_configuration
 from measure import verify
 from models import MODELS
 
@@ -29,7 +30,9 @@ def tuning_inputs(height, width):
 
 def weights(model, detections, size=(160, 224), seed=0):
     images = tuning_inputs(*size)
-    return synthesize(model.config, [images[name][0] for name in SIZES], detections, seed)
+    return synthesize(
+        zoo_configuration(model.config), [images[name][0] for name in SIZES], detections, seed
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -104,7 +107,7 @@ def test_a_healthy_engine_at_bfloat16_agrees(model, which):
 
 
 def test_rounding_makes_the_errors_that_bfloat16_makes():
-    detector = build_detector(MASK_RCNN.config, False).requires_grad_(False)
+    detector = build_detector(zoo_configuration(MASK_RCNN.config), False).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     batch = torch.empty(1, 3, 64, 96).uniform_(-2, 2, generator=generator)
     with torch.no_grad():
@@ -160,8 +163,8 @@ def test_further_images_have_their_objects_too(model):
     image = torch.from_numpy(inputs.read_image(None, (160, 224)))
     others = [image.flip(2), image.transpose(1, 2).contiguous(), image.flip(1)]
     views = [tuning_inputs(160, 224)[name][0] for name in SIZES]
-    state = synthesize(model.config, [*views, *others], 30, seed=0)
-    detector = build_detector(model.config, True)
+    state = synthesize(zoo_configuration(model.config), [*views, *others], 30, seed=0)
+    detector = build_detector(zoo_configuration(model.config), True)
     detector.load_state_dict(state)
     with torch.no_grad():
         counts = [len(detector([view])[0].scores) for view in (*views, *others)]
@@ -169,11 +172,11 @@ def test_further_images_have_their_objects_too(model):
     assert max(counts) == 30
 
 
-@pytest.mark.parametrize("config", ARCHITECTURES)
+@pytest.mark.parametrize("config", CONFIGS)
 def test_weights_have_the_names_of_the_architecture(config):
     image = torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(0)) * 255
-    state = synthesize(config, [image, image, image], 3, seed=0)
-    build_detector(config, False).load_state_dict(state, strict=True)
+    state = synthesize(zoo_configuration(config), [image, image, image], 3, seed=0)
+    build_detector(zoo_configuration(config), False).load_state_dict(state, strict=True)
     assert all(torch.isfinite(value).all() for value in state.values())
 
 
@@ -181,9 +184,9 @@ def test_weights_have_the_names_of_the_architecture(config):
 @pytest.mark.parametrize("level", [0.0, 120.0, 255.0])
 def test_an_image_of_one_colour_has_nothing_to_find_but_does_no_harm(model, level):
     images = [torch.full((3, side, side), level) for side in (64, 96, 192)]
-    state = synthesize(model.config, images, 20, seed=0)
+    state = synthesize(zoo_configuration(model.config), images, 20, seed=0)
     assert all(torch.isfinite(value).all() for value in state.values())
-    detector = build_detector(model.config, True)
+    detector = build_detector(zoo_configuration(model.config), True)
     detector.load_state_dict(state)
     with torch.no_grad():
         found = detector([images[1]])[0]
@@ -195,8 +198,10 @@ def test_an_image_of_one_colour_has_nothing_to_find_but_does_no_harm(model, leve
 
 def test_the_smallest_image_works():
     images = tuning_inputs(32, 32)
-    state = synthesize(MASK_RCNN.config, [images[name][0] for name in SIZES], 100, seed=0)
-    detector = build_detector(MASK_RCNN.config, False)
+    state = synthesize(
+        zoo_configuration(MASK_RCNN.config), [images[name][0] for name in SIZES], 100, seed=0
+    )
+    detector = build_detector(zoo_configuration(MASK_RCNN.config), False)
     detector.load_state_dict(state)
     with torch.no_grad():
         assert 0 < len(detector([images["opt"][0]])[0].scores) <= 100

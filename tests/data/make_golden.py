@@ -6,7 +6,8 @@ Needs Detectron2 (2021 or newer; from source, it is on no package registry):
     python tests/data/make_golden.py
 
 and takes a minute. Weights and images are seeded, so nothing is downloaded. Writes
-`golden_<test model>.npz` for the test models, `parameters.json` with the names and shapes of
+`golden_<test model>.npz` for the test models, `golden_parts.npz` for those of `parts.py`,
+`parameters.json` with the names and shapes of
 Detectron2's parameters and its anchors, and says in all of them which versions computed them. An
 output that rounding errors would change is refused: it would fail elsewhere.
 """
@@ -15,11 +16,12 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, List
 
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
@@ -55,6 +57,7 @@ def main() -> None:
         for model in MODELS.values():
             if model.config == config:
                 _write_golden(model, detector, about)
+    _write_parts(about)
     path = Path(__file__).with_name("parameters.json")
     path.write_text(json.dumps(parameters, indent=1) + "\n", encoding="utf-8")
     print(path.name)
@@ -77,11 +80,15 @@ def _describe(detector: Any) -> Dict[str, Any]:
     import detectron2_reference as reference
 
     return {
-        "state_dict": {
-            name: "x".join(str(side) for side in value.shape)
-            for name, value in detector.state_dict().items()
-        },
+        "state_dict": _shapes(detector),
         "cell_anchors": [json.dumps(x.tolist()) for x in reference.cell_anchors(detector)],
+    }
+
+
+def _shapes(detector: Any) -> Dict[str, str]:
+    return {
+        name: "x".join(str(side) for side in value.shape)
+        for name, value in detector.state_dict().items()
     }
 
 
@@ -93,29 +100,43 @@ def _write_golden(model: Any, detector: Any, about: Dict[str, str]) -> None:
         detector = reference.script(detector)
     outputs: Dict[str, List[golden.Fields]] = {}
     for call, images in golden.calls(model).items():
-        outputs[call] = _compute(model, detector, images)
+        outputs[call] = _compute(functools.partial(reference.outputs, model, detector), images)
         counts = [len(x["scores"]) for x in outputs[call]]
         print(f"{model.name} {call}: {counts} objects")
     path = golden.save(model.name, outputs, about)
     print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
 
 
-def _compute(model: Any, detector: Any, images: Any) -> List[Dict[str, Any]]:
+def _write_parts(about: Dict[str, str]) -> None:
     import detectron2_reference as reference
+    import golden
+    import parts
+
+    outputs: Dict[str, List[golden.Fields]] = {}
+    shapes: Dict[str, Dict[str, str]] = {}
+    for name, (config, _) in parts.PARTS.items():
+        detector = reference.build(config, parts.settings_of(name), parts.weights_of)
+        outputs[name] = _compute(
+            functools.partial(reference.outputs_of_part, detector), parts.images_of(name)
+        )
+        shapes[name] = _shapes(detector)
+        print(f"{name}: {[len(x['scores']) for x in outputs[name]]} objects")
+    path = golden.save("parts", outputs, {**about, "state_dict": shapes})
+    print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
+
+
+def _compute(call: Callable[[Any], List[Dict[str, Any]]], images: Any) -> List[Dict[str, Any]]:
     import golden
     import torch
 
-    found = [
-        {field: x.numpy() for field, x in fields.items()}
-        for fields in reference.outputs(model, detector, images)
-    ]
+    found = [{field: x.numpy() for field, x in fields.items()} for fields in call(images)]
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):
         disturbed = tuple(
             image + DISTURBANCE * (2 * torch.rand(image.shape, generator=generator) - 1)
             for image in images
         )
-        for fields, expected in zip(reference.outputs(model, detector, disturbed), found):
+        for fields, expected in zip(call(disturbed), found):
             golden.assert_same({field: x.numpy() for field, x in fields.items()}, expected)
     return found
 

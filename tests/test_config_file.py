@@ -1,0 +1,296 @@
+"""Configuration files: what is read, what is refused, and that nothing is run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from detectors.config_file import LARGEST_FILE, read_configuration
+from detectors.configuration import IGNORED, Configuration, keys
+from detectors.zoo_configurations import KNOWN_EXPRESSIONS, ZOO, zoo_configuration
+from errors import InputError
+
+FPN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x"
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A function that writes a configuration file, and returns its path."""
+
+    def write(text: str, name: str = "config.yaml") -> str:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+# What is read ----------------------------------------------------------------------------------
+
+
+def test_without_any_setting_it_is_detectron2s_default(written):
+    assert read_configuration(written("VERSION: 2\n")) == Configuration()
+
+
+def test_a_file_as_detectron2_dumps_it(written):
+    """Lists for tuples, aliases, and keys of training all over it."""
+    config = read_configuration(
+        written(
+            """
+CUDNN_BENCHMARK: false
+DATASETS:
+  TEST:
+  - shapes_val
+INPUT:
+  FORMAT: RGB
+  MIN_SIZE_TEST: 128
+MODEL:
+  ANCHOR_GENERATOR:
+    ANGLES:
+    - - -90
+      - 0
+    SIZES:
+    - - 14
+      - 19.79
+    - - 28
+      - 39.59
+  ROI_BOX_CASCADE_HEAD:
+    BBOX_REG_WEIGHTS:
+    - &id001
+      - 10.0
+      - 10.0
+      - 5.0
+      - 5.0
+    IOUS:
+    - 0.5
+  ROI_BOX_HEAD:
+    BBOX_REG_WEIGHTS: *id001
+  RESNETS:
+    NORM: ''
+SOLVER:
+  AMP:
+    ENABLED: false
+VERSION: 2
+"""
+        )
+    )
+    assert (config.input.format, config.input.min_size_test) == ("RGB", 128)
+    assert config.model.anchor_generator.sizes == ((14, 19.79), (28, 39.59))
+    assert config.model.roi_box_head.bbox_reg_weights == (10, 10, 5, 5)
+    assert config.model.roi_box_cascade_head.ious == (0.5,)
+    assert config.model.resnets.norm == ""
+
+
+def test_python_literals_in_strings_and_tuples_of_pythons_tag(written):
+    """YAML has no tuples: Detectron2's files spell them as Python does, or with a tag."""
+    config = read_configuration(
+        written(
+            "MODEL:\n"
+            '  RPN:\n    IN_FEATURES: ("p2", "p3")\n'
+            "  ROI_HEADS:\n    IN_FEATURES: !!python/tuple [p4, p5]\n"
+            '  PIXEL_STD: "[1, 2.5, 3]"\n'
+            "  RESNETS: {DEPTH: '101'}\n"
+        )
+    )
+    assert config.model.rpn.in_features == ("p2", "p3")
+    assert config.model.roi_heads.in_features == ("p4", "p5")
+    assert config.model.pixel_std == (1, 2.5, 3)
+    assert config.model.resnets.depth == 101
+
+
+def test_a_base_beside_it_is_overridden(written):
+    written("MODEL: {MASK_ON: true, RESNETS: {DEPTH: 101, NORM: BN}}", "bases/base.yaml")
+    written("_BASE_: base.yaml\nMODEL: {FPN: {NORM: BN}, RESNETS: {NORM: GN}}", "bases/middle.yaml")
+    path = written("_BASE_: bases/middle.yaml\nMODEL: {MASK_ON: false}\n")
+    model = read_configuration(path).model
+    assert (model.mask_on, model.resnets.depth, model.resnets.norm) == (False, 101, "GN")
+    assert model.fpn.norm == "BN"
+
+
+def test_several_bases(written):
+    written("MODEL: {MASK_ON: true, RESNETS: {DEPTH: 101}}", "a.yaml")
+    written("MODEL: {RESNETS: {DEPTH: 152}}", "b.yaml")
+    model = read_configuration(written("_BASE_: [a.yaml, b.yaml]")).model
+    assert (model.mask_on, model.resnets.depth) == (True, 152)
+
+
+@pytest.mark.parametrize(
+    "name", [f"{FPN}.yaml", FPN, f"configs/{FPN}.yaml", f"detectron2://{FPN}.yaml"]
+)
+def test_a_name_of_the_model_zoo(name):
+    assert read_configuration(name) == zoo_configuration(FPN)
+
+
+def test_a_base_of_the_model_zoo(written):
+    config = read_configuration(
+        written(f"_BASE_: detectron2://{FPN}.yaml\nMODEL: {{ROI_HEADS: {{NUM_CLASSES: 3}}}}")
+    )
+    model = zoo_configuration(FPN).model
+    assert config.model == replace(model, roi_heads=replace(model.roi_heads, num_classes=3))
+
+
+def test_a_file_of_that_name_comes_before_the_zoo(written, monkeypatch, tmp_path):
+    written("MODEL: {MASK_ON: true}", f"{FPN}.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert read_configuration(f"{FPN}.yaml").model.rpn.in_features == ("res4",)
+
+
+def test_overrides_come_last(written):
+    path = written("MODEL: {RESNETS: {DEPTH: 101}}")
+    options = ["MODEL.RESNETS.DEPTH", "152", "MODEL.FPN.NORM", "GN", "SOLVER.BASE_LR", "0.1"]
+    options += ["MODEL.PIXEL_MEAN", "[1, 2, 3]", "MODEL.MASK_ON", "True"]
+    model = read_configuration(path, options).model
+    assert (model.resnets.depth, model.fpn.norm, model.mask_on) == (152, "GN", True)
+    assert model.pixel_mean == (1, 2, 3)
+
+
+def test_the_one_expression_of_the_zoo_is_known_by_its_text(written):
+    (text,) = KNOWN_EXPRESSIONS
+    path = written(f'MODEL: {{ANCHOR_GENERATOR: {{SIZES: !!python/object/apply:eval ["{text}"]}}}}')
+    sizes = read_configuration(path).model.anchor_generator.sizes
+    assert sizes[0] == pytest.approx((32, 40.3175, 50.7968), abs=1e-4)
+    assert sizes == zoo_configuration("Base-RetinaNet").model.anchor_generator.sizes
+
+
+def test_every_configuration_of_the_zoo_is_of_the_types_that_are_told():
+    """As from a file: the zoo's own values are taken as they are."""
+    for name in ZOO:
+        assert read_configuration(name) == zoo_configuration(name), name
+
+
+def test_no_key_is_both_used_and_ignored():
+    assert not {key for key, _ in keys()} & IGNORED
+
+
+def test_it_imports_no_pytorch():
+    code = "import sys, detectors.config_file; sys.exit('torch' in sys.modules)"
+    root = Path(__file__).parent.parent
+    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+
+
+# What is refused -------------------------------------------------------------------------------
+
+
+def refused(path: str, *overrides: str) -> str:
+    with pytest.raises(InputError) as raised:
+        read_configuration(path, overrides)
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "MODEL: !!python/object/apply:os.system ['touch {marker}']",
+        "MODEL: !!python/object/new:os.system ['touch {marker}']",
+        "A: !!python/name:os.system",
+        "A: !!python/module:os",
+        "A: !!python/object:pathlib.Path {{}}",
+        'A: !!python/object/apply:eval [\'__import__("os").system("touch {marker}")\']',
+        "A: !!python/object/apply:eval ['1 + 1']",
+        "A: !!python/object/apply:eval {{args: ['1']}}",
+    ],
+)
+def test_what_would_run_code_is_refused_and_does_not_run(written, tmp_path, text):
+    marker = tmp_path / "marker"
+    message = refused(written("VERSION: 2\n" + text.format(marker=marker)))
+    assert "asks to run Python code in line 2 (!!python/" in message
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("MODEL: [", "is no YAML: "),
+        ("MODEL: {A: 1\n", "is no YAML: "),
+        ("a: !unknown 1", "is no YAML: could not determine a constructor"),
+        ("a: 2001-99-99", "is no YAML: "),
+        ("- 1\n- 2\n", "holds no keys"),
+        ("", "holds no keys"),
+        ("3", "holds no keys"),
+        ("MODEL: {1: 2}", "a key is 1"),
+        ("[" * 2000, "nested too deeply"),
+        (f"a: {'[' * 40}{']' * 40}", "more than 20000 values or 20 levels"),
+        ("a: &a [*a]", "more than 20000 values or 20 levels"),
+        ("VERSION: 1", "VERSION is 1, and only 2 is understood"),
+        (
+            "MODEL: {RPN: {NMS_TRESH: 0.7}}",
+            "MODEL.RPN.NMS_TRESH is not known (is it MODEL.RPN.NMS_THRESH?)",
+        ),
+        ("MODEL: {CENTERNET: {X: 1}}", "MODEL.CENTERNET.X is not known, and may change"),
+        ("MODEL: {RPN: 3}", "MODEL.RPN has keys of its own, such as MODEL.RPN."),
+        ("MODEL: {MASK_ON: {X: 1}}", "MODEL.MASK_ON.X is not known"),
+        ("MODEL: {MASK_ON: 1}", "MODEL.MASK_ON is 1: Expected `bool`"),
+        ("MODEL: {RESNETS: {DEPTH: deep}}", "MODEL.RESNETS.DEPTH is 'deep': Expected `int`"),
+        ("MODEL: {RESNETS: {DEPTH: 50.5}}", "MODEL.RESNETS.DEPTH is 50.5: Expected `int`"),
+        ("MODEL: {PIXEL_MEAN: [1, a, 3]}", "MODEL.PIXEL_MEAN is [1, 'a', 3]: Expected `float`"),
+        ("MODEL: {RPN: {IN_FEATURES: p2}}", "MODEL.RPN.IN_FEATURES is 'p2': Expected `array`"),
+        ("_BASE_: nowhere.yaml", "nowhere.yaml"),
+        ("_BASE_: [3]", "_BASE_ is 3, and has to name a file"),
+    ],
+)
+def test_what_is_no_configuration(written, text, said):
+    assert said in refused(written(text))
+
+
+def test_aliases_that_multiply(written):
+    """The billion laughs: ten lines that stand for a billion values."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    for n in range(1, 10):
+        lines.append(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]")
+    assert "more than 20000 values" in refused(written("\n".join(lines)))
+
+
+def test_a_file_that_is_too_large(written):
+    assert "has more than 1 MiB" in refused(written("#" * (LARGEST_FILE + 1)))
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert "is no text" in refused(str(path))
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    message = refused(str(tmp_path / "none.yaml"))
+    assert message.startswith(f"there is no configuration file {tmp_path / 'none.yaml'}")
+
+
+def test_a_folder(tmp_path):
+    assert "there is no configuration file" in refused(str(tmp_path))
+
+
+def test_a_base_that_is_not_there_names_both(written):
+    path = written("_BASE_: nowhere.yaml")
+    message = refused(path)
+    assert "nowhere.yaml" in message
+    assert f"{Path(path).resolve()} is based on" in message
+
+
+def test_bases_in_a_circle(written):
+    written("_BASE_: b.yaml", "a.yaml")
+    assert "in a circle" in refused(written("_BASE_: a.yaml", "b.yaml"))
+
+
+def test_a_file_that_is_based_on_itself(written):
+    assert "in a circle" in refused(written("_BASE_: config.yaml"))
+
+
+def test_a_lazy_configuration_is_a_program(written, tmp_path):
+    path = written(f"open({str(tmp_path / 'marker')!r}, 'w')", "config.py")
+    assert "is a program" in refused(path)
+    assert not (tmp_path / "marker").exists()
+
+
+def test_overrides_that_are_wrong(written):
+    path = written("VERSION: 2")
+    assert "MODEL.MASK_ON has no value" in refused(path, "MODEL.MASK_ON")
+    assert refused(path, "MODEL.MASK", "True").startswith("--opts MODEL.MASK: MODEL.MASK is not")
+    assert "Expected `int`" in refused(path, "MODEL.RESNETS.DEPTH", "many")
+    assert "Expected `int`" in refused(path, "MODEL.RESNETS.DEPTH", "__import__('os')")
