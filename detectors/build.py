@@ -51,6 +51,17 @@ def build(
     return Export(model, wrapper(detector).eval(), tuning_inputs)
 
 
+def on_device(export: Export, model: TestModel, device: str) -> Export:
+    """The bundled export of a test model, made anew with its module and its images on a device."""
+    images = {
+        size: tuple(image.to(device) for image in call)
+        for size, call in export.tuning_inputs.items()
+    }
+    moved = build(model, export.eager.detector.state_dict(), "the weights", images)
+    moved.eager.to(device)
+    return moved
+
+
 # Detectron2 as the source ----------------------------------------------------------------------
 
 

@@ -121,16 +121,12 @@ def _check_resnets(resnets: ResNets) -> None:
         raise InputError("MODEL.RESNETS.DEFORM_ON_PER_STAGE has to say it of each of 4 stages")
     _check_norm("MODEL.RESNETS.NORM", resnets.norm, resnets.stem_out_channels)
     if resnets.depth in (18, 34):
-        plain = ResNets(
-            depth=resnets.depth,
-            out_features=resnets.out_features,
-            norm=resnets.norm,
-            stride_in_1x1=resnets.stride_in_1x1,
-            width_per_group=resnets.width_per_group,
-            stem_out_channels=resnets.stem_out_channels,
+        plain = replace(
+            resnets,
             res2_out_channels=64,
-            deform_modulated=resnets.deform_modulated,
-            deform_num_groups=resnets.deform_num_groups,
+            num_groups=1,
+            res5_dilation=1,
+            deform_on_per_stage=(False,) * len(STAGES),
         )
         if resnets != plain:
             raise InputError(
@@ -156,13 +152,17 @@ def _pyramid(config: Configuration, top_block: Callable[[ResNet], nn.Module]) ->
     one_of("MODEL.RESNETS.OUT_FEATURES, the last,", bottom_up.names[-1], ("res5",))
     places = _places("MODEL.FPN.IN_FEATURES", bottom_up, fpn.in_features)
     strides = [bottom_up.strides[n] for n in places]
-    if any(2 * fine != coarse for fine, coarse in zip(strides, strides[1:])):
+    if not _are_pyramid(strides):
         raise InputError(
             f"MODEL.FPN.IN_FEATURES have strides {strides}, and each has to be twice the one before"
         )
     return FPN(
         bottom_up, places, fpn.out_channels, fpn.norm, fpn.fuse_type == "avg", top_block(bottom_up)
     )
+
+
+def _are_pyramid(strides: Sequence[int]) -> bool:
+    return all(2 * fine == coarse for fine, coarse in zip(strides, strides[1:]))
 
 
 def _fpn(config: Configuration) -> FPN:
@@ -250,7 +250,7 @@ def _selection(config: Configuration) -> Selection:
 
 def _pooler(key: str, head: Any, strides: Sequence[int]) -> ROIPooler:
     one_of(f"{key}.POOLER_TYPE", head.pooler_type, POOLERS)
-    if any(2 * fine != coarse for fine, coarse in zip(strides, strides[1:])):
+    if not _are_pyramid(strides):
         raise InputError(
             f"MODEL.ROI_HEADS.IN_FEATURES have strides {list(strides)}, and are no pyramid"
         )

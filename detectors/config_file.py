@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Collection, Sequence
 import msgspec
 
 from detectors.configuration import IGNORED, Configuration, from_settings, keys
-from detectors.zoo_configurations import KNOWN_EXPRESSIONS, ZOO, zoo_settings
+from detectors.zoo_configurations import BASE, KNOWN_EXPRESSIONS, ZOO, zoo_settings
 from errors import InputError
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ LARGEST_FILE = 1 << 20
 MOST_VALUES = 20_000
 DEEPEST = 20
 LONGEST_CHAIN = 20
-BASE = "_BASE_"
 # In front of the name of a file of the model zoo.
 ZOO_PREFIX = "detectron2://"
 # What Detectron2's files have said since 2019, where they say it.

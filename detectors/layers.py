@@ -122,10 +122,10 @@ class DeformConv2d(Conv2d):
         return x
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut, for ResNets of 18 and 34 layers.
+class ResidualBlock(nn.Module):
+    """A branch that is added to its input (He et al. 2015, https://arxiv.org/abs/1512.03385).
 
-    (He et al. 2015, https://arxiv.org/abs/1512.03385)
+    The input is convolved for that where the channels differ.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, norm: str) -> None:
@@ -133,20 +133,30 @@ class BasicBlock(nn.Module):
         self.shortcut: Optional[Conv2d] = None
         if in_channels != out_channels:
             self.shortcut = Conv2d(in_channels, out_channels, 1, stride, norm=norm, bias=False)
-        self.conv1 = Conv2d(in_channels, out_channels, 3, stride, norm=norm, bias=False)
-        self.conv2 = Conv2d(out_channels, out_channels, 3, norm=norm, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu_(self.conv1(x))
-        out = self.conv2(out)
+        out = self.branch(x)
         if self.shortcut is not None:
             x = self.shortcut(x)
         out += x
         return F.relu_(out)
 
 
-class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions and a shortcut (He et al. 2015, https://arxiv.org/abs/1512.03385).
+class BasicBlock(ResidualBlock):
+    """Two 3x3 convolutions, for ResNets of 18 and 34 layers."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: str) -> None:
+        super().__init__(in_channels, out_channels, stride, norm)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, stride, norm=norm, bias=False)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, norm=norm, bias=False)
+
+    def branch(self, x: Tensor) -> Tensor:
+        """What is added to the input."""
+        return self.conv2(F.relu_(self.conv1(x)))
+
+
+class Bottleneck(ResidualBlock):
+    """1x1, 3x3, 1x1 convolutions.
 
     Args:
         in_channels, channels, out_channels: before, within and after.
@@ -166,23 +176,21 @@ class Bottleneck(nn.Module):
         stride_in_1x1: bool = True,
         dilation: int = 1,
     ) -> None:
-        super().__init__()
-        self.shortcut: Optional[Conv2d] = None
-        if in_channels != out_channels:
-            self.shortcut = Conv2d(in_channels, out_channels, 1, stride, norm=norm, bias=False)
+        super().__init__(in_channels, out_channels, stride, norm)
         first, second = (stride, 1) if stride_in_1x1 else (1, stride)
         self.conv1 = Conv2d(in_channels, channels, 1, first, norm=norm, bias=False)
         self.conv2 = Conv2d(channels, channels, 3, second, dilation, groups, norm, bias=False)
         self.conv3 = Conv2d(channels, out_channels, 1, norm=norm, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Tensor:
+        """What is added to the input."""
         out = F.relu_(self.conv1(x))
-        out = F.relu_(self.conv2(out))
-        out = self.conv3(out)
-        if self.shortcut is not None:
-            x = self.shortcut(x)
-        out += x
-        return F.relu_(out)
+        out = F.relu_(self.middle(out))
+        return self.conv3(out)
+
+    def middle(self, x: Tensor) -> Tensor:
+        """The 3x3 convolution."""
+        return self.conv2(x)
 
 
 class DeformBottleneck(Bottleneck):
@@ -191,42 +199,24 @@ class DeformBottleneck(Bottleneck):
     Args:
         modulated: whether what is sampled is weighted.
         offset_groups: groups of channels that have offsets of their own.
+        rest: as for `Bottleneck`.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        out_channels: int,
-        stride: int,
-        norm: str = "FrozenBN",
-        groups: int = 1,
-        stride_in_1x1: bool = True,
-        dilation: int = 1,
-        modulated: bool = False,
-        offset_groups: int = 1,
-    ) -> None:
-        super().__init__(
-            in_channels, channels, out_channels, stride, norm, groups, stride_in_1x1, dilation
-        )
-        second = self.conv2.stride[0]
+    def __init__(self, modulated: bool = False, offset_groups: int = 1, **rest: Any) -> None:
+        super().__init__(**rest)
+        plain, norm = self.conv2, rest["norm"]
+        channels, stride, dilation = plain.in_channels, plain.stride[0], plain.dilation[0]
         self.modulated = modulated
         per_group = 27 if modulated else 18
         self.conv2_offset = Conv2d(
-            channels, per_group * offset_groups, 3, second, dilation, norm="", bias=True
+            channels, per_group * offset_groups, 3, stride, dilation, norm="", bias=True
         )
-        self.conv2 = DeformConv2d(channels, channels, 3, second, dilation, groups, norm, bias=False)
+        self.conv2 = DeformConv2d(
+            channels, channels, 3, stride, dilation, plain.groups, norm, bias=False
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu_(self.conv1(x))
-        out = F.relu_(self._deformed(out))
-        out = self.conv3(out)
-        if self.shortcut is not None:
-            x = self.shortcut(x)
-        out += x
-        return F.relu_(out)
-
-    def _deformed(self, x: Tensor) -> Tensor:
+    def middle(self, x: Tensor) -> Tensor:
+        """The 3x3 convolution."""
         offset = self.conv2_offset(x)
         if not self.modulated:
             return self.conv2(x, offset)

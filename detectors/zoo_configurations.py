@@ -8,7 +8,9 @@ from typing import Any, Dict, Tuple
 
 from detectors.configuration import Configuration, from_settings
 
-# Key -> value; `_BASE_` names another configuration.
+# The key that names what a configuration is based on.
+BASE = "_BASE_"
+# Key -> value.
 Settings = Dict[str, Any]
 
 _OCTAVES = (1.0, 2 ** (1.0 / 3), 2 ** (2.0 / 3))
@@ -63,7 +65,7 @@ def _from_scratch(norm: str, stride_in_1x1: bool) -> Settings:
 
 
 def _derived(base: str, *settings: Settings) -> Settings:
-    derived: Settings = {"_BASE_": base}
+    derived: Settings = {BASE: base}
     for some in settings:
         derived.update(some)
     return derived
@@ -243,7 +245,7 @@ KNOWN_EXPRESSIONS: Dict[str, Tuple[Tuple[float, ...], ...]] = {
 def zoo_settings(name: str) -> Settings:
     """All that a configuration of the zoo sets, with what it is based on."""
     own = dict(ZOO[name])
-    base = own.pop("_BASE_", None)
+    base = own.pop(BASE, None)
     return own if base is None else {**zoo_settings(base), **own}
 
 

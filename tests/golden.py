@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Mapping, Sequence, Tuple
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 from seeded_weights import seeded_image
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import TestModel
 
@@ -43,6 +43,14 @@ def calls(model: TestModel) -> Dict[str, Tuple[Tensor, ...]]:
         "trace": (seeded_image(1, *sizes[0]),),
         "odd": (seeded_image(1, *sizes[1]),),
         "tiny": (seeded_image(1, 33, 32),),
+    }
+
+
+def shapes_of(module: nn.Module) -> Dict[str, str]:
+    """The names of a module's parameters and buffers, and their shapes, as 64x3x7x7."""
+    return {
+        name: "x".join(str(side) for side in value.shape)
+        for name, value in module.state_dict().items()
     }
 
 

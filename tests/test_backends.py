@@ -23,7 +23,7 @@ import detectors.boxes
 from backends import base
 from backends.base import Backend, Optimized, check_sizes
 from backends.torch import autocast, count_flops, effective_precision
-from detectors.build import build
+from detectors.build import build, on_device
 from detectors.export import Export
 from detectors.images import batch_images, image_size
 from errors import InputError, Unsupported, first_cause
@@ -298,25 +298,12 @@ ON_DEVICES = [pytest.param("torch", "fp32", "cpu")] + [
 ]
 
 
-def export_on(device: str, name: str) -> Export:
-    """A small export whose module and images are on a device."""
-    export = small_export(name)
-    inputs = {
-        size: tuple(image.to(device) for image in images)
-        for size, images in export.tuning_inputs.items()
-    }
-    state = export.eager.detector.state_dict()
-    moved = build(MODELS[name], state, "weights", inputs)
-    moved.eager.to(device)
-    return moved
-
-
 @pytest.mark.parametrize(("backend", "precision", "device"), ON_DEVICES)
 def test_a_healthy_engine_matches_on_its_device(backend, precision, device):
     reason = base.load(backend).unavailable(device)
     if reason is not None:
         pytest.skip(reason)
-    export = export_on(device, "testRetinaNet")
+    export = on_device(small_export("testRetinaNet"), MODELS["testRetinaNet"], device)
     optimized = base.load(backend).optimize(export, precision, device)
     effective = (optimized.read_precision or (lambda: optimized.precision))()
     for size, expected in reference("testRetinaNet").items():

@@ -56,11 +56,7 @@ def fields_of(found) -> Dict[str, np.ndarray]:
 def test_parameters_are_detectron2s(name):
     with np.load(DATA / "golden_parts.npz") as arrays:
         wanted = json.loads(str(arrays["about"]))["state_dict"][name]
-    found = {
-        key: "x".join(str(side) for side in value.shape)
-        for key, value in detector_of(name).state_dict().items()
-    }
-    assert found == wanted
+    assert golden.shapes_of(detector_of(name)) == wanted
 
 
 @pytest.mark.parametrize("name", parts.PARTS)

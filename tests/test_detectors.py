@@ -223,11 +223,8 @@ def test_traced_without_objects(subject):
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_parameters_are_detectron2s(config):
-    shapes = {
-        name: "x".join(str(side) for side in value.shape)
-        for name, value in build_detector(zoo_configuration(config), False).state_dict().items()
-    }
-    assert shapes == PARAMETERS[config]["state_dict"]
+    detector = build_detector(zoo_configuration(config), False)
+    assert golden.shapes_of(detector) == PARAMETERS[config]["state_dict"]
 
 
 @pytest.mark.parametrize("config", CONFIGS)

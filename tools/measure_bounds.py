@@ -27,7 +27,7 @@ import torch
 
 import run_blade
 from backends import base
-from detectors.build import build, find_weights
+from detectors.build import build, find_weights, on_device
 from detectors.export import Export
 from detectors.inputs import inputs, read_image
 from errors import Unsupported
@@ -38,7 +38,6 @@ from models import MODELS
 from results.tables import Table, left, markdown, right
 
 ENGINES = ("torch", "torchscript", "openvino", "onnxruntime")
-DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def main() -> int:
     parser.add_argument("--model", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--engine", nargs="+", default=list(ENGINES))
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16", "int8"])
-    parser.add_argument("--device", choices=DEVICES, default="cpu")
+    parser.add_argument("--device", choices=base.DEVICES, default="cpu")
     parser.add_argument("--image-size", type=run_blade.image_size, default=(240, 320))
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
@@ -93,9 +92,8 @@ def main() -> int:
             export = export_of(name, options.image_size, seed)
             with torch.no_grad():
                 wanted = {size: export.eager(*x) for size, x in export.tuning_inputs.items()}
-            for engine, precision, size, found in calls(
-                on_device(export, name, options.device), options, progress
-            ):
+            moved = on_device(export, MODELS[name], options.device)
+            for engine, precision, size, found in calls(moved, options, progress):
                 need = need_of(wanted[size], found, export, precision)
                 told = " ".join(f"{each}={value:.5f}" for each, value in vars(need).items())
                 progress.say(f"{name} {seed} {engine} {precision} {size}: {told}")
@@ -123,19 +121,6 @@ def export_of(name: str, size: Tuple[int, int], seed: int) -> Export:
     images = inputs([read_image(None, size)], model.images_per_call, seed)
     weights = find_weights(model, "synthetic", images, 100, seed)
     return build(model, weights.state, weights.name, images)
-
-
-def on_device(export: Export, name: str, device: str) -> Export:
-    """The export with its module and images on a device: exported there, as a worker does it."""
-    if device == "cpu":
-        return export
-    images = {
-        size: tuple(image.to(device) for image in each)
-        for size, each in export.tuning_inputs.items()
-    }
-    moved = build(MODELS[name], export.eager.detector.state_dict(), export.weights, images)
-    moved.eager.to(device)
-    return moved
 
 
 def calls(

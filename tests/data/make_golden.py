@@ -7,9 +7,9 @@ Needs Detectron2 (2021 or newer; from source, it is on no package registry):
 
 and takes a minute. Weights and images are seeded, so nothing is downloaded. Writes
 `golden_<test model>.npz` for the test models, `golden_parts.npz` for those of `parts.py`,
-`parameters.json` with the names and shapes of
-Detectron2's parameters and its anchors, and says in all of them which versions computed them. An
-output that rounding errors would change is refused: it would fail elsewhere.
+`parameters.json` with the names and shapes of Detectron2's parameters and its anchors, and says in
+all of them which versions computed them. An output that rounding errors would change is refused: it
+would fail elsewhere.
 """
 
 from __future__ import annotations
@@ -78,17 +78,11 @@ def _about(commit: str | None) -> Dict[str, str]:
 
 def _describe(detector: Any) -> Dict[str, Any]:
     import detectron2_reference as reference
+    import golden
 
     return {
-        "state_dict": _shapes(detector),
+        "state_dict": golden.shapes_of(detector),
         "cell_anchors": [json.dumps(x.tolist()) for x in reference.cell_anchors(detector)],
-    }
-
-
-def _shapes(detector: Any) -> Dict[str, str]:
-    return {
-        name: "x".join(str(side) for side in value.shape)
-        for name, value in detector.state_dict().items()
     }
 
 
@@ -119,7 +113,7 @@ def _write_parts(about: Dict[str, str]) -> None:
         outputs[name] = _compute(
             functools.partial(reference.outputs_of_part, detector), parts.images_of(name)
         )
-        shapes[name] = _shapes(detector)
+        shapes[name] = golden.shapes_of(detector)
         print(f"{name}: {[len(x['scores']) for x in outputs[name]]} objects")
     path = golden.save("parts", outputs, {**about, "state_dict": shapes})
     print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
