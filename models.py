@@ -1,10 +1,12 @@
-"""What the whole suite has to know: which test models there are, and a few defaults.
+"""What the whole suite has to know: which models there are, and a few defaults.
 
 It imports nothing heavy, for `--help`.
 """
 
 from dataclasses import dataclass
-from typing import Dict, Iterable, List, Tuple
+from typing import Dict, Iterable, List, Optional
+
+from detectors.configuration import Configuration
 
 VERSION = "0.1.0"
 
@@ -15,31 +17,24 @@ TUNING = ("min", "opt", "max")
 
 
 @dataclass(frozen=True)
-class TestModel:
-    """One of the seven.
+class Model:
+    """One of the seven test models, or a model of the user's own.
 
     Attributes:
-        name: what the command line calls it.
-        config: Detectron2's model-zoo configuration.
+        name: what the command line calls a test model; of one's own, made of the file's name.
+        config: Detectron2's model-zoo configuration, or the name of the user's file.
         kind: `traced` or `scripted`, how it is exported.
         images_per_call: how many images one call takes.
         postprocess: whether boxes are clipped and masks pasted into the image.
+        configuration: of a model of the user's own; None: that of the model zoo.
     """
-
-    __test__ = False  # pytest: this is no test
 
     name: str
     config: str
     kind: str = "traced"
     images_per_call: int = 1
     postprocess: bool = False
-
-    @property
-    def fields(self) -> Tuple[str, ...]:
-        """Names of the tensors of one image, in their order in the flat tuple."""
-        if "retinanet" in self.config:
-            return ("pred_boxes", "pred_classes", "scores", "image_size")
-        return ("pred_boxes", "pred_classes", "pred_masks", "scores", "image_size")
+    configuration: Optional[Configuration] = None
 
 
 _CASCADE = "Misc/cascade_mask_rcnn_R_50_FPN_3x"
@@ -47,16 +42,16 @@ _C4 = "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_3x"
 _FPN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x"
 _RETINANET = "COCO-Detection/retinanet_R_50_FPN_3x"
 
-MODELS: Dict[str, TestModel] = {
+MODELS: Dict[str, Model] = {
     model.name: model
     for model in (
-        TestModel("testCascadeRCNN", _CASCADE),
-        TestModel("testMaskRCNNC4", _C4),
-        TestModel("testMaskRCNNFPN", _FPN),
-        TestModel("testMaskRCNNFPN_b2", _FPN, images_per_call=2),
-        TestModel("testMaskRCNNFPN_pproc", _FPN, postprocess=True),
-        TestModel("testRetinaNet", _RETINANET, postprocess=True),
-        TestModel("testRetinaNet_scripted", _RETINANET, kind="scripted"),
+        Model("testCascadeRCNN", _CASCADE),
+        Model("testMaskRCNNC4", _C4),
+        Model("testMaskRCNNFPN", _FPN),
+        Model("testMaskRCNNFPN_b2", _FPN, images_per_call=2),
+        Model("testMaskRCNNFPN_pproc", _FPN, postprocess=True),
+        Model("testRetinaNet", _RETINANET, postprocess=True),
+        Model("testRetinaNet_scripted", _RETINANET, kind="scripted"),
     )
 }
 

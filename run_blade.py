@@ -31,6 +31,18 @@ def parser() -> argparse.ArgumentParser:
     add = parse.add_argument
     add("--model", nargs="+", choices=list(MODELS), help="test models to measure")
     add("--all", action="store_true", help="all seven test models")
+    add(
+        "--config-file",
+        metavar="FILE",
+        help="a model of your own: its Detectron2 configuration, a YAML file; needs --weights FILE",
+    )
+    add(
+        "--opts",
+        nargs="+",
+        default=[],
+        metavar="KEY VALUE",
+        help="keys of the configuration that have other values than in the file",
+    )
     add("--list", action="store_true", help="list test models and backends, and why one is missing")
     add("--backend", nargs="+", metavar="NAME", help="of " + ", ".join(base.names()))
     add(
@@ -64,7 +76,20 @@ def parser() -> argparse.ArgumentParser:
         help="default: a photograph, cropped and resized to 480x640; several are measured in the "
         "same rounds, and reported one by one and together",
     )
-    add("--image-size", type=image_size, metavar="HxW", help="crop and resize images to this")
+    add(
+        "--image-size",
+        type=image_size,
+        metavar="HxW",
+        help="crop and resize images to this, in place of what the configuration says",
+    )
+    for end, what in (("min", "smallest"), ("max", "largest")):
+        add(
+            f"--{end}-size",
+            type=image_size,
+            metavar="HxW",
+            help=f"the {what} images that engines are made for, with --config-file (default: what "
+            "it resizes images of 1:2 to 2:1 to)",
+        )
     add(
         "--weights",
         default="auto",
@@ -236,8 +261,11 @@ def run(options: argparse.Namespace, parse: Parser) -> int:
     Raises:
         errors.InputError: something that was asked for cannot be had.
     """
-    if not options.list and bool(options.model) == options.all:
-        parse.error("say which test models: --model NAME, or --all (see --list)")
+    asked = (bool(options.model), options.all, options.config_file is not None)
+    if not options.list and sum(asked) != 1:
+        parse.error(
+            "say which models: --model NAME, --all (see --list), or --config-file FILE for your own"
+        )
     if options.trace and not options.output:
         parse.error("--trace needs --output DIR to keep the traces in")
     # Not before: SciPy takes a second to import, and --help should not.

@@ -1,4 +1,4 @@
-"""From a test model and weights to an export, and from `--weights` to the weights."""
+"""From a model and weights to an export, and from `--weights` to the weights."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from torch import Tensor
 
 from detectors.checkpoint import load_into, read
 from detectors.config import build_detector
-from detectors.export import Export, ScriptableBoxDetector, TraceableDetector
+from detectors.configuration import Configuration
+from detectors.export import Export, ScriptableBoxDetector, TraceableDetector, fields
 from detectors.inputs import digest
 from detectors.zoo import NAMED_WEIGHTS, CheckpointUnavailable, zoo_checkpoint
 from detectors.zoo_configurations import zoo_configuration
 from errors import InputError
-from models import TUNING, TestModel
+from models import TUNING, Model
 from results.environment import file_name
 from results.record import Weights
 
 
 def build(
-    model: TestModel,
+    model: Model,
     state: Dict[str, Tensor],
     weights_name: str,
     tuning_inputs: Dict[str, Tuple[Tensor, ...]],
     source: str = "bundled",
 ) -> Export:
-    """Builds a test model with the given weights, which are copied.
+    """Builds a model with the given weights, which are copied.
 
     Args:
         state: parameters by Detectron2's names.
@@ -45,14 +46,25 @@ def build(
         from detectors.from_detectron2 import Detectron2Export
 
         return Detectron2Export(model, state, weights_name, tuning_inputs)
-    detector = build_detector(zoo_configuration(model.config), model.postprocess, initialize=False)
+    configuration = configuration_of(model)
+    detector = build_detector(configuration, model.postprocess, initialize=False)
     load_into(detector, state, weights_name)
     wrapper = ScriptableBoxDetector if model.kind == "scripted" else TraceableDetector
-    return Export(model, wrapper(detector).eval(), tuning_inputs)
+    return Export(model, configuration, wrapper(detector).eval(), tuning_inputs)
 
 
-def on_device(export: Export, model: TestModel, device: str) -> Export:
-    """The bundled export of a test model, made anew with its module and its images on a device."""
+def fields_of(model: Model) -> Tuple[str, ...]:
+    """Names of the tensors of one image in the flat tuple of a model."""
+    return fields(configuration_of(model), model.postprocess)
+
+
+def configuration_of(model: Model) -> Configuration:
+    """The configuration that a model is built from."""
+    return model.configuration or zoo_configuration(model.config)
+
+
+def on_device(export: Export, model: Model, device: str) -> Export:
+    """The bundled export of a model, made anew with its module and its images on a device."""
     images = {
         size: tuple(image.to(device) for image in call)
         for size, call in export.tuning_inputs.items()
@@ -98,7 +110,7 @@ def resolve_source(source: str) -> str:
 
 @dataclass(frozen=True)
 class FoundWeights:
-    """Parameters of a test model.
+    """Parameters of a model.
 
     Attributes:
         state: parameters by Detectron2's names.
@@ -112,7 +124,7 @@ class FoundWeights:
 
 
 def find_weights(
-    model: TestModel,
+    model: Model,
     weights: str,
     inputs: Dict[str, Tuple[Tensor, ...]],
     detections: int,
@@ -144,7 +156,7 @@ def find_weights(
     others = [name for name in inputs if name not in TUNING]
     first = [inputs[name][0] for name in (*TUNING, *others)]
     images = first + [image for call in inputs.values() for image in call[1:]]
-    state = synthesize(zoo_configuration(model.config), images, detections, seed)
+    state = synthesize(configuration_of(model), images, detections, seed)
     record = Weights("synthetic", None, detections, no_zoo, _digest(state))
     return FoundWeights(state, "synthetic weights", record)
 
@@ -166,7 +178,7 @@ def _array(tensor: Tensor) -> np.ndarray:
         return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
-def check_weights(models: Iterable[TestModel], weights: str) -> None:
+def check_weights(models: Iterable[Model], weights: str) -> None:
     """Makes sure that a checkpoint fits all of these models, before any is measured.
 
     Args:
@@ -179,6 +191,6 @@ def check_weights(models: Iterable[TestModel], weights: str) -> None:
     if weights in NAMED_WEIGHTS:
         return
     state = read(weights)
-    for config in dict.fromkeys(model.config for model in models):
-        detector = build_detector(zoo_configuration(config), False, initialize=False)
+    for configuration in {model.config: configuration_of(model) for model in models}.values():
+        detector = build_detector(configuration, False, initialize=False)
         load_into(detector, state, weights)

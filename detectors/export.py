@@ -1,4 +1,4 @@
-"""A test model made ready: the eager module, its traced or scripted module, and its inputs."""
+"""A detector made ready: the eager module, its traced or scripted module, and its inputs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Dict, Optional, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
+from detectors.configuration import Configuration
 from detectors.instances import Instances, flatten
-from models import TestModel
+from models import Model
 
 
 def script(module: nn.Module) -> torch.jit.ScriptModule:
@@ -55,26 +56,34 @@ class ScriptableBoxDetector(nn.Module):
 
 
 class Export:
-    """A test model made ready.
+    """A detector made ready.
 
     Attributes:
-        name: of the test model.
+        name: of the model.
         kind: `traced` or `scripted`.
         eager: module in eval mode; takes the images of a call and gives the flat tuple.
         tuning_inputs: `min`, `opt`, `max` -> the images of a call, float tensors 3 x H x W.
         other_inputs: images of calls that are timed besides `opt`, for backends that compile when
             they first see a size.
         fields: names of the tensors that the flat tuple has for each image.
+        score_threshold: detections score more.
+        limit: of detections in an image.
     """
 
     other_inputs: Sequence[Tuple[Tensor, ...]] = ()
 
     def __init__(
-        self, model: TestModel, eager: nn.Module, tuning_inputs: Dict[str, Tuple[Tensor, ...]]
+        self,
+        model: Model,
+        configuration: Configuration,
+        eager: nn.Module,
+        tuning_inputs: Dict[str, Tuple[Tensor, ...]],
     ) -> None:
         self.name = model.name
         self.kind = model.kind
-        self.fields = model.fields
+        self.fields = fields(configuration, model.postprocess)
+        self.score_threshold = score_threshold(configuration)
+        self.limit = configuration.test.detections_per_image
         self.eager = eager
         self.tuning_inputs = tuning_inputs
         self._script_module: Optional[torch.jit.ScriptModule] = None
@@ -97,3 +106,19 @@ class Export:
 
     def _script(self) -> torch.jit.ScriptModule:
         return script(self.eager)
+
+
+def score_threshold(configuration: Configuration) -> float:
+    """What detections score more than."""
+    model = configuration.model
+    is_retinanet = model.meta_architecture == "RetinaNet"
+    return (model.retinanet if is_retinanet else model.roi_heads).score_thresh_test
+
+
+def fields(configuration: Configuration, postprocess: bool) -> Tuple[str, ...]:
+    masks = (
+        ("pred_masks",)
+        if configuration.model.mask_on and configuration.model.meta_architecture != "RetinaNet"
+        else ()
+    )
+    return ("pred_boxes", "pred_classes", *masks, "scores", "image_size")

@@ -15,10 +15,11 @@ from detectors import boxes as box_ops
 from detectors.checkpoint import load_into
 from detectors.export import Export
 from detectors.images import batch_images, image_size
-from models import TestModel
+from detectors.zoo_configurations import zoo_configuration
+from models import Model
 
 
-def _detector(model: TestModel, state: Dict[str, Tensor], weights_name: str) -> nn.Module:
+def _detector(model: Model, state: Dict[str, Tensor], weights_name: str) -> nn.Module:
     config = model_zoo.get_config(model.config + ".yaml")
     config.MODEL.DEVICE = "cpu"
     config.MODEL.WEIGHTS = ""
@@ -27,7 +28,7 @@ def _detector(model: TestModel, state: Dict[str, Tensor], weights_name: str) -> 
     return detector
 
 
-def _inference(model: TestModel) -> Callable:
+def _inference(model: Model) -> Callable:
     """The function of (detector, *images) whose result Detectron2's adapter flattens."""
     if "retinanet" in model.config:
         return lambda detector, image: detector.forward([{"image": image}])[0]["instances"]
@@ -79,7 +80,7 @@ class Detectron2Export(Export):
 
     def __init__(
         self,
-        model: TestModel,
+        model: Model,
         state: Dict[str, Tensor],
         weights_name: str,
         tuning_inputs: Dict[str, Tuple[Tensor, ...]],
@@ -89,7 +90,7 @@ class Detectron2Export(Export):
             eager: nn.Module = _EagerScripted(self._detector)
         else:
             eager = TracingAdapter(self._detector, tuning_inputs["opt"], _inference(model))
-        super().__init__(model, eager.eval(), tuning_inputs)
+        super().__init__(model, zoo_configuration(model.config), eager.eval(), tuning_inputs)
 
     def trace(self) -> torch.jit.ScriptModule:
         """Traces with two of Detectron2's functions replaced by the bundled ones.

@@ -1,4 +1,4 @@
-"""What a test model is called with: images as arrays, and the tensors that are made of them.
+"""What a detector is called with: images as arrays, and the tensors that are made of them.
 
 PyTorch is imported by the functions that return tensors, and by no other.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
@@ -26,8 +27,49 @@ NEARLY_SQUARE = 1.2
 # Two halvings less than the stride of the coarsest feature map: below, nothing is left of it.
 SMALLEST_SIDE = 32
 
+# Aspect ratios of the images that a detector which resizes them is made ready for, both ways.
+MOST_ELONGATED = 2.0
+
 # Height and width in pixels.
 Size = Tuple[int, int]
+
+
+@dataclass(frozen=True)
+class View:
+    """How a detector sees images.
+
+    Attributes:
+        size: height and width to crop (around the center) and resize images to; None for their own.
+        shortest: length that the shorter edge is then resized to, in pixels; 0 leaves it.
+        longest: length that the longer edge has at most, where there is resizing.
+        format: the order of the channels, `BGR` or `RGB`.
+        smallest, largest: the sizes of `min` and `max`; None: see `view_sizes`.
+    """
+
+    size: Optional[Size] = None
+    shortest: int = 0
+    longest: int = 0
+    format: str = "BGR"
+    smallest: Optional[Size] = None
+    largest: Optional[Size] = None
+
+    def resized(self, size: Sequence[int]) -> Size:
+        """The size that an image is resized to: the rule of Detectron2's predictor.
+
+        Args:
+            size: height and width.
+        """
+        height, width = int(size[0]), int(size[1])
+        if not self.shortest:
+            return height, width
+        scale = self.shortest / min(height, width)
+        sides = [scale * height, scale * width]
+        # The shorter edge has that length exactly, whatever rounding makes of the product.
+        sides[height > width] = self.shortest
+        if max(sides) > self.longest:
+            scale = self.longest / max(sides)
+            sides = [scale * side for side in sides]
+        return int(sides[0] + 0.5), int(sides[1] + 0.5)
 
 
 # Images ----------------------------------------------------------------------------------------
@@ -105,27 +147,54 @@ def _eight_bits(image: Any, path: Path) -> Any:
     return image
 
 
-def read_images(paths: Sequence[Path], size: Optional[Size], seed: int) -> List[np.ndarray]:
+def read_images(paths: Sequence[Path], view: View, seed: int) -> List[np.ndarray]:
     """Reads images as `read_image` does; without any path, the default image.
 
     Args:
+        view: of the detector; images are cropped to its size, and not resized further.
         seed: of `tuning_sizes`.
 
     Raises:
-        errors.InputError: one cannot be read, or engines for the first one do not take its size.
+        errors.InputError: one cannot be read, or engines do not take its size.
     """
-    images = [read_image(path, size) for path in paths or (None,)]
-    ranges = tuning_sizes(images[0].shape[-2:], seed)
+    images = [read_image(path, view.size) for path in paths or (None,)]
+    ranges = view_sizes(images, view, seed)
     smallest, largest = ranges["min"], ranges["max"]
-    for path, image in zip(paths, images):
-        own = image.shape[-2:]
+    for path, image in zip(paths or (default_image(),), images):
+        own = view.resized(image.shape[-2:])
+        if min(own) < SMALLEST_SIDE:
+            raise InputError(f"image {path} would be resized to {own[0]}x{own[1]}: too small")
         if not all(a <= b <= c for a, b, c in zip(smallest, own, largest)):
+            what = "would be resized to" if view.shortest else "has"
             raise InputError(
-                f"image {path} has {own[0]}x{own[1]} pixels, and the engines are made for "
-                f"{smallest[0]}x{smallest[1]} to {largest[0]}x{largest[1]}, after the first image: "
-                "give an --image-size, or measure it alone"
+                f"image {path} {what} {own[0]}x{own[1]} pixels, and the engines are made for "
+                f"{smallest[0]}x{smallest[1]} to {largest[0]}x{largest[1]}{_way_out(view)}"
             )
     return images
+
+
+def _way_out(view: View) -> str:
+    if view.smallest or view.largest:
+        return ": --min-size and --max-size have to include it"
+    return ", after the first image: give an --image-size, or measure it alone"
+
+
+def seen(image: np.ndarray, view: View) -> np.ndarray:
+    """An image as the detector gets it: resized by Pillow's bilinear filter, channels in its order.
+
+    Args:
+        image: 3 x H x W, BGR, as `read_image` gives it.
+    """
+    size = view.resized(image.shape[-2:])
+    if size != image.shape[-2:]:
+        from PIL import Image
+
+        pixels = Image.fromarray(image.transpose(1, 2, 0).astype(np.uint8))
+        pixels = pixels.resize((size[1], size[0]), Image.BILINEAR)
+        image = np.asarray(pixels).transpose(2, 0, 1)
+    if view.format == "RGB":
+        image = image[::-1]
+    return np.ascontiguousarray(image, dtype=np.float32)
 
 
 def write_image(image: np.ndarray, path: Path) -> None:
@@ -152,8 +221,9 @@ def digest(arrays: Iterable[np.ndarray]) -> str:
     return hasher.hexdigest()[:16]
 
 
-def call_digest(image: np.ndarray, images_per_call: int) -> str:
+def call_digest(image: np.ndarray, images_per_call: int, view: View = View()) -> str:
     """The `digest` of the images that a call takes, made of one as `inputs` makes them."""
+    image = seen(image, view)
     return digest(image[..., ::-1] if place % 2 else image for place in range(images_per_call))
 
 
@@ -188,19 +258,53 @@ def _scaled(size: Sequence[int], factor: float) -> Size:
     return height, width
 
 
+def view_sizes(images: Sequence[Any], view: View, seed: int) -> Dict[str, Size]:
+    """The sizes of the tuning inputs of a detector: `opt` is that of the first image.
+
+    Where images are resized, `min` and `max` are the range of what comes of aspect ratios up to
+    1:2 and 2:1, and of the images.
+
+    Args:
+        images: ... x H x W, as `read_images` gives them.
+        seed: of `tuning_sizes`.
+
+    Raises:
+        errors.InputError: the view's smallest size is not below its largest.
+    """
+    sizes = [view.resized(image.shape[-2:]) for image in images]
+    ranges = tuning_sizes(sizes[0], seed)
+    if view.shortest:
+        side = 64 * view.shortest  # So large that rounding to pixels does not matter.
+        elongated = int(side * MOST_ELONGATED)
+        shapes = ((side, side), (side, elongated), (elongated, side))
+        sizes += [view.resized(shape) for shape in shapes]
+        ranges["min"] = min(x[0] for x in sizes), min(x[1] for x in sizes)
+        ranges["max"] = max(x[0] for x in sizes), max(x[1] for x in sizes)
+    ranges["min"] = view.smallest or ranges["min"]
+    ranges["max"] = view.largest or ranges["max"]
+    if any(a > b for a, b in zip(ranges["min"], ranges["max"])):
+        smallest, largest = ("x".join(map(str, ranges[name])) for name in ("min", "max"))
+        raise InputError(f"no image fits between {smallest} and {largest} (--min-size, --max-size)")
+    return ranges
+
+
 def tuning_inputs(
-    image: Union[np.ndarray, Tensor], images_per_call: int, seed: int
+    image: Union[np.ndarray, Tensor],
+    images_per_call: int,
+    seed: int,
+    sizes: Optional[Dict[str, Size]] = None,
 ) -> Dict[str, Tuple[Tensor, ...]]:
     """The images of a call in three sizes: `opt` as it is, `min` and `max` scaled.
 
     With several images a call, those of `min` differ in size, too.
 
     Args:
-        image: 3 x H x W.
+        image: 3 x H x W, as the detector sees it.
         seed: of `tuning_sizes`.
+        sizes: of `min` and `max`; None: those of `tuning_sizes`.
     """
     opt = _tensor(image)
-    sizes = tuning_sizes(opt.shape[-2:], seed)
+    sizes = sizes or tuning_sizes(opt.shape[-2:], seed)
     first, *others = _call(_fitted(opt, sizes["min"]), images_per_call)
     height, width = sizes["min"]
     narrow = (height, max(SMALLEST_SIDE, width * 7 // 8))
@@ -212,20 +316,22 @@ def tuning_inputs(
 
 
 def inputs(
-    images: Sequence[Union[np.ndarray, Tensor]], images_per_call: int, seed: int
+    images: Sequence[np.ndarray], images_per_call: int, seed: int, view: View = View()
 ) -> Dict[str, Tuple[Tensor, ...]]:
-    """All that a test model is called with: `tuning_inputs` of the first image, and the others.
+    """All that a detector is called with: `tuning_inputs` of the first image, and the others.
 
     The others are named by their place, `image 2` and so on.
 
     Args:
-        images: 3 x H x W each.
+        images: 3 x H x W each, as `read_images` gives them.
     """
+    sizes = view_sizes(images, view, seed)
+    first, *rest = (seen(image, view) for image in images)
     others = {
         f"image {place}": _call(_tensor(image), images_per_call)
-        for place, image in enumerate(images[1:], start=2)
+        for place, image in enumerate(rest, start=2)
     }
-    return {**tuning_inputs(images[0], images_per_call, seed), **others}
+    return {**tuning_inputs(first, images_per_call, seed, sizes), **others}
 
 
 def describe_sizes(inputs: Dict[str, Tuple[Any, ...]]) -> Dict[str, Tuple[Size, ...]]:

@@ -16,7 +16,7 @@ from urllib.parse import urlparse
 from urllib.request import urlopen
 
 from errors import InputError
-from models import TestModel
+from models import Model
 
 # What `--weights` knows besides files.
 NAMED_WEIGHTS = ("auto", "zoo", "synthetic")
@@ -48,7 +48,7 @@ def checkpoint_digest(weights: str) -> Optional[str]:
     return hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:16]
 
 
-def download_zoo(models: Iterable[TestModel], weights: str) -> None:
+def download_zoo(models: Iterable[Model], weights: str) -> None:
     """Downloads the checkpoints that `--weights auto` and `zoo` look for; the cache keeps them.
 
     Args:

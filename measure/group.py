@@ -19,7 +19,7 @@ from measure import protocol, quiet, verify
 from measure.plan import Choice, Plan
 from measure.progress import Progress
 from measure.worker import CALL_LIMIT_S, PREPARE_LIMIT_S, Command, Hosts, Worker, scratch_folder
-from models import MODELS, RUN_BUDGET_S, TUNING
+from models import RUN_BUDGET_S, TUNING, Model
 from results import facts
 from results.environment import file_name
 from results.file import write_text
@@ -53,12 +53,12 @@ A = TypeVar("A")
 FoundBy = dict[str, dict[str, tuple[DrawnRun, ...]]]
 
 
-# A test model ----------------------------------------------------------------------------------
+# A model ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Model:
-    """A test model that was made ready.
+class PreparedModel:
+    """A model that was made ready.
 
     Attributes:
         objects: that its weights find, if they are synthetic.
@@ -67,17 +67,22 @@ class Model:
         reference: input -> the flat tuple that eager fp32 found, as arrays.
     """
 
-    name: str
+    model: Model
     objects: int
     folder: Path
     facts: protocol.ModelFacts
     reference: dict[str, list[np.ndarray]]
 
+    @property
+    def name(self) -> str:
+        """What the model is called."""
+        return self.model.name
+
 
 def prepare_model(
-    name: str, objects: int, plan: Plan, hosts: Hosts, folder: Path, progress: Progress
-) -> Model:
-    """Makes weights and inputs of a test model and computes its reference, in its own process.
+    model: Model, objects: int, plan: Plan, hosts: Hosts, folder: Path, progress: Progress
+) -> PreparedModel:
+    """Makes weights and inputs of a model and computes its reference, in its own process.
 
     Args:
         objects: that synthetic weights find.
@@ -87,13 +92,13 @@ def prepare_model(
         errors.InputError: image or weights cannot be had.
         benchmark.RunFailed: the process died.
     """
-    progress.say(f"{name}: weights, inputs, and the reference detections (Torch fp32)")
+    progress.say(f"{model.name}: weights, inputs, and the reference detections (Torch fp32)")
     request = protocol.PrepareModel(
-        model=name,
+        model=model,
         source=plan.source,
         weights=plan.weights,
         images=plan.images,
-        image_size=plan.image_size,
+        view=plan.view,
         detections=objects,
         seed=plan.seed,
         folder=str(folder),
@@ -106,7 +111,7 @@ def prepare_model(
                 progress.say(worker.log.read_text(errors="replace"))
             raise
     reference = {key: load_outputs(folder / f"reference-{key}.npz") for key in answer.sizes}
-    return Model(name, objects, folder, answer, reference)
+    return PreparedModel(model, objects, folder, answer, reference)
 
 
 def load_outputs(path: Path) -> list[np.ndarray]:
@@ -115,7 +120,7 @@ def load_outputs(path: Path) -> list[np.ndarray]:
         return [arrays[name] for name in arrays.files]
 
 
-def reference_detections(model: Model, name: str) -> list[verify.Detections]:
+def reference_detections(model: PreparedModel, name: str) -> list[verify.Detections]:
     """What eager fp32 found in each image of an input; nothing where that is malformed."""
     try:
         return verify.split(model.reference[name], model.facts.fields)
@@ -123,7 +128,7 @@ def reference_detections(model: Model, name: str) -> list[verify.Detections]:
         return []
 
 
-def image_names(plan: Plan, model: Model) -> dict[str, str | None]:
+def image_names(plan: Plan, model: PreparedModel) -> dict[str, str | None]:
     """Timed input -> the name of its image; None where there is but one image."""
     timed = model.facts.timed
     if len(timed) == 1:
@@ -257,7 +262,7 @@ def extra_runs(runs: Sequence[Running], same_again: bool) -> list[Running]:
 
 
 def measure_group(
-    model: Model,
+    model: PreparedModel,
     precision: str,
     plan: Plan,
     hosts: Hosts,
@@ -283,7 +288,7 @@ class Measurement:
     """A group while it is measured: the one place where what is measured is collected."""
 
     def __init__(
-        self, model: Model, precision: str, plan: Plan, progress: Progress, same_again: bool
+        self, model: PreparedModel, precision: str, plan: Plan, progress: Progress, same_again: bool
     ) -> None:
         self.model, self.precision, self.plan, self.progress = model, precision, plan, progress
         self.rule = _rule(plan, same_again)
@@ -332,7 +337,7 @@ class Measurement:
         self.progress.say(f"{model.name}: preparing {run.label} {run.precision}")
         run.log = folder / f"{run.key}.log"
         request = protocol.PrepareRun(
-            model=model.name,
+            model=model.model,
             backend=run.choice.backend.name,
             precision=run.precision,
             device=plan.device,
@@ -513,15 +518,17 @@ class Measurement:
 
     def judge(self, run: Running, outputs: dict[str, list[np.ndarray] | str]) -> None:
         """Whether detections are those of the reference; else the run is a mismatch."""
-        names, precision = self.model.facts.fields, run.effective_precision
+        known, precision = self.model.facts, run.effective_precision
+        listed = (known.score_threshold, known.limit)
         for name, found in outputs.items():
             if isinstance(found, str):
                 run.agreements[name] = Agreement("error", f"the output is malformed: {found}")
                 continue
-            both = (self.model.reference[name], found, names, precision)
-            run.agreements[name] = verify.verify(*both)
-            if name in self.model.facts.timed:
-                run.found[name] = _drawn(*both)
+            both = (self.model.reference[name], found, known.fields, precision)
+            run.agreements[name] = verify.verify(*both, *listed)
+            if name in known.timed:
+                place = known.timed.index(name)
+                run.found[name] = _drawn(*both, self.plan.pictures[place].shape[-2:])
         worst = facts.worst(run.agreements)
         if worst.is_wrong:
             run.status, run.reason = "mismatch", worst.reason
@@ -580,9 +587,9 @@ class Measurement:
         together = place is None
         return Group(
             model=self.model.name,
-            export=MODELS[self.model.name].kind,
+            export=self.model.model.kind,
             precision=self.precision,
-            images_per_call=MODELS[self.model.name].images_per_call,
+            images_per_call=self.model.model.images_per_call,
             image_sizes={name: known.sizes[name] for name in inputs},
             rounds=self.rounds.rounds,
             stopped=self.rounds.stopped,
@@ -616,7 +623,7 @@ class Measurement:
         status, reason = _status_of(run, agreements)
         known, memory = run.facts, run.memory
         samples = tuple(self.samples(run.key, place))
-        images = MODELS[self.model.name].images_per_call
+        images = self.model.model.images_per_call
         prepare = known.prepare if known and together else None
         return Run(
             backend=run.choice.backend.name,
@@ -679,7 +686,7 @@ class Measurement:
         if not all(samples):
             return None
         extra_s = run.facts.prepare.own - baseline.facts.prepare.own
-        images = MODELS[self.model.name].images_per_call
+        images = self.model.model.images_per_call
         return benchmark.break_even(*samples, extra_s, images, self.plan.seed)
 
 
@@ -738,14 +745,18 @@ def _status_of(run: Running, agreements: dict[str, Agreement]) -> tuple[str, str
 
 
 def _drawn(
-    reference: Sequence[Any], found: Sequence[Any], names: Sequence[str], precision: str
+    reference: Sequence[Any],
+    found: Sequence[Any],
+    names: Sequence[str],
+    precision: str,
+    size: Sequence[int],
 ) -> tuple[DrawnRun, ...]:
-    """What was found in each image, for drawing it; nothing where it is malformed."""
+    """What was found in each image, see `drawn`; nothing where it is malformed."""
     with suppress(ValueError):
         images = verify.find(reference, found, names, precision)
         return tuple(
             DrawnRun(
-                **vars(drawn(image.detections)),
+                **vars(drawn(image.detections, size)),
                 agrees=tuple(image.agrees.tolist()),
                 lost=tuple(image.lost.tolist()),
             )
@@ -754,17 +765,23 @@ def _drawn(
     return ()
 
 
-def drawn(detections: verify.Detections) -> Drawn:
-    """Boxes in tenths of a pixel, scores to four digits."""
+def drawn(detections: verify.Detections, size: Sequence[int]) -> Drawn:
+    """What was found, for drawing it: boxes in tenths of a pixel, scores to four digits.
+
+    Args:
+        size: height and width of the image that it is drawn on, which the detector's may be another
+            size of.
+    """
+    scale = np.array(size[::-1]) / detections.image_size[::-1]
     return Drawn(
-        boxes=tuple(map(tuple, detections.boxes.round(1).tolist())),
+        boxes=tuple(map(tuple, (detections.boxes * np.tile(scale, 2)).round(1).tolist())),
         scores=tuple(detections.scores.round(4).tolist()),
         classes=tuple(detections.classes.tolist()),
     )
 
 
-def failed_group(name: str, objects: int, precision: str, plan: Plan, reason: str) -> Group:
-    """The group of a test model that could not even be prepared."""
+def failed_group(model: Model, objects: int, precision: str, plan: Plan, reason: str) -> Group:
+    """The group of a model that could not even be prepared."""
     runs = [
         Run(
             backend=run.choice.backend.name,
@@ -778,10 +795,10 @@ def failed_group(name: str, objects: int, precision: str, plan: Plan, reason: st
         for run in runs_for(plan, precision)
     ]
     return Group(
-        model=name,
-        export=MODELS[name].kind,
+        model=model.name,
+        export=model.kind,
         precision=precision,
-        images_per_call=MODELS[name].images_per_call,
+        images_per_call=model.images_per_call,
         image_sizes={},
         rounds=0,
         stopped="all failed",

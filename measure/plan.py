@@ -15,11 +15,13 @@ from backends import base
 from backends.base import Backend
 from benchmark import RunFailed, StopRule, WarmUp
 from detectors import inputs, zoo
+from detectors.config_file import read_configuration
+from detectors.inputs import View
 from errors import InputError
 from measure import protocol
 from measure.worker import READY_LIMIT_S, Command, Hosts, Worker
-from models import MODELS
-from results.environment import cpu_flags, free_memory_mb, has_native_bf16, usable_cores
+from models import MODELS, Model
+from results.environment import cpu_flags, file_name, free_memory_mb, has_native_bf16, usable_cores
 from results.facts import OBJECTS
 from results.file import prepare_directory
 
@@ -70,12 +72,12 @@ class Plan:
     """What is asked for.
 
     Attributes:
-        models: names of test models, in the order in which they are measured.
+        models: in the order in which they are measured.
         choices: what is measured, the baseline first.
         precisions: requested, each a group of its own.
         source: `bundled` or `detectron2`.
         images: paths; empty for the default image.
-        image_size: height and width, or None for the images' own.
+        view: how the models see them.
         pictures: the images that were read, 3 x H x W, to be kept beside the results.
         detections: how many objects synthetic weights find; with several, each is measured.
         warm_up, rule: of the timing.
@@ -93,13 +95,13 @@ class Plan:
         note: what to say before it begins, or None.
     """
 
-    models: tuple[str, ...]
+    models: tuple[Model, ...]
     choices: tuple[Choice, ...]
     precisions: tuple[str, ...]
     device: str
     source: str
     images: tuple[str, ...]
-    image_size: tuple[int, int] | None
+    view: View
     weights: str
     detections: tuple[int, ...]
     warm_up: WarmUp
@@ -167,15 +169,16 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
     cores = usable_cores()
     if options.threads is not None and options.threads > cores:
         raise InputError(f"--threads {options.threads}: only {cores} cores can be used here")
+    models = _models(options)
+    view = _view(options, models[0])
     images = tuple(dict.fromkeys(options.image or ()))
-    pictures = inputs.read_images([Path(x) for x in images], options.image_size, options.seed)
+    pictures = inputs.read_images([Path(x) for x in images], view, options.seed)
     weights = _weights(options)
     asked = _asked_backends(options.backend, commands)
     threads = options.threads or cores
-    names = tuple(MODELS) if options.all else tuple(dict.fromkeys(options.model))
-    note = check_room(pictures, names, threads, options.seed)
+    note = check_room(inputs.view_sizes(pictures, view, options.seed), models, threads)
     hosts.start()
-    request = protocol.Survey(asked or default_backends(), options.device, options.source)
+    request = protocol.Survey(asked or default_backends(), options.device, _source(options))
     survey = survey_of(Command.own(), request, threads, hosts)
     device = survey.device
     choices, left_out = _choices(asked, commands, survey, options.backend is not None)
@@ -185,19 +188,19 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
         if choice.command.name is not None
     }
     precisions, without = _precisions(options.precision, device, choices)
-    _check_weights(names, weights, threads, hosts)
+    _check_weights(models, weights, threads, hosts)
     versions: dict[str, str] = {}
     for choice in choices:
         if choice.command.name is None:
             versions.update(survey.backends[choice.backend.name].versions)
     return Plan(
-        models=names,
+        models=models,
         choices=choices,
         precisions=precisions,
         device=device,
         source=survey.source,
         images=images,
-        image_size=options.image_size,
+        view=view,
         pictures=pictures,
         weights=weights,
         detections=options.detections,
@@ -221,21 +224,85 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
     )
 
 
-def check_room(
-    pictures: Sequence[np.ndarray], names: Sequence[str], threads: int, seed: int
-) -> str | None:
+def _models(options: argparse.Namespace) -> tuple[Model, ...]:
+    """The test models that are asked for, or the model of the user's own.
+
+    Raises:
+        errors.InputError: its configuration cannot be had, or there are no weights for it.
+    """
+    if options.config_file is None:
+        for name in ("opts", "min_size", "max_size"):
+            if getattr(options, name):
+                raise InputError(f"--{name.replace('_', '-')} goes with --config-file")
+        return tuple(
+            MODELS[name] for name in (MODELS if options.all else dict.fromkeys(options.model))
+        )
+    configuration = read_configuration(options.config_file, options.opts)
+    if options.weights in zoo.NAMED_WEIGHTS:
+        raise InputError("--config-file needs the model's --weights FILE")
+    path = Path(options.config_file)
+    # Detectron2's trainer leaves `config.yaml` in a folder that someone has given a name.
+    name = path.resolve().parent.name if path.stem == "config" else path.stem
+    return (
+        Model(
+            # It stands in tables, and in names of files.
+            name=re.sub(r"[^\w.+-]+", "_", file_name(name)) or "model",
+            config=file_name(options.config_file),
+            postprocess=configuration.model.meta_architecture == "RetinaNet",
+            configuration=configuration,
+        ),
+    )
+
+
+def _view(options: argparse.Namespace, model: Model) -> View:
+    """How images are made ready for a model.
+
+    Raises:
+        errors.InputError: it resizes them to nothing.
+    """
+    if model.configuration is None:
+        return View(options.image_size)
+    images = model.configuration.input
+    view = View(
+        size=options.image_size,
+        shortest=0 if options.image_size else images.min_size_test,
+        longest=images.max_size_test,
+        format=images.format,
+        smallest=options.min_size,
+        largest=options.max_size,
+    )
+    if view.shortest and min(view.shortest, view.longest) < inputs.SMALLEST_SIDE:
+        raise InputError(
+            f"INPUT.MIN_SIZE_TEST is {view.shortest} and MAX_SIZE_TEST {view.longest}: both have "
+            f"to be at least {inputs.SMALLEST_SIDE}"
+        )
+    return view
+
+
+def _source(options: argparse.Namespace) -> str:
+    """Where detectors come from: Detectron2 is not asked for a model of the user's own.
+
+    Raises:
+        errors.InputError: it is, by name.
+    """
+    if options.config_file is None:
+        return str(options.source)
+    if options.source == "detectron2":
+        raise InputError("--config-file is built from the bundled detectors only, so far")
+    return "bundled"
+
+
+def check_room(sizes: dict[str, inputs.Size], models: Sequence[Model], threads: int) -> str | None:
     """What to say of images so large that a call takes minutes; None of smaller ones.
 
     Args:
-        pictures: the images that were read, 3 x H x W.
-        names: of the test models.
+        sizes: of the tuning inputs.
 
     Raises:
         errors.InputError: the memory that is free will not do.
     """
-    height, width = pictures[0].shape[-2:]
-    largest = inputs.tuning_sizes((height, width), seed)["max"]
-    pixels = largest[0] * largest[1] * max(MODELS[name].images_per_call for name in names)
+    (height, width), largest = sizes["opt"], sizes["max"]
+    pixels = largest[0] * largest[1] * max(model.images_per_call for model in models)
     needed_mb = BASE_MB + pixels * BYTES_PER_PIXEL / 2**20
     seconds = pixels * OPERATIONS_PER_PIXEL / (threads * CORE_OPERATIONS_PER_S)
     free_mb = free_memory_mb()
@@ -398,7 +465,7 @@ def _weights(options: argparse.Namespace) -> str:
     return "synthetic"
 
 
-def _check_weights(names: Sequence[str], weights: str, threads: int, hosts: Hosts) -> None:
+def _check_weights(models: Sequence[Model], weights: str, threads: int, hosts: Hosts) -> None:
     """Makes sure that the weights that were asked for will be found, for all of these models.
 
     Model-zoo checkpoints are downloaded here, where their progress can be seen.
@@ -406,10 +473,10 @@ def _check_weights(names: Sequence[str], weights: str, threads: int, hosts: Host
     Raises:
         errors.InputError: a checkpoint cannot be had or read, or is of another architecture.
     """
-    zoo.download_zoo([MODELS[name] for name in names], weights)
+    zoo.download_zoo(models, weights)
     if weights not in zoo.NAMED_WEIGHTS:
         with worker_for(hosts, Command.own(), threads) as worker:
-            worker.ask(protocol.CheckWeights(tuple(names), weights))
+            worker.ask(protocol.CheckWeights(tuple(models), weights))
 
 
 def _stop_rule(options: argparse.Namespace, device: str) -> StopRule:

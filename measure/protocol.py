@@ -14,10 +14,26 @@ Valid on Python 3.8, as workers import it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Dict, Generic, List, Optional, Tuple, Type, TypeVar
+from dataclasses import dataclass, field, is_dataclass
+from typing import (
+    Any,
+    ClassVar,
+    Dict,
+    Generic,
+    List,
+    Optional,
+    Tuple,
+    Type,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from benchmark import WarmUp
+from detectors.inputs import View
+from models import Model
 from results.record import Coverage, GpuState, ImageSizes, Preparation, Stages, Weights
 
 PROTOCOL = 1
@@ -108,14 +124,16 @@ class Surveyed:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of a test model that was made ready.
+    """What is known of a model that was made ready.
 
     Attributes:
-        sizes: of all inputs.
+        sizes: of all inputs, as the detector sees them.
         timed: the inputs that are timed: `opt`, and the further images.
         flops: timed input -> of a call; None where PyTorch does not count them.
         image_digests: timed input -> what tells its images from others.
         fields: names of the tensors of one image in a flat tuple.
+        score_threshold: detections score more.
+        limit: of detections in an image.
     """
 
     sizes: ImageSizes
@@ -124,6 +142,8 @@ class ModelFacts:
     image_digests: Dict[str, str]
     weights: Weights
     fields: Tuple[str, ...]
+    score_threshold: float
+    limit: int
 
 
 @dataclass(frozen=True)
@@ -265,27 +285,27 @@ class Survey(Request[Surveyed]):
 
 @dataclass(frozen=True)
 class CheckWeights(Request[Done]):
-    """Can this checkpoint be read, and is it of the architecture of these test models?"""
+    """Can these models be built, and a checkpoint be read and loaded into them?"""
 
     answer: ClassVar = Done
-    models: Tuple[str, ...]
+    models: Tuple[Model, ...]
     weights: str
 
 
 @dataclass(frozen=True)
 class PrepareModel(Request[ModelFacts]):
-    """Make weights and inputs of a test model, and compute the reference.
+    """Make weights and inputs of a model, and compute the reference.
 
     Attributes:
         folder: takes `state.npz`, `inputs.npz`, and `reference-NAME.npz` for each input.
     """
 
     answer: ClassVar = ModelFacts
-    model: str
+    model: Model
     source: str
     weights: str
     images: Tuple[str, ...]
-    image_size: Optional[Tuple[int, int]]
+    view: View
     detections: int
     seed: int
     folder: str
@@ -293,7 +313,7 @@ class PrepareModel(Request[ModelFacts]):
 
 @dataclass(frozen=True)
 class PrepareRun(Request[RunFacts]):
-    """Build a test model and optimize it.
+    """Build a model and optimize it.
 
     Attributes:
         folder: where `PrepareModel` has left weights and inputs.
@@ -301,7 +321,7 @@ class PrepareRun(Request[RunFacts]):
     """
 
     answer: ClassVar = RunFacts
-    model: str
+    model: Model
     backend: str
     precision: str
     device: str
@@ -438,9 +458,27 @@ def request(message: Dict[str, Any]) -> Request[Any]:
         ValueError: there is no such request, or it lacks something.
     """
     try:
-        return REQUESTS[message["ask"]](**message["with"])
+        return _typed(message["with"], REQUESTS[message["ask"]])
     except (KeyError, TypeError) as error:
         raise ValueError(f"no request of this protocol: {error}") from error
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    """JSON's arrays and objects as the tuples and records that a type names.
+
+    Raises:
+        KeyError, TypeError: a record has no such field, or lacks one.
+    """
+    if get_origin(hint) is Union and value is not None:  # Optional: there are no others.
+        return _typed(value, get_args(hint)[0])
+    if get_origin(hint) is tuple and value is not None:
+        kinds = get_args(hint)
+        kinds = kinds[:1] * len(value) if kinds[-1] is ... else kinds
+        return tuple(_typed(each, kind) for each, kind in zip(value, kinds))
+    if is_dataclass(hint):
+        hints = get_type_hints(hint)
+        return hint(**{name: _typed(each, hints[name]) for name, each in value.items()})
+    return value
 
 
 def lines(buffer: bytearray) -> List[bytes]:

@@ -46,7 +46,7 @@ CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 SHORT_CALL_S = 1.0
 
 
-# Preparing a test model ------------------------------------------------------------------------
+# Preparing a model -----------------------------------------------------------------------------
 
 
 def survey(request: protocol.Survey) -> protocol.Surveyed:
@@ -88,9 +88,8 @@ def check_weights(request: protocol.CheckWeights) -> protocol.Done:
         errors.InputError: it cannot be read, or is of another architecture.
     """
     from detectors.build import check_weights
-    from models import MODELS
 
-    check_weights([MODELS[name] for name in request.models], request.weights)
+    check_weights(request.models, request.weights)
     return protocol.Done()
 
 
@@ -102,14 +101,13 @@ def prepare_model(request: protocol.PrepareModel) -> protocol.ModelFacts:
     """
     from backends.torch import call_and_count
     from detectors import build, inputs
-    from models import MODELS, timed
+    from models import timed
 
     _keep_freed_memory()
-    model, folder = MODELS[request.model], Path(request.folder)
+    model, folder = request.model, Path(request.folder)
     paths = [Path(path) for path in request.images]
-    size = request.image_size and tuple(request.image_size)
-    images = inputs.read_images(paths, size, request.seed)
-    calls = inputs.inputs(images, model.images_per_call, request.seed)
+    images = inputs.read_images(paths, request.view, request.seed)
+    calls = inputs.inputs(images, model.images_per_call, request.seed, request.view)
     names = timed(calls)
     weights = build.find_weights(model, request.weights, calls, request.detections, request.seed)
     _save_arrays(folder / "state.npz", _arrays(weights.state))
@@ -127,6 +125,8 @@ def prepare_model(request: protocol.PrepareModel) -> protocol.ModelFacts:
         image_digests={name: inputs.digest(x.numpy() for x in calls[name]) for name in names},
         weights=weights.record,
         fields=export.fields,
+        score_threshold=export.score_threshold,
+        limit=export.limit,
     )
 
 
@@ -200,7 +200,7 @@ class Run:
 
         from backends import base
         from detectors import build
-        from models import MODELS, TUNING, timed
+        from models import TUNING, timed
 
         start = time.perf_counter()
         self.backend = base.load(request.backend)
@@ -212,8 +212,7 @@ class Run:
         self.timed = timed(self.inputs)
         self.device = request.device
         tuning = {name: self.inputs[name] for name in TUNING}
-        model = MODELS[request.model]
-        self.export = build.build(model, state, "the weights", tuning, request.source)
+        self.export = build.build(request.model, state, "the weights", tuning, request.source)
         self.export.other_inputs = [self.inputs[name] for name in self.timed if name != "opt"]
         self.export.eager.to(device)
         run = (self.export, request.precision, request.device)

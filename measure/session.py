@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
+import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from backends import base
@@ -14,11 +17,11 @@ from detectors import inputs, zoo
 from errors import InputError
 from measure import group as groups
 from measure import protocol
-from measure.group import Model, drawn, image_names, reference_detections
+from measure.group import PreparedModel, drawn, image_names, reference_detections
 from measure.plan import Plan, environments, make_plan, survey_of
 from measure.progress import Progress
 from measure.worker import Command, Hosts, remove_left_behind, scratch_folder
-from models import MODELS, VERSION
+from models import MODELS, VERSION, Model
 from results import facts, tables
 from results.environment import environment, file_name
 from results.facts import case, case_name
@@ -144,7 +147,7 @@ class Session:
         earlier = load(output / RESULTS)
         ignored = ("memory_mb", "kernel", "cpu.governor")
         differing = facts.differences(earlier, self.empty, ignored)
-        differing += self._other_weights(earlier.settings)
+        differing += self._other_files(earlier.settings)
         differing += self._other_images(earlier.groups)
         differing += self._other_environments(earlier.groups)
         if differing:
@@ -157,12 +160,14 @@ class Session:
         self.earlier = earlier if self.groups else None
         self.found = load_found(output)
 
-    def _other_weights(self, earlier: Settings) -> list[str]:
-        """Whether the checkpoint is another file than that of earlier settings."""
-        digests = (earlier.weights_digest, self.empty.settings.weights_digest)
-        if None in digests or digests[0] == digests[1]:
-            return []
-        return ["--weights: another file of the same name"]
+    def _other_files(self, earlier: Settings) -> list[str]:
+        """Whether the checkpoint or the configuration is another than that of earlier settings."""
+        found = []
+        for name, option in (("weights_digest", "--weights"), ("config_digest", "--config-file")):
+            digests = (getattr(earlier, name), getattr(self.empty.settings, name))
+            if None not in digests and digests[0] != digests[1]:
+                found.append(f"{option}: another file of the same name")
+        return found
 
     def _other_images(self, kept: Sequence[Group]) -> list[str]:
         """Whether groups were measured on other images, by whatever name."""
@@ -172,7 +177,9 @@ class Session:
             if group.image_digest and not group.image
         }
         for count, before in known:
-            digests = [inputs.call_digest(picture, count) for picture in self.plan.pictures]
+            digests = [
+                inputs.call_digest(picture, count, self.plan.view) for picture in self.plan.pictures
+            ]
             if before != " ".join(digests):
                 return ["--image: another image of the same name"]
         return []
@@ -221,9 +228,9 @@ class Session:
         try:
             if self.options.roofline and not self.peaks:
                 self._measure_peaks()
-            for name in self.plan.models:
+            for model in self.plan.models:
                 for objects in self.plan.detections:
-                    self._run_model(name, objects)
+                    self._run_model(model, objects)
             self.complete = True
         finally:
             # An interrupted run has its page, too.
@@ -263,19 +270,20 @@ class Session:
             if case(group) == (name, objects, None) and group.precision == precision
         ]
 
-    def _run_model(self, name: str, objects: int) -> None:
-        """Measures one test model; an interruption still prints and keeps what there is."""
+    def _run_model(self, model: Model, objects: int) -> None:
+        """Measures one model; an interruption still prints and keeps what there is."""
+        name = model.name
         kept = [group.precision for group in self._groups_of(name, objects)]
         missing = [precision for precision in self.plan.precisions if precision not in kept]
         if kept:
             self.progress.say(f"{name}: kept from before: {', '.join(kept)}")
         try:
             if missing:
-                self._measure(name, objects, missing)
+                self._measure(model, objects, missing)
         except RunFailed as error:
             reason = f"the model cannot be prepared: {error}"
             self.groups += [
-                groups.failed_group(name, objects, precision, self.plan, reason)
+                groups.failed_group(model, objects, precision, self.plan, reason)
                 for precision in missing
             ]
         finally:
@@ -293,17 +301,17 @@ class Session:
             each = [x for x in self.groups if case(x)[:2] == (name, objects)]
             print(tables.markdown(tables.cases_table(each)) + "\n", flush=True)
 
-    def _measure(self, name: str, objects: int, precisions: Sequence[str]) -> None:
+    def _measure(self, model: Model, objects: int, precisions: Sequence[str]) -> None:
         with scratch_folder() as folder:
-            model = groups.prepare_model(
-                name, objects, self.plan, self.hosts, folder, self.progress
+            prepared = groups.prepare_model(
+                model, objects, self.plan, self.hosts, folder, self.progress
             )
-            self._check_weights(model)
-            self._keep_reference(model)
+            self._check_weights(prepared)
+            self._keep_reference(prepared)
             for precision in precisions:
-                self._run_group(model, precision)
+                self._run_group(prepared, precision)
 
-    def _check_weights(self, model: Model) -> None:
+    def _check_weights(self, model: PreparedModel) -> None:
         """Weights may be had now that an earlier run, whose groups are kept, had to do without.
 
         Raises:
@@ -317,23 +325,25 @@ class Session:
                     f"({facts.weights_note(weights)}): {WAY_OUT}"
                 )
 
-    def _keep_reference(self, model: Model) -> None:
+    def _keep_reference(self, model: PreparedModel) -> None:
         """What Torch fp32 found, for drawing it."""
         files = image_files(self.plan.pictures)
-        for (name, picture), file in zip(self._pictures_of(model).items(), files):
-            reference = tuple(drawn(image) for image in reference_detections(model, name))
+        named = zip(self._pictures_of(model).items(), files, self.plan.pictures)
+        for (name, picture), file, image in named:
+            size = image.shape[-2:]
+            reference = tuple(drawn(found, size) for found in reference_detections(model, name))
             kept = self.found[picture].runs if picture in self.found else {}
             self.found[picture] = Picture(file, reference, kept)
 
-    def _pictures_of(self, model: Model) -> dict[str, str]:
+    def _pictures_of(self, model: PreparedModel) -> dict[str, str]:
         """Timed input -> its name in `detections.json`."""
         return {
             name: case_name((model.name, model.objects, image))
             for name, image in image_names(self.plan, model).items()
         }
 
-    def _run_group(self, model: Model, precision: str) -> None:
-        last = (self.plan.models[-1], self.plan.detections[-1], self.plan.precisions[-1])
+    def _run_group(self, model: PreparedModel, precision: str) -> None:
+        last = (self.plan.models[-1].name, self.plan.detections[-1], self.plan.precisions[-1])
         more = (model.name, model.objects, precision) != last
         measured = groups.measure_group(
             model,
@@ -395,13 +405,18 @@ class Session:
 def settings(plan: Plan, options: argparse.Namespace) -> Settings:
     """The record of the command line: nothing private is in it."""
     return Settings(
-        model=plan.models,
+        model=tuple(model.name for model in plan.models),
+        config_file=options.config_file and file_name(options.config_file),
+        config_digest=_digest_of(plan.models[0]),
+        opts=tuple(map(file_name, options.opts)),
         backend=tuple(choice.name for choice in plan.choices),
         precision=plan.precisions,
         device=plan.device,
         source=plan.source,
         image=tuple(file_name(image) for image in plan.images),
-        image_size=plan.image_size,
+        image_size=options.image_size,
+        min_size=options.min_size,
+        max_size=options.max_size,
         weights=file_name(options.weights),
         weights_digest=zoo.checkpoint_digest(plan.weights),
         detections=plan.detections,
@@ -423,6 +438,14 @@ def settings(plan: Plan, options: argparse.Namespace) -> Settings:
         compare_published=options.compare_published,
         debug=options.debug,
     )
+
+
+def _digest_of(model: Model) -> str | None:
+    """Tells the configuration of a model of the user's own from others."""
+    if model.configuration is None:
+        return None
+    text = json.dumps(asdict(model.configuration), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def exit_code(of: Sequence[Group], fail_on: Sequence[str]) -> int:

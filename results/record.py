@@ -93,18 +93,24 @@ class Settings:
     """The command line, defaults filled in. Of paths there is the last part only.
 
     Attributes:
+        config_digest: tells a configuration from another of the same name, its `opts` included.
         weights_digest: tells a checkpoint file from another of the same name; None for weights that
             come from no file of the user's.
         environment: names of the environments that were given, as in `openvino@old`.
     """
 
     model: Tuple[str, ...] = ()
+    config_file: Optional[str] = None
+    config_digest: Optional[str] = None
+    opts: Tuple[str, ...] = ()
     backend: Tuple[str, ...] = ()
     precision: Tuple[str, ...] = ()
     device: str = "cpu"
     source: str = "bundled"
     image: Tuple[str, ...] = ()
     image_size: Optional[Tuple[int, int]] = None
+    min_size: Optional[Tuple[int, int]] = None
+    max_size: Optional[Tuple[int, int]] = None
     weights: str = "auto"
     weights_digest: Optional[str] = None
     detections: Tuple[int, ...] = (100,)

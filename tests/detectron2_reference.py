@@ -12,7 +12,8 @@ from detectron2.structures import Boxes
 from seeded_weights import seeded_weights
 from torch import Tensor, nn
 
-from models import TestModel
+from detectors.build import fields_of
+from models import Model
 
 
 def build(
@@ -50,7 +51,7 @@ def script(detector: nn.Module) -> torch.jit.ScriptModule:
 
 @torch.no_grad()
 def outputs(
-    model: TestModel, detector: nn.Module, images: Tuple[Tensor, ...]
+    model: Model, detector: nn.Module, images: Tuple[Tensor, ...]
 ) -> List[Dict[str, Tensor]]:
     """The detections of a call, one set of fields for each image.
 
@@ -66,7 +67,7 @@ def outputs(
         found = [x["instances"] for x in detector.inference(inputs, do_postprocess=True)]
     else:
         found = detector.inference(inputs, do_postprocess=False)
-    return [_fields(model.fields, instances) for instances in found]
+    return [_fields(fields_of(model), instances) for instances in found]
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ from scipy.optimize import linear_sum_assignment
 from seeded_weights import seeded_image
 from torch import Tensor, nn
 
-from models import TestModel
+from detectors.build import fields_of as fields_in
+from models import Model
 
 DATA = Path(__file__).parent / "data"
 # Scores this close may change places by rounding.
@@ -26,7 +27,7 @@ BOX, SCORE, MASK, PIXELS = 1e-2, 1e-4, 1e-4, 1e-4
 Fields = Dict[str, np.ndarray]
 
 
-def calls(model: TestModel) -> Dict[str, Tuple[Tensor, ...]]:
+def calls(model: Model) -> Dict[str, Tuple[Tensor, ...]]:
     """Name -> images of a call. The modules are traced with `trace`; the others differ in size.
 
     `divisible` needs no padding, `odd` does, and `tiny` is about as small as can be.
@@ -54,12 +55,12 @@ def shapes_of(module: nn.Module) -> Dict[str, str]:
     }
 
 
-def fields_of(outputs: Sequence[Tensor], model: TestModel) -> List[Fields]:
+def fields_of(outputs: Sequence[Tensor], model: Model) -> List[Fields]:
     """The flat tuple of an export as one set of named arrays for each image."""
-    count = len(model.fields)
+    count = len(fields_in(model))
     assert len(outputs) == count * model.images_per_call
     return [
-        {name: x.numpy() for name, x in zip(model.fields, outputs[start : start + count])}
+        {name: x.numpy() for name, x in zip(fields_in(model), outputs[start : start + count])}
         for start in range(0, len(outputs), count)
     ]
 

@@ -26,6 +26,7 @@ from backends.torch import autocast, count_flops, effective_precision
 from detectors.build import build, on_device
 from detectors.export import Export
 from detectors.images import batch_images, image_size
+from detectors.zoo_configurations import zoo_configuration
 from errors import InputError, Unsupported, first_cause
 from measure import verify
 from models import MODELS
@@ -794,7 +795,9 @@ def test_the_whole_model_is_padded_as_eager_is(source):
     small = small_export("testRetinaNet", source)
     detector = small._detector if source == "detectron2" else small.eager.detector
     tuning = {"min": images_of((288, 384)), "opt": images_of((288, 384))}
-    export = Export(MODELS["testRetinaNet"], small.eager, {**tuning, "max": images_of((480, 640))})
+    model = MODELS["testRetinaNet"]
+    tuning["max"] = images_of((480, 640))
+    export = Export(model, zoo_configuration(model.config), small.eager, tuning)
     if source == "detectron2":
         export._script_module = small.script_module()
     images = [images_of(size)[0] for size in PADDED]

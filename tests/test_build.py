@@ -12,7 +12,7 @@ from detectors.config import build_detector
 from detectors.inputs import digest, read_image, tuning_inputs
 from detectors.zoo_configurations import zoo_configuration
 from errors import InputError
-from models import MODELS, TestModel
+from models import MODELS, Model
 from results.facts import weights_note
 from results.record import Weights
 
@@ -64,7 +64,7 @@ def inputs():
     return tuning_inputs(read_image(None, (64, 96)), 1, 0)
 
 
-def state_of(model: TestModel) -> dict:
+def state_of(model: Model) -> dict:
     torch.manual_seed(0)
     return build_detector(zoo_configuration(model.config), model.postprocess).state_dict()
 

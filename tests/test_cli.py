@@ -20,7 +20,6 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Iterator, List, NamedTuple, Optional
 
-import numpy as np
 import psutil
 import pytest
 import torch
@@ -32,6 +31,7 @@ import run_blade
 from backends import base
 from benchmark import Speedup
 from detectors import inputs, zoo
+from detectors.inputs import tuning_sizes
 from errors import InputError
 from measure import plan, session
 from measure.worker import Command, Hosts
@@ -370,16 +370,16 @@ def test_a_photograph_that_takes_more_memory_than_there_is(main, no_host, tmp_pa
     assert "and 8.0 GiB are free: --image-size" in outcome.err
     assert not (tmp_path / "output").exists()
     height, width = map(int, re.search(r"--image-size (\d+)x(\d+)", outcome.err).groups())
-    smaller = [np.zeros((3, height, width), np.float32)]
-    assert plan.check_room(smaller, list(MODELS), 2, 0) is None
+    smaller, large = (tuning_sizes(size, 0) for size in ((height, width), (3000, 4000)))
+    retinanet = [MODELS["testRetinaNet"]]
+    assert plan.check_room(smaller, list(MODELS.values()), 2) is None
     monkeypatch.setattr(plan, "free_memory_mb", lambda: 1024)
     with pytest.raises(InputError, match=r"1\.0 GiB of memory are free, and PyTorch takes 2\.0"):
-        plan.check_room(smaller, ["testRetinaNet"], 2, 0)
+        plan.check_room(smaller, retinanet, 2)
     # Where there is memory, the time is worth a word.
     monkeypatch.setattr(plan, "free_memory_mb", lambda: 1 << 20)
-    large = [np.zeros((3, 3000, 4000), np.float32)]
-    assert "min: --image-size" in plan.check_room(large, ["testRetinaNet"], 2, 0)
-    assert plan.check_room(large, ["testRetinaNet"], 64, 0) is None
+    assert "min: --image-size" in plan.check_room(large, retinanet, 2)
+    assert plan.check_room(large, retinanet, 64) is None
 
 
 class Import:

@@ -21,14 +21,16 @@ import run_blade
 from backends import base
 from benchmark import RunFailed, StopRule, WarmUp
 from detectors import inputs
+from detectors.inputs import View
 from errors import InputError
 from measure import group as groups
 from measure import plan as plans
 from measure import protocol, session, worker
-from measure.group import Measured, Measurement, Model
+from measure.group import Measured, Measurement, PreparedModel
 from measure.plan import Choice, Plan
 from measure.progress import Progress
 from measure.worker import Command, Hosts, Worker
+from models import MODELS
 from results import facts
 from results.record import Coverage, Group
 from tools.check_settling import suite_with_stand_in
@@ -40,27 +42,28 @@ TORCH, TORCHSCRIPT, OPENVINO = (
 
 def make_plan(**changes: Any) -> Plan:
     plan = Plan(
-        models=("testRetinaNet",),
+        models=(MODELS["testRetinaNet"],),
         choices=(TORCH, TORCHSCRIPT),
         precisions=("fp32",),
         device="cpu",
         source="bundled",
         images=(),
-        image_size=(96, 128),
+        view=View((96, 128)),
         weights="synthetic",
         detections=(30,),
         warm_up=WarmUp.fixed(1),
         rule=StopRule.fixed(6),
         threads=1,
         seed=0,
+        pictures=inputs.read_images([], View((96, 128)), 0),
     )
     return dataclasses.replace(plan, **changes)
 
 
 @pytest.fixture(scope="module")
-def model(hosts, tmp_path_factory) -> Model:
+def model(hosts, tmp_path_factory) -> PreparedModel:
     folder = tmp_path_factory.mktemp("model")
-    return groups.prepare_model("testRetinaNet", 30, make_plan(), hosts, folder, Progress())
+    return groups.prepare_model(MODELS["testRetinaNet"], 30, make_plan(), hosts, folder, Progress())
 
 
 def test_images_of_names_that_are_no_utf8(model, tmp_path):
@@ -103,7 +106,7 @@ class Killing(Progress):
 
 
 def measure(
-    model: Model, plan: Plan, hosts: Hosts, progress: Progress, same_again: bool = False
+    model: PreparedModel, plan: Plan, hosts: Hosts, progress: Progress, same_again: bool = False
 ) -> Tuple[Group, Measured]:
     """Measures a group of which nothing interrupts the measurement, and which has one image."""
     measured = groups.measure_group(model, plan.precisions[0], plan, hosts, progress, same_again)
@@ -140,7 +143,7 @@ def test_a_model_that_kills_its_process_is_a_failed_run(
     """The process dies in the middle of its work, as it would for want of memory."""
     monkeypatch.setattr(worker, "Worker", Dying)
     with pytest.raises(RunFailed, match="killed by SIGKILL"):
-        groups.prepare_model("testRetinaNet", 30, make_plan(), hosts, tmp_path, Progress())
+        groups.prepare_model(MODELS["testRetinaNet"], 30, make_plan(), hosts, tmp_path, Progress())
 
 
 class Dying(Worker):
@@ -176,7 +179,9 @@ def test_a_killed_baseline_costs_one_row(model, hosts, leaves_no_process):
 
 def test_what_is_unsupported_has_its_reason(hosts, tmp_path, leaves_no_process):
     plan = make_plan(choices=(TORCH, OPENVINO))
-    scripted = groups.prepare_model("testRetinaNet_scripted", 30, plan, hosts, tmp_path, Progress())
+    scripted = groups.prepare_model(
+        MODELS["testRetinaNet_scripted"], 30, plan, hosts, tmp_path, Progress()
+    )
     group, measured = measure(scripted, plan, hosts, Progress(), same_again=True)
     torch_run, openvino = group.runs
     assert group.export == "scripted"
@@ -210,7 +215,7 @@ def test_what_finds_something_else_is_a_mismatch(model, hosts, leaves_no_process
 
 
 @pytest.fixture(scope="module")
-def two_images(hosts, tmp_path_factory) -> Tuple[Plan, Model]:
+def two_images(hosts, tmp_path_factory) -> Tuple[Plan, PreparedModel]:
     """A plan with two images, of the same file name, and RetinaNet made ready for it."""
     folder = tmp_path_factory.mktemp("two")
     paths = []
@@ -218,8 +223,9 @@ def two_images(hosts, tmp_path_factory) -> Tuple[Plan, Model]:
         (folder / name).mkdir()
         paths.append(str(folder / name / "p|1.png"))
         inputs.write_image(inputs.read_image(None, shape), Path(paths[-1]))
-    plan = make_plan(images=tuple(paths), image_size=None)
-    return plan, groups.prepare_model("testRetinaNet", 20, plan, hosts, folder, Progress())
+    pictures = inputs.read_images([Path(path) for path in paths], View(), 0)
+    plan = make_plan(images=tuple(paths), view=View(), pictures=pictures)
+    return plan, groups.prepare_model(MODELS["testRetinaNet"], 20, plan, hosts, folder, Progress())
 
 
 def test_one_image_of_several_may_mismatch(two_images, hosts, leaves_no_process):
@@ -490,7 +496,9 @@ def test_a_full_disk_of_temporary_files_is_the_reason(tmp_path):
     with contextlib.closing(hosts), full_disk(100):
         hosts.of(Command.own()).wait()
         with pytest.raises(RunFailed, match="File too large"):
-            groups.prepare_model("testRetinaNet", 5, make_plan(), hosts, tmp_path, Progress())
+            groups.prepare_model(
+                MODELS["testRetinaNet"], 5, make_plan(), hosts, tmp_path, Progress()
+            )
 
 
 # Other environments ----------------------------------------------------------------------------
@@ -593,6 +601,6 @@ def test_files_that_a_backend_wants_kept(model, tmp_path):
 
 
 def test_a_model_that_cannot_be_prepared_has_failed_rows():
-    group = groups.failed_group("testRetinaNet", 30, "fp32", make_plan(), "no memory")
+    group = groups.failed_group(MODELS["testRetinaNet"], 30, "fp32", make_plan(), "no memory")
     assert [(run.status, run.reason) for run in group.runs] == [("failed", "no memory")] * 2
     assert (group.rounds, group.stopped) == (0, "all failed")

@@ -14,6 +14,7 @@ from PIL import Image
 
 from detectors import inputs
 from detectors.inputs import (
+    View,
     describe_sizes,
     digest,
     read_image,
@@ -236,12 +237,12 @@ def photographs(folder: Path, *sizes: Tuple[int, int]) -> list:
 def test_further_images_may_have_other_sizes_within_the_range(tmp_path):
     sizes = tuning_sizes((100, 160), 7)
     paths = photographs(tmp_path, (100, 160), sizes["min"], sizes["max"])
-    assert [x.shape[1:] for x in read_images(paths, None, 7)] == [
+    assert [x.shape[1:] for x in read_images(paths, View(), 7)] == [
         (100, 160),
         sizes["min"],
         sizes["max"],
     ]
-    assert [x.shape for x in read_images(paths, (48, 64), 7)] == [(3, 48, 64)] * 3
+    assert [x.shape for x in read_images(paths, View((48, 64)), 7)] == [(3, 48, 64)] * 3
 
 
 @pytest.mark.parametrize(("which", "by"), [("min", -1), ("max", 1)])
@@ -252,7 +253,7 @@ def test_further_images_beyond_the_range_are_refused(tmp_path, which, by, side):
     size[side] += by
     paths = photographs(tmp_path, (100, 160), size)
     with pytest.raises(InputError) as error:
-        read_images(paths, None, 7)
+        read_images(paths, View(), 7)
     bounds = ["x".join(map(str, sizes[name])) for name in ("min", "max")]
     assert str(error.value) == (
         f"image {paths[1]} has {size[0]}x{size[1]} pixels, and the engines are made for "
@@ -262,7 +263,7 @@ def test_further_images_beyond_the_range_are_refused(tmp_path, which, by, side):
 
 
 def test_no_path_is_the_default_image():
-    (image,) = read_images([], (64, 96), 0)
+    (image,) = read_images([], View((64, 96)), 0)
     assert np.array_equal(image, read_image(None, (64, 96)))
 
 
@@ -293,7 +294,7 @@ def test_arrays_need_no_pytorch(tmp_path):
         "import sys\n"
         "from pathlib import Path\n"
         "from detectors import inputs\n"
-        "images = inputs.read_images([Path(sys.argv[1])] * 2, (64, 96), 0)\n"
+        "images = inputs.read_images([Path(sys.argv[1])] * 2, inputs.View((64, 96)), 0)\n"
         "inputs.digest(images), inputs.tuning_sizes((64, 96), 0), inputs.describe_sizes({})\n"
         "inputs.write_image(images[0], Path(sys.argv[1]))\n"
         "sys.exit('torch' in sys.modules)\n"

@@ -19,6 +19,7 @@ from conftest import arrays, small_export
 from test_verify import in_order, take
 
 from backends import base
+from detectors.build import fields_of
 from detectors.export import Export
 from errors import Unsupported
 from measure import verify
@@ -33,7 +34,7 @@ NAMES = [pytest.param(name, marks=pytest.mark.slow) if "C4" in name else name fo
 WITH_MASKS = [
     pytest.param(name, marks=pytest.mark.slow) if "C4" in name else name
     for name in MODELS
-    if "pred_masks" in MODELS[name].fields
+    if "pred_masks" in fields_of(MODELS[name])
 ]
 Images = List[Detections]
 Fault = Callable[[Images, Tolerance], Images]

@@ -9,7 +9,7 @@ import torch
 from conftest import CONFIGS, arrays, needs_bf16
 
 from detectors import inputs, synthetic
-from detectors.build import build
+from detectors.build import build, fields_of
 from detectors.config import build_detector
 from detectors.synthetic import synthesize
 from detectors.zoo_configurations import zoo_configuration
@@ -43,7 +43,7 @@ def export(model, detections, size=(160, 224)):
 def find(model, detections, which, size=(160, 224)):
     ready = export(model, detections, size)
     with torch.no_grad():
-        return verify.split(arrays(ready.eager(*ready.tuning_inputs[which])), model.fields)[0]
+        return verify.split(arrays(ready.eager(*ready.tuning_inputs[which])), fields_of(model))[0]
 
 
 @pytest.mark.parametrize("detections", [0, 5, 30, 100])
@@ -99,7 +99,7 @@ def test_a_healthy_engine_at_bfloat16_agrees(model, which):
         reference = ready.eager(*images)
         with torch.autocast("cpu", torch.bfloat16):
             rounded = ready.eager(*images)
-    agreement = verify.verify(arrays(reference), arrays(rounded), model.fields, "bf16")
+    agreement = verify.verify(arrays(reference), arrays(rounded), fields_of(model), "bf16")
     assert agreement.verdict == "match", agreement.reason
     assert agreement.matched >= 0.97 * agreement.expected
     # It is not the same computation: the check above could fail.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import json
 import os
 import signal
@@ -19,11 +20,14 @@ import pytest
 import torch
 
 from benchmark import RunFailed, WarmUp
+from detectors.build import fields_of
+from detectors.inputs import View
+from detectors.zoo_configurations import zoo_configuration
 from errors import InputError, first_cause
 from measure import protocol, run, worker
 from measure.group import load_outputs
 from measure.worker import Command, Host, Hosts, Worker
-from models import MODELS
+from models import MODELS, Model
 
 ROOT = Path(__file__).resolve().parent.parent
 ENDLESS = protocol.Warm.by(WarmUp.fixed(10**9))
@@ -67,7 +71,7 @@ def start(host, tmp_path):
 def request(
     prepared: Path, model: str = "testRetinaNet", backend: str = "torch"
 ) -> protocol.PrepareRun:
-    return protocol.PrepareRun(model, backend, "fp32", "cpu", "bundled", str(prepared))
+    return protocol.PrepareRun(MODELS[model], backend, "fp32", "cpu", "bundled", str(prepared))
 
 
 @pytest.fixture
@@ -137,9 +141,11 @@ def test_autocast_lasts_as_long_as_the_worker(prepared):
     code = (
         "import torch\n"
         "from measure import protocol, run\n"
+        "from models import MODELS\n"
+        "model = MODELS['testRetinaNet']\n"
         f"names = ('cpu', 'bundled', {str(prepared)!r})\n"
         "for precision in ('fp32', 'bf16'):\n"
-        "    one = run.Run(protocol.PrepareRun('testRetinaNet', 'torch', precision, *names))\n"
+        "    one = run.Run(protocol.PrepareRun(model, 'torch', precision, *names))\n"
         "    one.timed_calls()\n"
         "    print(torch.is_autocast_enabled('cpu'))\n"
     )
@@ -207,17 +213,17 @@ def test_what_is_known_of_a_run(start, prepared):
 
 def test_a_model_is_prepared(start, tmp_path):
     asked = protocol.PrepareModel(
-        model="testMaskRCNNFPN_b2",
+        model=MODELS["testMaskRCNNFPN_b2"],
         source="bundled",
         weights="synthetic",
         images=(),
-        image_size=(64, 96),
+        view=View((64, 96)),
         detections=5,
         seed=0,
         folder=str(tmp_path),
     )
     facts = start().ask(asked)
-    assert facts.fields == MODELS["testMaskRCNNFPN_b2"].fields
+    assert facts.fields == fields_of(MODELS["testMaskRCNNFPN_b2"])
     assert (facts.weights.source, facts.weights.objects) == ("synthetic", 5)
     assert facts.sizes["opt"] == ((64, 96), (64, 96))
     assert facts.timed == ("opt",)
@@ -640,11 +646,13 @@ def test_hosts_are_renewed(tmp_path):
 
 
 def test_requests_survive_the_way():
-    asked = protocol.PrepareModel("m", "s", "w", ("a", "b"), (1, 2), 3, 4, "f")
-    line = json.dumps({"ask": "PrepareModel", "with": vars(asked)})
-    found = protocol.request(json.loads(line))
-    assert type(found) is protocol.PrepareModel
-    assert (found.images, found.image_size) == (["a", "b"], [1, 2])
+    own = Model(
+        "m", "c.yaml", configuration=zoo_configuration("Misc/cascade_mask_rcnn_R_50_FPN_3x")
+    )
+    for model in (own, MODELS["testRetinaNet"]):
+        asked = protocol.PrepareModel(model, "s", "w", ("a", "b"), View((1, 2)), 3, 4, "f")
+        line = json.dumps({"ask": "PrepareModel", "with": dataclasses.asdict(asked)})
+        assert protocol.request(json.loads(line)) == asked
     rule = WarmUp.on("cuda")
     assert protocol.Warm.by(rule).rule == rule
 

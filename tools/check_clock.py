@@ -22,6 +22,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 import benchmark
+from detectors.inputs import View
 from measure import protocol
 from measure.run import Run, prepare_model
 from models import MODELS
@@ -68,11 +69,11 @@ def prepare(options: argparse.Namespace) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         prepare_model(
             protocol.PrepareModel(
-                model=options.model,
+                model=MODELS[options.model],
                 source="bundled",
                 weights="synthetic",
                 images=(),
-                image_size=None,
+                view=View(),
                 detections=100,
                 seed=0,
                 folder=folder,
@@ -80,7 +81,7 @@ def prepare(options: argparse.Namespace) -> Run:
         )
         return Run(
             protocol.PrepareRun(
-                model=options.model,
+                model=MODELS[options.model],
                 backend=options.backend,
                 precision=options.precision,
                 device="cpu",

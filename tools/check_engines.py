@@ -36,6 +36,7 @@ import benchmark
 import run_blade
 from backends import base
 from benchmark import RunFailed
+from detectors.inputs import View
 from errors import InputError, Unsupported
 from measure import protocol
 from measure.progress import Progress
@@ -113,11 +114,11 @@ def prepare_model(host: Host, options: argparse.Namespace, folder: Path) -> None
         options: its `model`, `image_size` and `threads` count.
     """
     request = protocol.PrepareModel(
-        model=options.model,
+        model=MODELS[options.model],
         source="bundled",
         weights="synthetic",
         images=(),
-        image_size=options.image_size,
+        view=View(options.image_size),
         detections=100,
         seed=0,
         folder=str(folder),
@@ -137,7 +138,7 @@ def compare(
 ) -> Tuple[str, ...]:
     """The row of one engine: both sides take turns."""
     job = protocol.PrepareRun(
-        model=options.model,
+        model=MODELS[options.model],
         backend=engine,
         precision=options.precision,
         device="cpu",

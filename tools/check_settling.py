@@ -152,7 +152,7 @@ def measure(options: argparse.Namespace, folder: Path) -> Dict[Tuple[bool, str],
             }
             for name, worker in started.items():
                 job = protocol.PrepareRun(
-                    model=options.model,
+                    model=MODELS[options.model],
                     backend=name.split()[0],
                     precision="fp32",
                     device="cpu",
