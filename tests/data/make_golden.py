@@ -7,6 +7,7 @@ Needs Detectron2 (2021 or newer; from source, it is on no package registry):
 
 and takes a minute. Weights and images are seeded, so nothing is downloaded. Writes
 `golden_<test model>.npz` for the test models, `golden_parts.npz` for those of `parts.py`,
+`golden_example.npz` for what the predictor finds with `examples/shapes`,
 `parameters.json` with the names and shapes of Detectron2's parameters and its anchors, and says in
 all of them which versions computed them. An output that rounding errors would change is refused: it
 would fail elsewhere.
@@ -58,6 +59,7 @@ def main() -> None:
             if model.config == config:
                 _write_golden(model, detector, about)
     _write_parts(about)
+    _write_example(about)
     path = Path(__file__).with_name("parameters.json")
     path.write_text(json.dumps(parameters, indent=1) + "\n", encoding="utf-8")
     print(path.name)
@@ -116,6 +118,29 @@ def _write_parts(about: Dict[str, str]) -> None:
         shapes[name] = golden.shapes_of(detector)
         print(f"{name}: {[len(x['scores']) for x in outputs[name]]} objects")
     path = golden.save("parts", outputs, {**about, "state_dict": shapes})
+    print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
+
+
+def _write_example(about: Dict[str, str]) -> None:
+    """What Detectron2's own predictor finds, in pixels of the images as they are."""
+    import golden
+    from detectron2.config import get_cfg
+    from detectron2.data.detection_utils import read_image
+    from detectron2.engine import DefaultPredictor
+
+    folder = TESTS.parent / "examples" / "shapes"
+    config = get_cfg()
+    config.merge_from_file(str(folder / "config.yaml"))
+    config.MODEL.WEIGHTS = str(folder / "model.pth")
+    config.DATASETS.TEST = ()
+    predict = DefaultPredictor(config)
+    outputs: Dict[str, List[golden.Fields]] = {}
+    for path in sorted((folder / "images").iterdir()):
+        found = predict(read_image(str(path), format="BGR"))["instances"]
+        fields = {name: getattr(found, name) for name in ("pred_classes", "pred_masks", "scores")}
+        fields["pred_boxes"] = found.pred_boxes.tensor
+        outputs[path.stem] = [{name: x.numpy() for name, x in fields.items()}]
+    path = golden.save("example", outputs, about)
     print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
 
 

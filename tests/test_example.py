@@ -1,0 +1,161 @@
+"""The detector of `examples/shapes`, as a user has one: configuration, weights, pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import golden
+import numpy as np
+import pytest
+import torch
+from test_cli import assert_refused, main  # noqa: F401
+
+from detectors.build import build
+from detectors.checkpoint import read
+from detectors.config_file import read_configuration
+from detectors.inputs import View, inputs, read_image
+from measure.verify import split
+from models import Model
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "shapes"
+CONFIG, WEIGHTS = EXAMPLE / "config.yaml", EXAMPLE / "model.pth"
+IMAGES = sorted((EXAMPLE / "images").iterdir())
+OWN = ["--config-file", CONFIG, "--weights", WEIGHTS]
+QUICK = ["--precision", "fp32", "--iterations", "5", "--warmup", "1", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Picture -> what is found in it, with boxes in pixels of the picture as it is."""
+    configuration = read_configuration(str(CONFIG))
+    seen = configuration.input
+    view = View(None, seen.min_size_test, seen.max_size_test, seen.format)
+    model = Model("shapes", CONFIG.name, configuration=configuration)
+    images = [read_image(path, None) for path in IMAGES]
+    calls = inputs(images, 1, 0, view)
+    tuning = {name: calls[name] for name in ("min", "opt", "max")}
+    export = build(model, read(WEIGHTS), "the weights", tuning)
+    detections = {}
+    for path, image, name in zip(IMAGES, images, [x for x in calls if x not in ("min", "max")]):
+        with torch.no_grad():
+            outputs = [x.numpy() for x in export.eager(*calls[name])]
+        (each,) = split(outputs, export.fields)
+        height, width = (a / b for a, b in zip(image.shape[-2:], each.image_size))
+        scaled = each.boxes * [width, height, width, height]
+        detections[path.stem] = dataclasses.replace(each, boxes=scaled)
+    return detections
+
+
+@pytest.mark.parametrize("name", [path.stem for path in IMAGES])
+def test_it_finds_what_detectron2s_predictor_finds(found, name):
+    (expected,) = golden.load("example")[name]
+    assert found[name].image_size == (160, 200)
+    assert found[name].classes.tolist() == expected["pred_classes"].tolist()
+    assert np.allclose(found[name].boxes, expected["pred_boxes"], atol=golden.BOX)
+    assert np.allclose(found[name].scores, expected["scores"], atol=golden.SCORE)
+
+
+def test_one_picture_has_nothing_in_it(found):
+    assert sorted(len(each.scores) > 5 for each in found.values()) == [False, True, True, True]
+    assert min(len(each.scores) for each in found.values()) == 0
+
+
+def test_the_command_of_the_readme(main, tmp_path):  # noqa: F811
+    asked = [*OWN, "--image", IMAGES[0], "--backend", "torchscript", "openvino", "onnxruntime"]
+    outcome = main(*asked, *QUICK, "--output", tmp_path)
+    assert outcome.code == 0, outcome.err
+    rows = [line for line in outcome.out.splitlines() if line.startswith("| shapes")]
+    assert [row.split("|")[2].strip() for row in rows] == [
+        *("Torch", "TorchScript", "OpenVINO", "ONNXRuntime")
+    ]
+    assert rows[0].split("|")[11].strip() == "-"
+    assert all(re.search(r"\b(\d+)/\1 match", row) for row in rows[1:])
+    assert "timed at 160x200" in outcome.out
+    assert "at 120x120, 160x200 and 240x240" in outcome.out
+    record = json.loads((tmp_path / "results.json").read_text())
+    settings = record["settings"]
+    assert (settings["config_file"], settings["weights"]) == ("config.yaml", "model.pth")
+    assert len(settings["config_digest"]) == 16
+    assert record["groups"][0]["found"] == 18
+    # What is drawn is drawn on the picture as it is, of 128 x 160 pixels.
+    drawn = json.loads((tmp_path / "detections.json").read_text())
+    boxes = np.array(drawn["shapes"]["reference"][0]["boxes"])
+    (expected,) = golden.load("example")[IMAGES[0].stem]
+    assert np.allclose(boxes, expected["pred_boxes"], atol=0.06)
+    again = main(*asked, *QUICK, "--output", tmp_path)
+    assert again.code == 0
+    assert "kept from before" in again.err
+    # Another configuration of the same name is another model.
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / CONFIG.name
+    other.write_text(
+        CONFIG.read_text().replace("SCORE_THRESH_TEST: 0.05", "SCORE_THRESH_TEST: 0.1")
+    )
+    (tmp_path / "shapes").mkdir()
+    other = other.rename(tmp_path / "shapes" / CONFIG.name)
+    asked[1] = other
+    outcome = main(*asked, *QUICK, "--output", tmp_path)
+    assert_refused(outcome, "results of another run", "--config-file: another file of the same")
+
+
+def test_threshold_and_number_come_from_the_model(main):  # noqa: F811
+    """With either of the defaults, what is found would be no list that the model gives."""
+    keys = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.01", "TEST.DETECTIONS_PER_IMAGE", "10"]
+    asked = [*OWN, "--image", IMAGES[0], "--backend", "torchscript", *QUICK]
+    outcome = main(*asked, "--opts", *keys)
+    assert outcome.code == 0, outcome.err
+    assert "10/10 match" in outcome.out
+
+
+def test_sizes_of_ones_own(main):  # noqa: F811
+    asked = [*OWN, "--image", IMAGES[0], "--backend", "torch", *QUICK]
+    outcome = main(*asked, "--min-size", "96x128", "--max-size", "200x300")
+    assert outcome.code == 0, outcome.err
+    assert "at 96x128, 160x200 and 200x300" in outcome.out
+    outcome = main(*asked, "--image-size", "96x96")
+    assert outcome.code == 0, outcome.err
+    assert "timed at 96x96" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config-file", CONFIG], ["needs the model's --weights FILE"]),
+        ([*OWN, "--all"], ["--model NAME, --all", "--config-file FILE"]),
+        ([*OWN, "--model", "testRetinaNet"], ["say which models"]),
+        ([*OWN, "--opts", "MODEL.RPN.NMS_TRESH", "0.7"], ["NMS_TRESH is not known", "NMS_THRESH"]),
+        ([*OWN, "--opts", "MODEL.MASK_ON"], ["MODEL.MASK_ON has no value"]),
+        ([*OWN, "--opts", "INPUT.MAX_SIZE_TEST", "0"], ["INPUT.MIN_SIZE_TEST is 160", "at least"]),
+        ([*OWN, "--min-size", "200x200"], ["resized to 160x200", "--min-size and --max-size"]),
+        ([*OWN, "--max-size", "64x64"], ["no image fits between 120x120 and 64x64"]),
+        ([*OWN, "--detections", "5"], ["--detections makes synthetic weights"]),
+        ([*OWN, "--source", "detectron2"], ["--config-file is built from the bundled detectors"]),
+        (["--model", "testRetinaNet", "--max-size", "64x64"], ["--max-size goes with --config"]),
+        (["--all", "--opts", "MODEL.MASK_ON", "True"], ["--opts goes with --config-file"]),
+    ],
+)
+def test_what_is_refused(main, tmp_path, arguments, words):  # noqa: F811
+    output = tmp_path / "output"
+    image = [] if "--image" in arguments else ["--image", IMAGES[0]]
+    outcome = main(*arguments, *image, "--output", output)
+    assert_refused(outcome, *words)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (["MODEL.ROI_HEADS.NUM_CLASSES", "4"], ["of 3 classes, not of 4"]),
+        (["MODEL.RESNETS.DEPTH", "101"], ["res4"]),
+        (["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "[[1.0]]"], ["rpn_head"]),
+        (["MODEL.META_ARCHITECTURE", "FCOS"], ["META_ARCHITECTURE is 'FCOS'"]),
+        (["MODEL.MASK_ON", "False"], ["mask_head"]),
+    ],
+)
+def test_a_configuration_that_the_weights_do_not_fit(main, tmp_path, keys, words):  # noqa: F811
+    outcome = main(*OWN, "--image", IMAGES[0], "--opts", *keys, "--output", tmp_path / "output")
+    assert_refused(outcome, *words)
+    assert not (tmp_path / "output").exists()
