@@ -89,6 +89,11 @@ def stage_channels(config: ResNets, name: str) -> int:
     return config.res2_out_channels * 2 ** STAGES.index(name)
 
 
+def stage_width(config: ResNets, name: str) -> int:
+    """Channels within the bottlenecks of a stage, which double likewise."""
+    return config.num_groups * config.width_per_group * 2 ** STAGES.index(name)
+
+
 def stage_stride(config: ResNets, name: str) -> int:
     """The stride of a stage; that of a dilated res5 is 1."""
     return 1 if name == "res2" or (name == "res5" and config.res5_dilation == 2) else 2
@@ -113,7 +118,7 @@ def make_stage(config: ResNets, name: str, in_channels: int, stride: int) -> nn.
         num_blocks,
         in_channels,
         stride,
-        channels=config.num_groups * config.width_per_group * 2**place,
+        channels=stage_width(config, name),
         out_channels=out_channels,
         norm=norm,
         groups=config.num_groups,

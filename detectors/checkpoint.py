@@ -177,11 +177,12 @@ def _is_ignored(key: str) -> bool:
     """Whether a key plays no part in inference: its presence or absence says nothing.
 
     Detectron2 computes cell anchors and takes `pixel_mean` and `pixel_std` from the configuration,
-    while old checkpoints still have them; `num_batches_tracked` counts training steps.
+    while old checkpoints still have them; `num_batches_tracked` counts training steps, and
+    `fed_loss_cls_weights` are the weights of a loss.
     """
     name = key.rsplit(".", 1)[-1]
     return (
-        name in ("num_batches_tracked", "pixel_mean", "pixel_std")
+        name in ("num_batches_tracked", "pixel_mean", "pixel_std", "fed_loss_cls_weights")
         or "anchor_generator.cell_anchors" in key
     )
 

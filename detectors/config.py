@@ -18,10 +18,12 @@ from detectors.backbone import (
     ResNet,
     make_stage,
     stage_channels,
+    stage_width,
 )
 from detectors.boxes import AnchorGenerator
 from detectors.configuration import Configuration, ResNets
-from detectors.layers import NORM_GROUPS, NORMS
+from detectors.layers import NORMS
+from detectors.limits import check_numbers
 from detectors.rcnn import GeneralizedRCNN
 from detectors.retinanet import RetinaNet
 from detectors.roi_heads import (
@@ -79,8 +81,28 @@ def _built(config: Configuration, postprocess: bool) -> nn.Module:
     for name in ("pixel_mean", "pixel_std"):
         if len(getattr(config.model, name)) != 3:
             raise InputError(f"MODEL.{name.upper()} has to have a number for each of 3 channels")
+    for section in ("model", "input", "test"):
+        check_numbers(section.upper(), getattr(config, section))
     one_of("INPUT.FORMAT", config.input.format, ("BGR", "RGB"))
     return ARCHITECTURES[architecture](config, postprocess)
+
+
+def fields(config: Configuration, postprocess: bool) -> Tuple[str, ...]:
+    """Names of the tensors of one image, in their order in the flat tuple of an export.
+
+    That is the order of Detectron2's `TracingAdapter`: by name, and the size of the image last.
+
+    Args:
+        config, postprocess: as for `build_detector`, which refuses what has no fields.
+    """
+    model = config.model
+    has_heads = model.meta_architecture != "RetinaNet"
+    names = ["pred_boxes", "pred_classes", "scores"]
+    if has_heads and model.mask_on:
+        names.append("pred_masks")
+    if has_heads and model.keypoint_on:
+        names += ["pred_keypoint_heatmaps", "pred_keypoints"]
+    return (*sorted(names), "image_size")
 
 
 def one_of(key: str, value: Any, known: Collection[Any]) -> None:
@@ -96,6 +118,19 @@ def one_of(key: str, value: Any, known: Collection[Any]) -> None:
         )
 
 
+@contextmanager
+def _naming(key: str) -> Iterator[None]:
+    """While it lasts, the layers that refuse something do it in the name of a key."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{key} {error}") from None
+
+
+def _check_norm(key: str, norm: str) -> None:
+    one_of(key, norm, ("", *NORMS))
+
+
 # Backbones -------------------------------------------------------------------------------------
 
 
@@ -107,10 +142,12 @@ def _backbone(config: Configuration) -> Backbone:
 
 def _resnet(config: Configuration) -> ResNet:
     _check_resnets(config.model.resnets)
-    return ResNet(config.model.resnets)
+    with _naming("MODEL.RESNETS.NORM"):
+        return ResNet(config.model.resnets)
 
 
 def _check_resnets(resnets: ResNets) -> None:
+    check_numbers("MODEL.RESNETS", resnets)
     one_of("MODEL.RESNETS.DEPTH", resnets.depth, NUM_BLOCKS)
     one_of("MODEL.RESNETS.RES5_DILATION", resnets.res5_dilation, (1, 2))
     if not resnets.out_features:
@@ -119,7 +156,8 @@ def _check_resnets(resnets: ResNets) -> None:
         one_of("MODEL.RESNETS.OUT_FEATURES", name, ("stem", *STAGES))
     if len(resnets.deform_on_per_stage) != len(STAGES):
         raise InputError("MODEL.RESNETS.DEFORM_ON_PER_STAGE has to say it of each of 4 stages")
-    _check_norm("MODEL.RESNETS.NORM", resnets.norm, resnets.stem_out_channels)
+    _check_norm("MODEL.RESNETS.NORM", resnets.norm)
+    _check_offsets(resnets)
     if resnets.depth in (18, 34):
         plain = replace(
             resnets,
@@ -135,17 +173,22 @@ def _check_resnets(resnets: ResNets) -> None:
             )
 
 
-def _check_norm(key: str, norm: str, channels: int) -> None:
-    one_of(key, norm, ("", *NORMS))
-    if norm == "GN" and channels % NORM_GROUPS:
-        raise InputError(f"{key} is GN, and {channels} channels are no multiple of {NORM_GROUPS}")
+def _check_offsets(resnets: ResNets) -> None:
+    for place, deformed in enumerate(resnets.deform_on_per_stage):
+        channels = stage_width(resnets, STAGES[place])
+        if deformed and channels % resnets.deform_num_groups:
+            raise InputError(
+                f"MODEL.RESNETS.DEFORM_NUM_GROUPS is {resnets.deform_num_groups}, which does not "
+                f"divide the {channels} channels of {STAGES[place]}"
+            )
 
 
 def _pyramid(config: Configuration, top_block: Callable[[ResNet], nn.Module]) -> FPN:
     fpn = config.model.fpn
+    check_numbers("MODEL.FPN", fpn)
     bottom_up = _resnet(config)
     one_of("MODEL.FPN.FUSE_TYPE", fpn.fuse_type, ("sum", "avg"))
-    _check_norm("MODEL.FPN.NORM", fpn.norm, fpn.out_channels)
+    _check_norm("MODEL.FPN.NORM", fpn.norm)
     if not fpn.in_features:
         raise InputError("MODEL.FPN.IN_FEATURES is empty")
     # p6 is made of p5, or of res5.
@@ -156,9 +199,9 @@ def _pyramid(config: Configuration, top_block: Callable[[ResNet], nn.Module]) ->
         raise InputError(
             f"MODEL.FPN.IN_FEATURES have strides {strides}, and each has to be twice the one before"
         )
-    return FPN(
-        bottom_up, places, fpn.out_channels, fpn.norm, fpn.fuse_type == "avg", top_block(bottom_up)
-    )
+    average, top = fpn.fuse_type == "avg", top_block(bottom_up)
+    with _naming("MODEL.FPN.NORM"):
+        return FPN(bottom_up, places, fpn.out_channels, fpn.norm, average, top)
 
 
 def _are_pyramid(strides: Sequence[int]) -> bool:
@@ -167,7 +210,10 @@ def _are_pyramid(strides: Sequence[int]) -> bool:
 
 def _fpn(config: Configuration) -> FPN:
     one_of("MODEL.FPN.IN_FEATURES, the last,", config.model.fpn.in_features[-1:], (("res5",),))
-    return _pyramid(config, lambda bottom_up: LastLevelMaxPool())
+    pyramid = _pyramid(config, lambda bottom_up: LastLevelMaxPool())
+    # p6 is made of p5, and a dilated res5 would be p4.
+    one_of("MODEL.RESNETS.RES5_DILATION, with p6,", config.model.resnets.res5_dilation, (1,))
+    return pyramid
 
 
 def _retinanet_fpn(config: Configuration) -> FPN:
@@ -204,6 +250,7 @@ def _channels(key: str, backbone: Backbone, places: Sequence[int]) -> int:
 
 def _anchors(config: Configuration, strides: Sequence[int]) -> AnchorGenerator:
     settings = config.model.anchor_generator
+    check_numbers("MODEL.ANCHOR_GENERATOR", settings)
     one_of("MODEL.ANCHOR_GENERATOR.NAME", settings.name, ("DefaultAnchorGenerator",))
     counts = {}
     for name in ("sizes", "aspect_ratios"):
@@ -224,7 +271,9 @@ def _rpn(config: Configuration, backbone: Backbone) -> RPN:
     model = config.model
     one_of("MODEL.PROPOSAL_GENERATOR.NAME", model.proposal_generator.name, ("RPN",))
     one_of("MODEL.RPN.HEAD_NAME", model.rpn.head_name, ("StandardRPNHead",))
-    if not model.rpn.conv_dims or any(each < 1 and each != -1 for each in model.rpn.conv_dims):
+    check_numbers("MODEL.PROPOSAL_GENERATOR", model.proposal_generator)
+    check_numbers("MODEL.RPN", model.rpn)
+    if not model.rpn.conv_dims or 0 in model.rpn.conv_dims:
         raise InputError(f"MODEL.RPN.CONV_DIMS is {list(model.rpn.conv_dims)}: -1 or more than 0")
     key = "MODEL.RPN.IN_FEATURES"
     places = _places(key, backbone, model.rpn.in_features)
@@ -242,10 +291,11 @@ def _rpn(config: Configuration, backbone: Backbone) -> RPN:
 
 def _selection(config: Configuration) -> Selection:
     heads = config.model.roi_heads
-    limit = config.test.detections_per_image
-    if limit < 1:
-        raise InputError(f"TEST.DETECTIONS_PER_IMAGE is {limit}, and has to be more than 0")
-    return Selection(float(heads.score_thresh_test), float(heads.nms_thresh_test), limit)
+    return Selection(
+        float(heads.score_thresh_test),
+        float(heads.nms_thresh_test),
+        config.test.detections_per_image,
+    )
 
 
 def _pooler(key: str, head: Any, strides: Sequence[int]) -> ROIPooler:
@@ -271,9 +321,11 @@ def _predictor(config: Configuration, features: int, weights: Sequence[float]) -
 def _mask_head(config: Configuration, in_channels: int) -> MaskHead:
     head = config.model.roi_mask_head
     one_of("MODEL.ROI_MASK_HEAD.NAME", head.name, ("MaskRCNNConvUpsampleHead",))
-    _check_norm("MODEL.ROI_MASK_HEAD.NORM", head.norm, head.conv_dim)
+    check_numbers("MODEL.ROI_MASK_HEAD", head)
+    _check_norm("MODEL.ROI_MASK_HEAD.NORM", head.norm)
     num_classes = 1 if head.cls_agnostic_mask else config.model.roi_heads.num_classes
-    return MaskHead(in_channels, num_classes, head)
+    with _naming("MODEL.ROI_MASK_HEAD.NORM"):
+        return MaskHead(in_channels, num_classes, head)
 
 
 def _pooled_features(config: Configuration, backbone: Backbone) -> Tuple[List[int], int]:
@@ -292,6 +344,7 @@ def _standard_heads(config: Configuration, backbone: Backbone) -> StandardROIHea
 
 def _cascade_heads(config: Configuration, backbone: Backbone) -> CascadeROIHeads:
     cascade = config.model.roi_box_cascade_head
+    check_numbers("MODEL.ROI_BOX_CASCADE_HEAD", cascade)
     if len(cascade.bbox_reg_weights) != len(cascade.ious) or not cascade.ious:
         raise InputError("MODEL.ROI_BOX_CASCADE_HEAD needs as many BBOX_REG_WEIGHTS as IOUS")
     if not config.model.roi_box_head.cls_agnostic_bbox_reg:
@@ -308,10 +361,12 @@ def _cascade_heads(config: Configuration, backbone: Backbone) -> CascadeROIHeads
 def _box_head(config: Configuration, channels: int) -> BoxHead:
     head = config.model.roi_box_head
     one_of("MODEL.ROI_BOX_HEAD.NAME", head.name, ("FastRCNNConvFCHead",))
-    _check_norm("MODEL.ROI_BOX_HEAD.NORM", head.norm, head.conv_dim)
+    check_numbers("MODEL.ROI_BOX_HEAD", head)
+    _check_norm("MODEL.ROI_BOX_HEAD.NORM", head.norm)
     if head.num_conv + head.num_fc == 0:
         raise InputError("MODEL.ROI_BOX_HEAD has neither convolutions (NUM_CONV) nor NUM_FC")
-    return BoxHead(channels, head)
+    with _naming("MODEL.ROI_BOX_HEAD.NORM"):
+        return BoxHead(channels, head)
 
 
 def _heads(
@@ -351,8 +406,16 @@ def _res5_heads(config: Configuration, backbone: Backbone) -> Res5ROIHeads:
             "Res5ROIHeads have no stage of basic blocks or deformable convolutions "
             "(MODEL.RESNETS.DEPTH, DEFORM_ON_PER_STAGE)"
         )
+    check_numbers("MODEL.ROI_BOX_HEAD", model.roi_box_head)
+    wanted = stage_channels(resnets, "res4")
+    if channels != wanted:
+        raise InputError(
+            f"MODEL.ROI_HEADS.IN_FEATURES have {channels} channels, and the res5 of Res5ROIHeads "
+            f"takes {wanted}, as res4 has them"
+        )
     # Detectron2 makes this stage of three blocks, whatever the depth, and never dilates it.
-    res5 = make_stage(replace(resnets, depth=50, res5_dilation=1), "res5", channels, stride=2)
+    with _naming("MODEL.RESNETS.NORM"):
+        res5 = make_stage(replace(resnets, depth=50, res5_dilation=1), "res5", channels, stride=2)
     out_channels = stage_channels(resnets, "res5")
     return Res5ROIHeads(
         places,
@@ -379,18 +442,21 @@ def _retinanet(config: Configuration, postprocess: bool) -> RetinaNet:
     backbone = _backbone(config)
     key = "MODEL.RETINANET.IN_FEATURES"
     places = _places(key, backbone, model.retinanet.in_features)
-    channels = _channels(key, backbone, places)
-    _check_norm("MODEL.RETINANET.NORM", model.retinanet.norm, channels)
-    return RetinaNet(
-        backbone,
-        places,
-        _anchors(config, [backbone.strides[n] for n in places]),
-        model.retinanet,
-        model.pixel_mean,
-        model.pixel_std,
-        config.test.detections_per_image,
-        postprocess,
-    )
+    _channels(key, backbone, places)
+    check_numbers("MODEL.RETINANET", model.retinanet)
+    _check_norm("MODEL.RETINANET.NORM", model.retinanet.norm)
+    anchors = _anchors(config, [backbone.strides[n] for n in places])
+    with _naming("MODEL.RETINANET.NORM"):
+        return RetinaNet(
+            backbone,
+            places,
+            anchors,
+            model.retinanet,
+            model.pixel_mean,
+            model.pixel_std,
+            config.test.detections_per_image,
+            postprocess,
+        )
 
 
 def _generalized_rcnn(config: Configuration, postprocess: bool) -> GeneralizedRCNN:
@@ -403,6 +469,7 @@ def _generalized_rcnn(config: Configuration, postprocess: bool) -> GeneralizedRC
     if model.keypoint_on:
         raise InputError("MODEL.KEYPOINT_ON: the bundled detectors have no keypoints")
     one_of("MODEL.ROI_HEADS.NAME", model.roi_heads.name, ROI_HEADS)
+    check_numbers("MODEL.ROI_HEADS", model.roi_heads)
     backbone = _backbone(config)
     return GeneralizedRCNN(
         backbone,

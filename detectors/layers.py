@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
+from errors import InputError
+
 # Groups of a group norm, whatever its channels.
 NORM_GROUPS = 32
 
@@ -43,12 +45,27 @@ def make_norm(norm: str, channels: int) -> Optional[nn.Module]:
 
     Args:
         norm: a key of `NORMS`, or empty.
+
+    Raises:
+        errors.InputError: it cannot divide the channels into its groups.
     """
     return NORMS[norm](channels) if norm else None
 
 
+class GroupNorm(nn.GroupNorm):
+    """PyTorch's, without its check that there is more than one value in a group.
+
+    The check makes the tracer warn, and refuses feature maps of 1 x 1 pixels.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
 def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(NORM_GROUPS, channels)
+    if channels % NORM_GROUPS:
+        raise InputError(f"is GN, and {channels} channels are no multiple of {NORM_GROUPS}")
+    return GroupNorm(NORM_GROUPS, channels)
 
 
 NORMS = {

@@ -194,7 +194,8 @@ def detections_of_image(
     scores = scores[:, :-1]
     candidates = (scores > selection.score_threshold) & finite[:, None]
     region, classes = candidates.nonzero().unbind(1)
-    boxes = box_ops.clip(boxes.reshape(boxes.shape[0], -1, 4), size)
+    # Not -1: of no regions, it could be any number.
+    boxes = box_ops.clip(boxes.reshape(-1, boxes.shape[1] // 4, 4), size)
     boxes = boxes[region, 0] if class_agnostic else boxes[candidates]
     scores = scores[candidates]
     keep = box_ops.batched_nms(boxes, scores, classes, selection.nms_threshold)
@@ -349,7 +350,9 @@ class CascadeROIHeads(StandardROIHeads):
             if stage > 0:
                 regions = split_like(boxes, proposals)
                 regions = [box_ops.clip(x, size) for x, size in zip(regions, sizes)]
-            hidden = head(self.box_pooler(features, regions))
+            # torchvision reads outside of the features at what is no number, and may crash.
+            numbers = [torch.where(torch.isfinite(x), x, torch.zeros_like(x)) for x in regions]
+            hidden = head(self.box_pooler(features, numbers))
             scores, boxes = predictor(hidden, torch.cat(regions))
             total = scores if stage == 0 else total + scores
         scores = total * (1.0 / len(self.box_head))

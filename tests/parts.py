@@ -101,6 +101,17 @@ PARTS: Dict[str, Tuple[str, Dict[str, Any]]] = {
             "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": ((8.0, 8.0, 4.0, 4.0), (20.0,) * 4),
         },
     ),
+    # What the first stage makes of a box is pooled, whatever its size, from one feature map.
+    "cascade_dc5": (
+        FASTER_DC5,
+        {
+            "MODEL.ROI_HEADS.NAME": "CascadeROIHeads",
+            "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True,
+            "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": 2,
+            "MODEL.ROI_BOX_HEAD.NUM_CONV": 1,
+            "MODEL.ROI_BOX_HEAD.NORM": "GN",
+        },
+    ),
     "sigmoid": (FASTER_FPN, {"MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": True}),
     "old_roi_align": (
         MASK_FPN,

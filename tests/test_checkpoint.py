@@ -349,6 +349,7 @@ def test_keys_that_detectron2_ignores(state):
         "pixel_std": torch.ones(3, 1, 1),
         "proposal_generator.anchor_generator.cell_anchors.0": torch.ones(3, 4),
         "norm.num_batches_tracked": torch.tensor(9),
+        "roi_heads.box_predictor.fed_loss_cls_weights": torch.ones(3),
     }
     model = Net()
     checkpoint.load_into(model, old, "x.pth")

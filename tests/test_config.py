@@ -14,11 +14,12 @@ import torch
 from golden import DATA, assert_same
 
 from detectors.checkpoint import load_into
-from detectors.config import build_detector
+from detectors.config import build_detector, fields
 from detectors.config_file import read_configuration
-from detectors.configuration import from_settings
+from detectors.configuration import from_settings, keys
 from detectors.export import TraceableDetector, script
 from detectors.instances import Instances, flatten
+from detectors.limits import RANGES, check_numbers
 from detectors.zoo_configurations import ZOO, zoo_settings
 from errors import InputError
 
@@ -31,6 +32,15 @@ NOT_BUILT = {
     if any(word in name for word in ("keypoint", "Keypoint", "anoptic", "semantic", "/rpn_"))
     or name == "COCO-Detection/fast_rcnn_R_50_FPN_1x"
 }
+
+BASES = {
+    "fpn": parts.FASTER_FPN,
+    "c4": parts.FASTER_C4,
+    "mask": parts.MASK_FPN,
+    "cascade": parts.CASCADE,
+    "retinanet": parts.RETINANET,
+}
+_GN = {"MODEL.RESNETS.NORM": "GN"}
 
 
 @functools.lru_cache(maxsize=1)
@@ -84,6 +94,50 @@ def test_scripting_leaves_the_module_as_it_is(name):
     (wanted,) = expected()[name]
     assert_same(fields_of(flatten(Instances(*found))), wanted)
     assert {key: value.data_ptr() for key, value in detector.state_dict().items()} == before
+
+
+@pytest.mark.parametrize("mode", ["eager", "traced", "scripted"])
+@pytest.mark.parametrize(
+    "name", ["mask_c4_of_101", "group_norm", "roi_pool", "cascade_of_two", "cascade_dc5"]
+)
+def test_nothing_is_found_where_nothing_is_proposed(name, mode):
+    detector = detector_of(name)
+    flat = TraceableDetector(detector).eval()
+    images = parts.images_of(name)
+    if mode == "traced":
+        flat = torch.jit.trace(flat, tuple(x[:, :64, :96] for x in images), check_trace=False)
+    if mode == "scripted":
+        scripted = script(detector)
+        flat = lambda *images: flatten(Instances(*scripted(list(images))[0]))  # noqa: E731
+    some = flat(*images)
+    # Nothing that is computed from such an image is a number, and so no proposal is left.
+    none = flat(*(torch.full_like(x, float("nan")) for x in images))
+    assert len(some[0]) > 5
+    assert [x.dtype for x in none] == [x.dtype for x in some]
+    assert [x.shape for x in none[:-1]] == [(0, *x.shape[1:]) for x in some[:-1]]
+    assert torch.equal(none[-1], some[-1])
+
+
+@pytest.mark.parametrize("where", ["box_predictor.0.bbox_pred", "box_predictor.1.bbox_pred"])
+@pytest.mark.parametrize("name", ["cascade_of_two", "cascade_dc5"])
+def test_a_cascade_of_boxes_that_are_no_numbers(name, where):
+    detector = detector_of(name)
+    bias = detector.roi_heads.get_submodule(where).bias
+    try:
+        bias[0] = float("nan")
+        (found,) = detector(list(parts.images_of(name)))
+    finally:
+        detector_of.cache_clear()
+    assert len(found.scores) == 0
+
+
+@pytest.mark.parametrize("name", parts.PARTS)
+def test_fields_are_named(name):
+    config = parts.configuration_of(name)
+    found = flatten(detector_of(name)(list(parts.images_of(name)))[0])
+    named = dict(zip(fields(config, False), found))
+    assert list(named) == list(expected()[name][0])
+    assert len(named) == len(found)
 
 
 @pytest.mark.detectron2
@@ -178,15 +232,157 @@ def test_what_is_not_built_is_refused_by_name(name):
         ),
         ("cascade", {"MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": False}, "a cascade needs"),
         ("cascade", {"MODEL.ROI_BOX_CASCADE_HEAD.IOUS": (0.5,)}, "as many BBOX_REG_WEIGHTS"),
+        (
+            "c4",
+            {
+                "MODEL.RESNETS.OUT_FEATURES": ("res3",),
+                "MODEL.RPN.IN_FEATURES": ("res3",),
+                "MODEL.ROI_HEADS.IN_FEATURES": ("res3",),
+            },
+            "have 128 channels, and the res5 of Res5ROIHeads takes 256",
+        ),
+        (
+            "fpn",
+            {
+                "MODEL.RESNETS.OUT_FEATURES": ("res5",),
+                "MODEL.RESNETS.RES5_DILATION": 2,
+                "MODEL.FPN.IN_FEATURES": ("res5",),
+                "MODEL.RPN.IN_FEATURES": ("p4", "p5"),
+                "MODEL.ROI_HEADS.IN_FEATURES": ("p4",),
+                "MODEL.ANCHOR_GENERATOR.SIZES": ((32,),),
+            },
+            "MODEL.RESNETS.RES5_DILATION, with p6, is 2",
+        ),
+        (
+            "fpn",
+            {
+                "MODEL.RESNETS.DEFORM_ON_PER_STAGE": (False, False, False, True),
+                "MODEL.RESNETS.DEFORM_NUM_GROUPS": 3,
+            },
+            "DEFORM_NUM_GROUPS is 3, which does not divide the 256 channels of res5",
+        ),
+        # Group norms of layers that there are, and of some that there are not.
+        ("fpn", {**_GN, "MODEL.RESNETS.WIDTH_PER_GROUP": 8}, "NORM is GN, and 8 channels"),
+        ("fpn", {**_GN, "MODEL.RESNETS.RES2_OUT_CHANNELS": 48}, "NORM is GN, and 48 channels"),
+        ("c4", {**_GN, "MODEL.RESNETS.WIDTH_PER_GROUP": 4}, "MODEL.RESNETS.NORM is GN, and 4"),
+        (
+            "fpn",
+            {"MODEL.FPN.NORM": "GN", "MODEL.FPN.OUT_CHANNELS": 40},
+            "MODEL.FPN.NORM is GN, and 40 channels are no multiple of 32",
+        ),
+        (
+            "retinanet",
+            {"MODEL.RETINANET.NORM": "GN", "MODEL.FPN.OUT_CHANNELS": 40},
+            "MODEL.RETINANET.NORM is GN, and 40 channels",
+        ),
+        ("fpn", {"MODEL.ROI_BOX_HEAD.NORM": "GN", "MODEL.ROI_BOX_HEAD.CONV_DIM": 20}, None),
+        (
+            "fpn",
+            {
+                "MODEL.ROI_BOX_HEAD.NORM": "GN",
+                "MODEL.ROI_BOX_HEAD.CONV_DIM": 20,
+                "MODEL.ROI_BOX_HEAD.NUM_CONV": 1,
+            },
+            "MODEL.ROI_BOX_HEAD.NORM is GN, and 20 channels",
+        ),
+        (
+            "mask",
+            {"MODEL.ROI_MASK_HEAD.NORM": "GN", "MODEL.ROI_MASK_HEAD.CONV_DIM": 20},
+            "MODEL.ROI_MASK_HEAD.NORM is GN, and 20 channels",
+        ),
     ],
 )
 def test_what_there_is_no_network_for(base, settings, said):
-    names = {"fpn": parts.FASTER_FPN, "c4": parts.FASTER_C4, "cascade": parts.CASCADE}
-    config = from_settings({**zoo_settings(names[base]), **parts.SMALL, **settings})
     if said is None:
-        build_detector(config, True, initialize=False)
-        return
+        build(base, settings)
+    else:
+        assert said in refusal(base, settings)
+
+
+def build(base: str, settings: Dict[str, Any]) -> None:
+    config = from_settings({**zoo_settings(BASES[base]), **parts.SMALL, **settings})
+    build_detector(config, True, initialize=False)
+
+
+def refusal(base: str, settings: Dict[str, Any]) -> str:
     with pytest.raises(InputError) as raised:
-        build_detector(config, True, initialize=False)
-    assert said in str(raised.value)
+        build(base, settings)
     assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("base", "key", "values"),
+    [
+        ("fpn", "MODEL.PIXEL_MEAN", [(0.0, 0.0, NAN), (float("inf"), 0.0, 0.0)]),
+        ("fpn", "MODEL.PIXEL_STD", [(1.0, 0.0, 1.0), (1.0, 1.0, NAN)]),
+        ("fpn", "MODEL.RESNETS.NUM_GROUPS", [0, -1]),
+        ("fpn", "MODEL.RESNETS.WIDTH_PER_GROUP", [0, 10**9]),
+        ("fpn", "MODEL.RESNETS.RES2_OUT_CHANNELS", [0, -64]),
+        ("fpn", "MODEL.RESNETS.STEM_OUT_CHANNELS", [0, -64]),
+        ("fpn", "MODEL.RESNETS.DEFORM_NUM_GROUPS", [0]),
+        ("fpn", "MODEL.FPN.OUT_CHANNELS", [0, -1]),
+        ("fpn", "MODEL.PROPOSAL_GENERATOR.MIN_SIZE", [-1.0, NAN]),
+        ("fpn", "MODEL.ANCHOR_GENERATOR.SIZES", [((0.0,),), ((-8.0,),), ((NAN,),), ((1e300,),)]),
+        ("fpn", "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [((0.0,),), ((1.0, -1.0),), ((NAN,),)]),
+        ("fpn", "MODEL.ANCHOR_GENERATOR.OFFSET", [1.0, -0.5, NAN]),
+        ("fpn", "MODEL.RPN.CONV_DIMS", [(-2,), (10**9,)]),
+        ("fpn", "MODEL.RPN.BBOX_REG_WEIGHTS", [(1.0,) * 3, (1.0,) * 5, (0.0,) * 4, (NAN,) * 4]),
+        ("fpn", "MODEL.RPN.PRE_NMS_TOPK_TEST", [0, 2**63]),
+        ("fpn", "MODEL.RPN.POST_NMS_TOPK_TEST", [0, -1]),
+        ("fpn", "MODEL.RPN.NMS_THRESH", [NAN]),
+        ("fpn", "MODEL.ROI_HEADS.NUM_CLASSES", [0, -1]),
+        ("fpn", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", [NAN]),
+        ("fpn", "MODEL.ROI_HEADS.NMS_THRESH_TEST", [NAN]),
+        ("fpn", "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", [(), (1.0,) * 3, (1.0,) * 5]),
+        ("fpn", "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", [0, -7]),
+        ("c4", "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", [0, -7]),
+        ("fpn", "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO", [-1]),
+        ("fpn", "MODEL.ROI_BOX_HEAD.NUM_FC", [-1]),
+        ("fpn", "MODEL.ROI_BOX_HEAD.FC_DIM", [0]),
+        ("fpn", "MODEL.ROI_BOX_HEAD.NUM_CONV", [-1]),
+        ("fpn", "MODEL.ROI_BOX_HEAD.CONV_DIM", [0]),
+        (
+            "cascade",
+            "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS",
+            [((1.0,) * 4, (1.0,) * 3, (1.0,) * 4), ((1.0,) * 4, (1.0,) * 4, (1.0,) * 5)],
+        ),
+        ("mask", "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", [0]),
+        ("mask", "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO", [-1]),
+        ("mask", "MODEL.ROI_MASK_HEAD.NUM_CONV", [-1]),
+        ("mask", "MODEL.ROI_MASK_HEAD.CONV_DIM", [0]),
+        ("retinanet", "MODEL.RETINANET.NUM_CLASSES", [0, -1]),
+        ("retinanet", "MODEL.RETINANET.NUM_CONVS", [0, -1]),
+        ("retinanet", "MODEL.RETINANET.SCORE_THRESH_TEST", [NAN]),
+        ("retinanet", "MODEL.RETINANET.NMS_THRESH_TEST", [NAN]),
+        ("retinanet", "MODEL.RETINANET.TOPK_CANDIDATES_TEST", [0]),
+        ("retinanet", "MODEL.RETINANET.BBOX_REG_WEIGHTS", [(1.0,) * 3, (0.0,) * 4]),
+        ("retinanet", "TEST.DETECTIONS_PER_IMAGE", [0, -1]),
+        ("fpn", "INPUT.MIN_SIZE_TEST", [-1]),
+    ],
+)
+def test_numbers_out_of_range(base, key, values):
+    for value in values:
+        assert refusal(base, {key: value}).startswith(f"{key} ")
+
+
+def test_every_number_has_a_range():
+    numbers = {
+        key.rsplit(".", 1)[-1].lower()
+        for key, hint in keys()
+        if any(word in str(hint) for word in ("int", "float"))
+    }
+    assert numbers == set(RANGES)
+
+
+def test_the_defaults_and_the_zoo_are_in_range():
+    # Of the architectures that are not built, too.
+    sections = {key.rsplit(".", 1)[0] for key, _ in keys()}
+    for name in ZOO:
+        config = from_settings(zoo_settings(name))
+        for prefix in sections:
+            section = functools.reduce(getattr, prefix.lower().split("."), config)
+            check_numbers(prefix, section)
