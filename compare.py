@@ -28,6 +28,7 @@ import numpy as np
 
 import benchmark
 from errors import InputError, Parser
+from models import BLANK
 from results import facts
 from results.file import load, result_file
 from results.record import Group, Results, Run
@@ -276,7 +277,8 @@ def _task(group: Group) -> Dict[str, object]:
     return {
         "export": group.export,
         "images per call": group.images_per_call,
-        "image sizes": group.image_sizes,
+        # A blank picture is not timed, and files of before have none.
+        "image sizes": {x: size for x, size in group.image_sizes.items() if x != BLANK},
         "image digest": group.image_digest,
         "weights digest": group.weights and group.weights.digest,
     }

@@ -14,6 +14,8 @@ VERSION = "0.1.0"
 RUN_BUDGET_S = 15.0
 # Names of the inputs that engines are made for; `opt` is timed.
 TUNING = ("min", "opt", "max")
+# Name of the input in which nothing is found; it is not timed either.
+BLANK = "blank"
 
 
 @dataclass(frozen=True)
@@ -58,4 +60,4 @@ MODELS: Dict[str, Model] = {
 
 def timed(inputs: Iterable[str]) -> List[str]:
     """Of the names of a test model's inputs, the timed ones: `opt` and the further images."""
-    return [name for name in inputs if name not in ("min", "max")]
+    return [name for name in inputs if name not in ("min", "max", BLANK)]

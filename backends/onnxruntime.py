@@ -117,6 +117,8 @@ def convert(module: Any, export: Export) -> bytes:
 
     names = _input_names(export)
     file = io.BytesIO()
+    parsed = torch.onnx.symbolic_helper.parse_args("v", "i", "v", "v", "f", "i")(_group_norm)
+    torch.onnx.register_custom_op_symbolic("aten::group_norm", parsed, OPSET)
     try:
         torch.onnx.export(
             module,
@@ -132,6 +134,35 @@ def convert(module: Any, export: Export) -> bytes:
             f"PyTorch cannot export the module to ONNX: {first_cause(error)}"
         ) from error
     return file.getvalue()
+
+
+def _group_norm(
+    graph: Any, x: Any, groups: int, weight: Any, bias: Any, eps: float, use_cudnn: int
+) -> Any:
+    """Group norm of N x C x H x W in ONNX, also where N is 0.
+
+    PyTorch's own reshapes to 0 x groups x -1, and what -1 stands for cannot be told there.
+    """
+    import torch
+
+    def constant(*values: int) -> Any:
+        return graph.op("Constant", value_t=torch.tensor(values))
+
+    of_group = graph.op("ReduceProd", graph.op("Shape", x, start_i=1), keepdims_i=1)
+    of_group = graph.op("Div", of_group, constant(groups))
+    rows = graph.op("Shape", x, start_i=0, end_i=1)
+    grouped = graph.op("Concat", rows, constant(groups), of_group, axis_i=0)
+    normed = graph.op(
+        "InstanceNormalization",
+        graph.op("Reshape", x, grouped, allowzero_i=1),
+        graph.op("Constant", value_t=torch.ones(groups)),
+        graph.op("Constant", value_t=torch.zeros(groups)),
+        epsilon_f=eps,
+    )
+    normed = graph.op("Reshape", normed, graph.op("Shape", x), allowzero_i=1)
+    normed.setType(x.type())
+    weight, bias = (graph.op("Reshape", each, constant(-1, 1, 1)) for each in (weight, bias))
+    return graph.op("Add", graph.op("Mul", normed, weight), bias)
 
 
 def _input_names(export: Export) -> List[str]:

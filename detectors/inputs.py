@@ -9,7 +9,18 @@ import hashlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 import numpy as np
 
@@ -29,6 +40,9 @@ SMALLEST_SIDE = 32
 
 # Aspect ratios of the images that a detector which resizes them is made ready for, both ways.
 MOST_ELONGATED = 2.0
+
+# Grey, black, and what is not in the photographs that detectors are trained on.
+PLAIN_COLOURS = ((128, 128, 128), (0, 0, 0), (0, 255, 0), (255, 255, 0))
 
 # Height and width in pixels.
 Size = Tuple[int, int]
@@ -332,6 +346,18 @@ def inputs(
         for place, image in enumerate(rest, start=2)
     }
     return {**tuning_inputs(first, images_per_call, seed, sizes), **others}
+
+
+def plain(like: Sequence[Tensor]) -> Iterator[Tuple[Tensor, ...]]:
+    """Calls with pictures of one colour: in one of them, a detector may find nothing.
+
+    Args:
+        like: the images of a call, whose sizes they have.
+    """
+    for colour in PLAIN_COLOURS:
+        yield tuple(
+            image.new_tensor(colour)[:, None, None].expand_as(image).contiguous() for image in like
+        )
 
 
 def describe_sizes(inputs: Dict[str, Tuple[Any, ...]]) -> Dict[str, Tuple[Size, ...]]:

@@ -19,7 +19,7 @@ from measure import protocol, quiet, verify
 from measure.plan import Choice, Plan
 from measure.progress import Progress
 from measure.worker import CALL_LIMIT_S, PREPARE_LIMIT_S, Command, Hosts, Worker, scratch_folder
-from models import RUN_BUDGET_S, TUNING, Model
+from models import BLANK, RUN_BUDGET_S, TUNING, Model
 from results import facts
 from results.environment import file_name
 from results.file import write_text
@@ -456,12 +456,15 @@ class Measurement:
         self.progress.say(f"{self.model.name} {run.precision}: checking {run.key}")
         run.memory = self.known(run, "how much memory it took", protocol.ReadMemory())
         run.coverage = self.known(run, "how much the engine took", protocol.ReadCoverage())
-        try:
-            outputs = {name: self.detect(run, name, folder) for name in self.inputs_to_check(run)}
-        except (RunFailed, InputError, Unsupported, OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            run.give_up("failed", f"while its detections were computed: {reason}")
-            return
+        outputs = {}
+        for name in self.inputs_to_check(run):
+            try:
+                outputs[name] = self.detect(run, name, folder)
+            except (RunFailed, InputError, Unsupported, OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
+                where = "where nothing is to be found" if name == BLANK else f"at {name}"
+                run.give_up("failed", f"while its detections were computed {where}: {reason}")
+                return
         if self.plan.costs:
             artifact = self.known(run, "how large its artifact is", protocol.ReadArtifact())
             run.artifact_mb = artifact and artifact.mb
@@ -480,10 +483,10 @@ class Measurement:
     def inputs_to_check(self, run: Running) -> list[str]:
         """Inputs that a run is called with once more: those it was just timed on come first."""
         timed, sizes = self.model.facts.timed, self.model.facts.sizes
-        others = [name for name in sizes if name not in timed]
+        others = [name for name in sizes if name not in (*timed, BLANK)]
         if self.is_reference(run):
             return others if self.times_sizes else []
-        return [*timed, *others]
+        return [*timed, *others, *(name for name in sizes if name == BLANK)]
 
     @property
     def times_sizes(self) -> bool:
@@ -494,7 +497,7 @@ class Measurement:
         """What a run finds in an input, as arrays, or why that is malformed."""
         file = folder / f"{run.key}-{name}.npz"
         is_timed = name in self.model.facts.timed
-        is_read = self.times_sizes and not is_timed
+        is_read = self.times_sizes and not is_timed and name != BLANK
         answer = run.ask(protocol.Detect(name, str(file), repeat=is_read))
         if is_read:
             run.size_seconds[name] = answer.seconds

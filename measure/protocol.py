@@ -297,7 +297,8 @@ class PrepareModel(Request[ModelFacts]):
     """Make weights and inputs of a model, and compute the reference.
 
     Attributes:
-        folder: takes `state.npz`, `inputs.npz`, and `reference-NAME.npz` for each input.
+        folder: takes `state.npz`, `inputs.npz`, and `reference-NAME.npz` for each input. The input
+            `blank`, if there is one, is a picture in which nothing is found.
     """
 
     answer: ClassVar = ModelFacts

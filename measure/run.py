@@ -101,7 +101,7 @@ def prepare_model(request: protocol.PrepareModel) -> protocol.ModelFacts:
     """
     from backends.torch import call_and_count
     from detectors import build, inputs
-    from models import timed
+    from models import BLANK, timed
 
     _keep_freed_memory()
     model, folder = request.model, Path(request.folder)
@@ -111,13 +111,19 @@ def prepare_model(request: protocol.PrepareModel) -> protocol.ModelFacts:
     names = timed(calls)
     weights = build.find_weights(model, request.weights, calls, request.detections, request.seed)
     _save_arrays(folder / "state.npz", _arrays(weights.state))
-    flat = {f"{name}/{i}": x for name, call in calls.items() for i, x in enumerate(call)}
-    _save_arrays(folder / "inputs.npz", _arrays(flat))
     export = build.build(model, weights.state, weights.name, calls, request.source)
     flops = {}
     for name, call in calls.items():
         found, flops[name] = call_and_count(export.eager, call)
         _save_outputs(folder / f"reference-{name}.npz", found)
+    for call in inputs.plain(calls["min"]):
+        found, _ = call_and_count(export.eager, call)
+        if not any(len(found[at]) for at in _places("scores", export.fields, found)):
+            calls[BLANK] = call
+            _save_outputs(folder / f"reference-{BLANK}.npz", found)
+            break
+    flat = {f"{name}/{i}": x for name, call in calls.items() for i, x in enumerate(call)}
+    _save_arrays(folder / "inputs.npz", _arrays(flat))
     return protocol.ModelFacts(
         sizes=inputs.describe_sizes(calls),
         timed=tuple(names),
@@ -128,6 +134,11 @@ def prepare_model(request: protocol.PrepareModel) -> protocol.ModelFacts:
         score_threshold=export.score_threshold,
         limit=export.limit,
     )
+
+
+def _places(field: str, fields: Tuple[str, ...], outputs: Any) -> range:
+    """Where a flat tuple has a field of each of its images."""
+    return range(fields.index(field), len(outputs), len(fields))
 
 
 def _keep_freed_memory() -> None:

@@ -411,7 +411,8 @@ class Group:
             together, and where there is but one.
         objects: that synthetic weights were made to find.
         found: detections of the reference at `opt`, of all images of the call.
-        image_sizes: of every input; timed is `opt`, and `image 2` and so on.
+        image_sizes: of every input; timed is `opt`, and `image 2` and so on. `blank` is a picture
+            in which nothing is found, if there was one.
         flops: of a call at `opt`: two for each multiply-add of a convolution or matrix product, as
             `torch.utils.flop_counter` counts them.
         image_digest: tells the timed images from others: 16 hexadecimal digits.

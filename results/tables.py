@@ -24,7 +24,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 import tabulate
 
 from benchmark import BreakEven, Speedup, Statistics, StopRule, samples_to_bound
-from models import TUNING
+from models import BLANK, TUNING
 from results import published
 from results.facts import case, case_name, ceiling, missing_notes, weights_note, worst
 from results.record import (
@@ -366,17 +366,18 @@ def _check_note(group: Group) -> Iterator[str]:
         yield from (f"timed at {size}" for size in sizes.values())
         return
     small, timed, large = (sizes.pop(name) for name in TUNING)
+    blank = "; where it finds nothing, on a plain picture, too" if sizes.pop(BLANK, None) else ""
     if sizes:
         several = ", ".join([timed, *sizes.values()])
         yield (
             f"timed on {1 + len(sizes)} images in turn ({several}), the mean of a round is what "
             f"counts; Detections: against Torch fp32 on each, and at {small} and {large}, the "
-            "worst of all"
+            f"worst of all{blank}"
         )
     else:
         yield (
             f"timed at {timed}; Detections: against Torch fp32 at {small}, {timed} and {large}, "
-            "the worst of the three"
+            f"the worst of the three{blank}"
         )
 
 

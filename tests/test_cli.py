@@ -848,7 +848,7 @@ def test_several_images_are_reported_one_by_one_and_together(main, two_images, t
     assert [group.image for group in groups] == [None, "part.png (1)", "part.png (2)"]
     assert [group.found for group in groups] == [40, 20, 20]
     assert [set(group.image_sizes) for group in groups] == [
-        {"min", "opt", "max", "image 2"},
+        {"min", "opt", "max", "image 2", "blank"},
         {"min", "opt", "max"},
         {"image 2"},
     ]

@@ -159,3 +159,18 @@ def test_a_configuration_that_the_weights_do_not_fit(main, tmp_path, keys, words
     outcome = main(*OWN, "--image", IMAGES[0], "--opts", *keys, "--output", tmp_path / "output")
     assert_refused(outcome, *words)
     assert not (tmp_path / "output").exists()
+
+
+# Where nothing is to be found ------------------------------------------------------------------
+
+
+def test_every_engine_sees_a_picture_in_which_nothing_is_found(main, tmp_path):  # noqa: F811
+    asked = [*OWN, "--image", IMAGES[0], "--backend", "torchscript", "openvino", "onnxruntime"]
+    outcome = main(*asked, *QUICK, "--output", tmp_path)
+    assert outcome.code == 0, outcome.err
+    assert "where it finds nothing, on a plain picture, too" in outcome.out
+    (group,) = json.loads((tmp_path / "results.json").read_text())["groups"]
+    assert group["image_sizes"]["blank"] == [[120, 120]]
+    for run in group["runs"][1:]:
+        assert run["detections"]["blank"]["expected"] == 0
+        assert run["detections"]["blank"]["spurious"] == 0

@@ -449,7 +449,7 @@ class Refusing(Worker):
 
 @pytest.mark.parametrize(
     ("request_kind", "words"),
-    [(protocol.TimedCalls, ""), (protocol.Detect, "while its detections were computed: ")],
+    [(protocol.TimedCalls, ""), (protocol.Detect, "while its detections were computed at opt: ")],
 )
 def test_an_engine_that_refuses_an_image_costs_its_row(
     model, hosts, monkeypatch, request_kind, words
