@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ast
 import difflib
+import os
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Collection, Sequence
+from typing import TYPE_CHECKING, Any, Collection, Iterator, Sequence
 
 import msgspec
 
@@ -21,11 +23,18 @@ from errors import InputError
 if TYPE_CHECKING:
     import yaml
 
-# What a file may have at most: far above what Detectron2 writes (6 kB, 230 keys, 5 levels).
-LARGEST_FILE = 1 << 20
-MOST_VALUES = 20_000
+# What a file, and all files of a configuration, may have at most: far above what Detectron2 writes
+# (6 kB, 230 keys of up to 60 characters, 5 levels). Without these, short files take hours to read.
+LARGEST_FILE = 1 << 18
+MOST_FILES = 20
+MOST_VALUES = 50_000
 DEEPEST = 20
-LONGEST_CHAIN = 20
+LONGEST_KEY = 200
+LONGEST_TEXT = 2048
+# What a number has to stay below; NaN and the infinities do not.
+LARGEST_NUMBER = 1 << 63
+# How much of a path or of a value a message shows.
+LONGEST_SHOWN = 300
 # In front of the name of a file of the model zoo.
 ZOO_PREFIX = "detectron2://"
 # What Detectron2's files have said since 2019, where they say it.
@@ -47,6 +56,8 @@ class Setting:
 
 # Key -> its setting.
 Settings = dict[str, Setting]
+# The value of a node without keys in a file.
+NO_KEYS: dict[Any, Any] = {}
 
 
 def read_configuration(path: str, overrides: Sequence[str] = ()) -> Configuration:
@@ -60,7 +71,11 @@ def read_configuration(path: str, overrides: Sequence[str] = ()) -> Configuratio
     Raises:
         errors.InputError: it cannot be read, would run code, or has a key that is not understood.
     """
-    settings = _settings(path, ())
+    try:
+        settings = _settings(path, (), _Budget())
+    except OSError as error:
+        told = f"{_line(str(error.filename or path))} cannot be read: {error.strerror}"
+        raise InputError(f"configuration {told}") from None
     settings.update(_overrides(overrides))
     return configured(settings)
 
@@ -78,7 +93,7 @@ def configured(settings: Settings) -> Configuration:
             values[key] = _converted(key, setting, hints[key])
         elif key == "VERSION":
             _check_version(setting)
-        elif not _is_ignored(key):
+        elif not _is_ignored(key) and not (setting.value is NO_KEYS and _below(key, hints)):
             raise InputError(f"{setting.origin}: {_unknown(key, hints)}")
     configuration: Configuration = from_settings(values)
     return configuration
@@ -92,20 +107,24 @@ def _is_ignored(key: str) -> bool:
     return any(".".join(parts[:count]) in IGNORED for count in range(1, len(parts) + 1))
 
 
+def _below(key: str, known: Collection[str]) -> list[str]:
+    return [each for each in known if each.startswith(f"{key}.")]
+
+
 def _unknown(key: str, known: Collection[str]) -> str:
-    below = [each for each in known if each.startswith(f"{key}.")]
+    below = _below(key, known)
     if below:
         return f"{key} has keys of its own, such as {min(below)}, and no value"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.9)
     hint = f" (is it {near[0]}?)" if near else ""
-    return f"{key} is not known{hint}, and may change what is computed; {WAY_OUT}"
+    return f"{_line(key)} is not known{hint}, and may change what is computed; {WAY_OUT}"
 
 
 def _check_version(setting: Setting) -> None:
-    if setting.value != VERSION:
+    if type(setting.value) is not int or setting.value != VERSION:
         raise InputError(
-            f"{setting.origin}: VERSION is {setting.value}, and only {VERSION} is understood: "
-            "Detectron2's config.upgrade_config makes one of it"
+            f"{setting.origin}: VERSION is {_shown(setting.value)}, and has to be the number "
+            f"{VERSION}: Detectron2's config.upgrade_config brings an older file to it"
         )
 
 
@@ -113,62 +132,112 @@ def _converted(key: str, setting: Setting, hint: Any) -> Any:
     value = setting.value
     if isinstance(value, str) and (hint is not str or value[:1] in "'\""):
         value = _literal(value)
-    try:
-        return msgspec.convert(value, hint)
-    except msgspec.ValidationError as error:
-        raise InputError(f"{setting.origin}: {key} is {setting.value!r}: {error}") from None
+    parts = _parts(value, _Budget(), setting.origin)
+    wrong = next(filter(None, map(_wrong, parts)), None)
+    if wrong is None:
+        try:
+            return msgspec.convert(value, hint)
+        except msgspec.ValidationError as error:
+            wrong = str(error)
+    raise InputError(f"{setting.origin}: {key} is {_shown(setting.value)}: {wrong}")
+
+
+def _wrong(value: Any) -> str | None:
+    """What is wrong with a value that its type does not tell; None for nothing."""
+    if isinstance(value, str) and not value.isprintable():
+        return "a text has characters that cannot be printed"
+    if isinstance(value, (int, float)) and not abs(value) < LARGEST_NUMBER:
+        return "a number has to be finite, and less than 2 to the 63rd"
+    if isinstance(value, (set, frozenset)):
+        return "a set has no order: write a list"
+    return None
 
 
 def _literal(text: str) -> Any:
     """What Python would read; the text itself where it is no literal. YAML knows no tuples."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
 
 
 def _overrides(words: Sequence[str]) -> Settings:
     if len(words) % 2:
-        raise InputError(f"--opts takes keys and values in turns, and {words[-1]} has no value")
-    return {
-        key: Setting(_literal(value), f"--opts {key}")
-        for key, value in zip(words[::2], words[1::2])
-    }
+        raise InputError(f"--opts takes keys and values in turns: {_line(words[-1])} has no value")
+    settings: Settings = {}
+    for key, value in zip(words[::2], words[1::2]):
+        origin = f"--opts {_line(key)}"
+        _check_length(key, LONGEST_KEY, origin)
+        _check_length(value, LONGEST_TEXT, origin)
+        settings[key] = Setting(_literal(value), origin)
+    return settings
+
+
+# What a message shows: one line, not too long --------------------------------------------------
+
+
+def _line(text: str) -> str:
+    """A text in one line: what cannot be printed is escaped, the middle of a long one left out."""
+    line = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+    half = LONGEST_SHOWN // 2
+    return line if len(line) <= LONGEST_SHOWN else f"{line[:half]}...{line[-half:]}"
+
+
+def _shown(value: Any) -> str:
+    """A value as Python writes it, shortened: aliases can make one of any size."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxlist, short.maxtuple, short.maxstring = 3, 8, 8, 80
+    return _line(short.repr(value))
+
+
+def _check_length(text: str, most: int, origin: str) -> None:
+    if len(text) > most:
+        raise InputError(f"{origin}: {_line(text[:20])}... has more than {most} characters")
 
 
 # From files to settings ------------------------------------------------------------------------
 
 
-def _settings(path: str, above: tuple[str, ...]) -> Settings:
+def _settings(path: str, above: tuple[str, ...], budget: _Budget) -> Settings:
     """The settings of a file and of what it is based on.
 
     Args:
         above: the files that are based on it.
     """
-    file = Path(path)
+    file, shown = Path(path), _line(path)
+    budget.files -= 1
+    if budget.files < 0:
+        raise InputError(f"{shown}: {BASE} leads to more than {MOST_FILES} files")
     if not file.is_file():
         name = zoo_name(path)
         if name is not None:
             return _of_zoo(name)
-        based = f", which {above[-1]} is based on," if above else ""
-        raise InputError(f"there is no configuration file {path}{based} nor one of the model zoo")
+        based = f", which {_line(above[-1])} is based on," if above else ""
+        raise InputError(f"there is no configuration file {shown}{based} nor one of the model zoo")
     if file.suffix == ".py":
         raise InputError(
-            f"{path} is a program, as LazyConfig files are, and is not run: "
+            f"{shown} is a program, as LazyConfig files are, and is not run: "
             "--source detectron2 --trust-config runs it"
         )
     place = str(file.resolve())
-    if place in above or len(above) >= LONGEST_CHAIN:
-        raise InputError(f"{path}: {BASE} goes in a circle, or has more than {LONGEST_CHAIN} steps")
-    tree = _read(file)
-    bases = tree.pop(BASE, [])
+    if place in above:
+        raise InputError(f"{shown}: {BASE} goes in a circle")
+    tree = _read(file, shown, budget)
     settings: Settings = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        if not isinstance(base, str):
-            raise InputError(f"{path}: {BASE} is {base!r}, and has to name a file")
-        settings.update(_settings(_beside(file, base), (*above, place)))
-    settings.update(_flat(tree, "", str(path), _Counter(str(path))))
+    for base in _bases(tree, shown):
+        settings.update(_settings(_beside(file, base), (*above, place), budget))
+    settings.update(_flat(tree, "", shown, budget))
     return settings
+
+
+def _bases(tree: dict[Any, Any], path: str) -> Sequence[str]:
+    """Takes the names of its bases out of what a file contains."""
+    bases = tree.pop(BASE, [])
+    names = bases if isinstance(bases, (list, tuple)) else [bases]
+    for name in names:
+        if not isinstance(name, str) or not name or not name.isprintable():
+            raise InputError(f"{path}: {BASE} is {_shown(name)}, and has to name a file")
+    return names
 
 
 def zoo_name(path: str) -> str | None:
@@ -181,7 +250,7 @@ def _beside(file: Path, base: str) -> str:
     """What a file calls its base, seen from here."""
     if base.startswith(ZOO_PREFIX):
         return base
-    return str(file.parent / Path(base).expanduser())
+    return str(file.parent / os.path.expanduser(base))
 
 
 def _of_zoo(name: str) -> Settings:
@@ -189,51 +258,60 @@ def _of_zoo(name: str) -> Settings:
     return {key: Setting(value, origin) for key, value in zoo_settings(name).items()}
 
 
-class _Counter:
-    """Counts the values of a file, also those that an alias repeats."""
+class _Budget:
+    """What a configuration may still read: values count also where an alias repeats them."""
 
-    def __init__(self, path: str) -> None:
-        self.path, self.values = path, 0
+    def __init__(self) -> None:
+        self.files, self.values = MOST_FILES, MOST_VALUES
 
-    def count(self, depth: int) -> None:
-        """Takes note of one more.
+    def take(self, path: str, depth: int = 1) -> None:
+        """Takes note of one more value.
 
         Raises:
             errors.InputError: it is too many, or too deep.
         """
-        self.values += 1
-        if self.values > MOST_VALUES or depth > DEEPEST:
-            raise InputError(
-                f"{self.path} has more than {MOST_VALUES} values or {DEEPEST} levels: "
-                "that is no configuration"
-            )
+        self.values -= 1
+        if self.values < 0 or depth > DEEPEST:
+            raise InputError(f"{path} has too many values, or more than {DEEPEST} levels")
 
 
-def _flat(
-    tree: dict[Any, Any], prefix: str, path: str, counter: _Counter, depth: int = 1
-) -> Settings:
+def _flat(tree: dict[Any, Any], prefix: str, path: str, budget: _Budget) -> Settings:
     settings: Settings = {}
+    depth = prefix.count(".") + 1
     for name, value in tree.items():
-        counter.count(depth)
-        if not isinstance(name, str):
-            raise InputError(f"{path}: a key is {name!r}, and has to be a word")
+        budget.take(path, depth)
+        if not isinstance(name, str) or "." in name:
+            told = f"a key is {_shown(name)}, and has to be a word without dots"
+            raise InputError(f"{path}: {told} (--opts joins words with dots)")
         key = prefix + name
-        if isinstance(value, dict):
-            settings.update(_flat(value, f"{key}.", path, counter, depth + 1))
+        _check_length(key, LONGEST_KEY, path)
+        if isinstance(value, dict) and value:
+            settings.update(_flat(value, f"{key}.", path, budget))
         else:
-            _count_all(value, counter, depth + 1)
-            settings[key] = Setting(value, path)
+            for _ in _parts(value, budget, path, depth + 1):
+                pass
+            settings[key] = Setting(NO_KEYS if value == {} else value, path)
     return settings
 
 
-def _count_all(value: Any, counter: _Counter, depth: int) -> None:
-    counter.count(depth)
+def _parts(value: Any, budget: _Budget, path: str, depth: int = 1) -> Iterator[Any]:
+    """A value and all that it holds, each of which is counted."""
+    budget.take(path, depth)
+    yield value
     if isinstance(value, (list, tuple, dict)):
-        for each in value:
-            _count_all(each, counter, depth + 1)
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _parts(each, budget, path, depth + 1)
 
 
-def _read(path: Path) -> dict[Any, Any]:
+def _text(file: Path, path: str) -> str:
+    with file.open("rb") as opened:
+        data = opened.read(LARGEST_FILE + 1)
+    if len(data) > LARGEST_FILE:
+        raise InputError(f"{path} has more than {LARGEST_FILE >> 10} KiB: no configuration has")
+    return data.decode("utf-8")
+
+
+def _read(file: Path, path: str, budget: _Budget) -> dict[Any, Any]:
     """What a YAML file contains.
 
     Raises:
@@ -242,19 +320,18 @@ def _read(path: Path) -> dict[Any, Any]:
     import yaml
 
     try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise InputError(f"{path} has more than {LARGEST_FILE >> 20} MiB: no configuration has")
-        tree = yaml.load(path.read_text(encoding="utf-8"), _loader(path))
-    except OSError as error:
-        raise InputError(f"configuration {path} cannot be read: {error.strerror}") from None
+        tree = yaml.load(_text(file, path), _loader(path, budget))
+    except (InputError, OSError):
+        raise
     except UnicodeDecodeError:
         raise InputError(f"{path} is no text, and so no configuration") from None
     except RecursionError:
         raise InputError(f"{path} is nested too deeply: that is no configuration") from None
     except yaml.YAMLError as error:
-        raise InputError(f"{path} is no YAML: {_told(error)}") from None
-    except ValueError as error:  # A date that there is not, for example.
-        raise InputError(f"{path} is no YAML: {error}") from None
+        raise InputError(f"{path} is no YAML: {_line(_told(error))}") from None
+    except Exception as error:  # PyYAML lets through whatever Python says of a number, a date, ...
+        said = _line(f"{type(error).__name__}: {error}")
+        raise InputError(f"{path} is no YAML: a value cannot be read ({said})") from None
     if not isinstance(tree, dict):
         raise InputError(f"{path} holds no keys, and so no configuration")
     return tree
@@ -263,16 +340,32 @@ def _read(path: Path) -> dict[Any, Any]:
 def _told(error: yaml.YAMLError) -> str:
     """What is wrong and where, in one line."""
     mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return problem if mark is None else f"{problem} in line {mark.line + 1}"
+    said = [getattr(error, name, None) for name in ("context", "problem")]
+    told = ": ".join(filter(None, said)) or str(error).partition("\n")[0]
+    return told if mark is None else f"{told} in line {mark.line + 1}"
 
 
-def _loader(path: Path) -> type:
+def _loader(path: str, budget: _Budget) -> type:
     """A loader of data: YAML's own types and tuples, which Detectron2 writes, and nothing else."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Refuses everything that is not data."""
+        """Refuses what is not data, and what would take too long."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            budget.take(path)
+            return super().compose_node(parent, index)
+
+        def compose_scalar_node(self, anchor: Any) -> Any:
+            node = super().compose_scalar_node(anchor)
+            _check_length(node.value, LONGEST_TEXT, path)
+            return node
+
+        def flatten_mapping(self, node: Any) -> None:
+            """Counts what it has merged: mappings that merge one another multiply."""
+            super().flatten_mapping(node)
+            for _ in node.value:
+                budget.take(path)
 
     def construct_tuple(loader: Any, node: Any) -> Any:
         return loader.construct_sequence(node, deep=True)
@@ -284,7 +377,7 @@ def _loader(path: Path) -> type:
                 return KNOWN_EXPRESSIONS[words[0]]
         raise InputError(
             f"{path} asks to run Python code in line {node.start_mark.line + 1} "
-            f"(!!python/{suffix}), which is not done: write the value that it has"
+            f"(!!python/{_line(suffix)}), which is not done: write the value that it has"
         )
 
     Loader.add_constructor("tag:yaml.org,2002:python/tuple", construct_tuple)

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from detectors.config_file import LARGEST_FILE, read_configuration
+from detectors.config_file import LARGEST_FILE, MOST_FILES, read_configuration
 from detectors.configuration import IGNORED, Configuration, keys
 from detectors.zoo_configurations import KNOWN_EXPRESSIONS, ZOO, zoo_configuration
 from errors import InputError
 
 FPN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x"
+TOO_MUCH = "has too many values, or more than 20 levels"
 
 
 @pytest.fixture
@@ -180,7 +181,8 @@ def refused(path: str, *overrides: str) -> str:
     with pytest.raises(InputError) as raised:
         read_configuration(path, overrides)
     message = str(raised.value)
-    assert "\n" not in message
+    assert message.isprintable()
+    assert len(message) < 1200
     return message
 
 
@@ -216,14 +218,22 @@ def test_what_would_run_code_is_refused_and_does_not_run(written, tmp_path, text
         ("3", "holds no keys"),
         ("MODEL: {1: 2}", "a key is 1"),
         ("[" * 2000, "nested too deeply"),
-        (f"a: {'[' * 40}{']' * 40}", "more than 20000 values or 20 levels"),
-        ("a: &a [*a]", "more than 20000 values or 20 levels"),
-        ("VERSION: 1", "VERSION is 1, and only 2 is understood"),
+        (f"a: {'[' * 40}{']' * 40}", TOO_MUCH),
+        ("a: &a [*a]", TOO_MUCH),
+        ("VERSION: 1", "VERSION is 1, and has to be the number 2"),
+        ('VERSION: "2"', "VERSION is '2', and has to be the number 2"),
+        ("VERSION: 2.0", "VERSION is 2.0, and has to be the number 2"),
+        ('VERSION: "1\\n2"', "VERSION is '1\\n2', and has to be"),
         (
             "MODEL: {RPN: {NMS_TRESH: 0.7}}",
             "MODEL.RPN.NMS_TRESH is not known (is it MODEL.RPN.NMS_THRESH?)",
         ),
         ("MODEL: {CENTERNET: {X: 1}}", "MODEL.CENTERNET.X is not known, and may change"),
+        ("MODEL: {NONSENSE: {}}", "MODEL.NONSENSE is not known"),
+        ("MODEL: {MASK_ON: {}}", "MODEL.MASK_ON is {}: Expected `bool`"),
+        ("MODEL.MASK_ON: true", "a key is 'MODEL.MASK_ON', and has to be a word without dots"),
+        ('"A\\nB": 1', "A\\nB is not known"),
+        (f"? {'K' * 201}\n: 1", "KKK... has more than 200 characters"),
         ("MODEL: {RPN: 3}", "MODEL.RPN has keys of its own, such as MODEL.RPN."),
         ("MODEL: {MASK_ON: {X: 1}}", "MODEL.MASK_ON.X is not known"),
         ("MODEL: {MASK_ON: 1}", "MODEL.MASK_ON is 1: Expected `bool`"),
@@ -231,9 +241,39 @@ def test_what_would_run_code_is_refused_and_does_not_run(written, tmp_path, text
         ("MODEL: {RESNETS: {DEPTH: 50.5}}", "MODEL.RESNETS.DEPTH is 50.5: Expected `int`"),
         ("MODEL: {PIXEL_MEAN: [1, a, 3]}", "MODEL.PIXEL_MEAN is [1, 'a', 3]: Expected `float`"),
         ("MODEL: {RPN: {IN_FEATURES: p2}}", "MODEL.RPN.IN_FEATURES is 'p2': Expected `array`"),
+        ("MODEL: {RESNETS: {DEPTH: true}}", "MODEL.RESNETS.DEPTH is True: Expected `int`"),
+        ("MODEL: {RPN: {NMS_THRESH: true}}", "MODEL.RPN.NMS_THRESH is True: Expected `float`"),
+        ("MODEL: {RPN: {NMS_THRESH: .nan}}", "MODEL.RPN.NMS_THRESH is nan: a number has to be"),
+        ("MODEL: {RPN: {NMS_THRESH: 1e999}}", "MODEL.RPN.NMS_THRESH is '1e999': a number has"),
+        ("MODEL: {PIXEL_MEAN: [1, -.inf, 3]}", "is [1, -inf, 3]: a number has to be finite"),
+        (f"MODEL: {{RESNETS: {{DEPTH: 0x{'f' * 99}}}}}", "less than 2 to the 63rd"),
+        ("MODEL: {PIXEL_MEAN: !!set {1, 2}}", "is {1, 2}: a set has no order: write a list"),
+        ("MODEL: {PIXEL_MEAN: '{1, 2}'}", "is '{1, 2}': a set has no order: write a list"),
+        ("MODEL: {PIXEL_MEAN: '{[1]: 2}'}", "is '{[1]: 2}': Expected `array`"),
+        (f"MODEL: {{PIXEL_MEAN: '{'[' * 40}{']' * 40}'}}", TOO_MUCH),
+        ('MODEL: {FPN: {NORM: "a\\nb"}}', "is 'a\\nb': a text has characters that cannot be"),
+        ("MODEL: !!python/a%0Ab 1", "(!!python/a\\nb), which is not done"),
+        (f"MODEL: !{'a' * 9999} 1", "could not determine a constructor for the tag '!aaa"),
+        ("a: &x 1\nb: &x 2", "found duplicate anchor 'x'; first occurrence"),
+        ("a: !!bool foo", "is no YAML: a value cannot be read (KeyError: 'foo')"),
+        ('a: !!int ""', "a value cannot be read (IndexError"),
+        ("a: !!timestamp foo", "a value cannot be read (AttributeError"),
+        ("a: !!float x", "a value cannot be read (ValueError"),
+        ("a: 1" + ":1" * 300 + ".5", "a value cannot be read (OverflowError"),
+        ('a: "\\UFFFFFFFF"', "a value cannot be read ("),
+        ("? !!python/tuple [[1]]\n: 1", "found unhashable key in line 1"),
         ("_BASE_: nowhere.yaml", "nowhere.yaml"),
         ("_BASE_: [3]", "_BASE_ is 3, and has to name a file"),
+        ("_BASE_:", "_BASE_ is None, and has to name a file"),
+        ("_BASE_: 5", "_BASE_ is 5, and has to name a file"),
+        ("_BASE_: true", "_BASE_ is True, and has to name a file"),
+        ("_BASE_: {x: 1}", "_BASE_ is {'x': 1}, and has to name a file"),
+        ("_BASE_: !!set {a, b}", "_BASE_ is {'a', 'b'}, and has to name a file"),
+        ('_BASE_: "~a\\0b"', "_BASE_ is '~a\\x00b', and has to name a file"),
+        ("_BASE_: ~nosuchuser/x.yaml", "there is no configuration file"),
+        (f"_BASE_: {'x' * 2000}", "cannot be read: File name too long"),
     ],
+    ids=lambda text: text[:40],
 )
 def test_what_is_no_configuration(written, text, said):
     assert said in refused(written(text))
@@ -244,11 +284,50 @@ def test_aliases_that_multiply(written):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     for n in range(1, 10):
         lines.append(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]")
-    assert "more than 20000 values" in refused(written("\n".join(lines)))
+    assert TOO_MUCH in refused(written("\n".join(lines)))
+
+
+def multiplied(first: str, each: str, last: str, levels: int = 40) -> str:
+    """A file in which each line names the one before it, in braces."""
+    lines = [each.format(f"*a{n}", n=n + 1) for n in range(levels)]
+    return "\n ".join(["SOLVER:", f"a0: &a0 {first}", *lines]) + f"\n{last.format(f'*a{levels}')}"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        # Repeated in mappings of a list, and so in a message.
+        (
+            multiplied("x", "a{n}: &a{n} [{{x: {0}, y: {0}}}]", "MODEL: {{PIXEL_MEAN: {0}}}"),
+            TOO_MUCH,
+        ),
+        # Merged: each mapping has all keys of the one before it.
+        (multiplied("{x: 1}", "a{n}: &a{n} {{<<: {0}, k{n}: 1}}", "", 6000), TOO_MUCH),
+        # To the base of 60, in quadratic time.
+        ("SOLVER: 1" + ":1" * 120_000, "has more than 2048 characters"),
+    ],
+    ids=["repeated", "merged", "base 60"],
+)
+def test_short_files_that_would_take_hours(written, text, said):
+    assert said in refused(written(text))
+
+
+def test_bases_that_multiply(written):
+    """Each file names the next one twice: twenty files that would be read a million times."""
+    last = MOST_FILES - 1
+    paths = [written(f"_BASE_: [{n + 1}.yaml, {n + 1}.yaml]", f"{n}.yaml") for n in range(last)]
+    written("VERSION: 2", f"{last}.yaml")
+    assert f"leads to more than {MOST_FILES} files" in refused(paths[0])
+    assert read_configuration(paths[-2]) == Configuration()
+
+
+def test_nodes_without_keys_set_nothing(written):
+    path = written("MODEL: {RPN: {}, PANOPTIC_FPN: {COMBINE: {}}}\nSOLVER: {}\nTEST: {AUG: {}}")
+    assert read_configuration(path) == Configuration()
 
 
 def test_a_file_that_is_too_large(written):
-    assert "has more than 1 MiB" in refused(written("#" * (LARGEST_FILE + 1)))
+    assert "has more than 256 KiB" in refused(written("#" * (LARGEST_FILE + 1)))
 
 
 def test_a_file_that_is_no_text(tmp_path):
@@ -260,6 +339,14 @@ def test_a_file_that_is_no_text(tmp_path):
 def test_a_file_that_is_not_there(tmp_path):
     message = refused(str(tmp_path / "none.yaml"))
     assert message.startswith(f"there is no configuration file {tmp_path / 'none.yaml'}")
+
+
+def test_a_path_that_cannot_be_looked_up(monkeypatch, written):
+    assert "cannot be read: File name too long" in refused("x" * 5000)
+    assert "there is no configuration file a\\n\\x00b nor" in refused("a\n\0b")
+    error = PermissionError(13, "Permission denied", "there")
+    monkeypatch.setattr(Path, "is_file", lambda path: (_ for _ in ()).throw(error))
+    assert refused("there") == "configuration there cannot be read: Permission denied"
 
 
 def test_a_folder(tmp_path):
@@ -294,3 +381,10 @@ def test_overrides_that_are_wrong(written):
     assert refused(path, "MODEL.MASK", "True").startswith("--opts MODEL.MASK: MODEL.MASK is not")
     assert "Expected `int`" in refused(path, "MODEL.RESNETS.DEPTH", "many")
     assert "Expected `int`" in refused(path, "MODEL.RESNETS.DEPTH", "__import__('os')")
+    for value in ("{{}}", "{[1]: 2}", "9" * 2048, "-" * 2000 + "1", "nan", "a\nb"):
+        assert "--opts MODEL.RPN.NMS_THRESH: " in refused(path, "MODEL.RPN.NMS_THRESH", value)
+    assert "has more than 2048 characters" in refused(path, "MODEL.RESNETS.DEPTH", "9" * 2049)
+    assert "has more than 200 characters" in refused(path, "A" + "." * 500_000, "1")
+    assert "has keys of its own" in refused(path, "MODEL.RPN", "{}")
+    assert "--opts A\\nB: A\\nB is not known" in refused(path, "A\nB", "1")
+    assert "A\\nB has no value" in refused(path, "A\nB")
