@@ -24,7 +24,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 import tabulate
 
 from benchmark import BreakEven, Speedup, Statistics, StopRule, samples_to_bound
-from models import BLANK, TUNING
+from models import BLANK, MODELS, TUNING
 from results import published
 from results.facts import case, case_name, ceiling, missing_notes, weights_note, worst
 from results.record import (
@@ -345,10 +345,19 @@ def _model_notes(
     if not groups[0].image:  # Torch was timed against itself on all images together.
         yield from aa_note(results.aa)
     yield from missing_notes(results)
-    weights = [group.weights for group in groups if group.weights]
-    yield from dict.fromkeys(map(weights_note, weights))
-    if any(known.source == "synthetic" for known in weights):
+    yield from dict.fromkeys(_weights_note(group) for group in groups if group.weights)
+    if any(group.weights and group.weights.source == "synthetic" for group in groups):
         yield SYNTHETIC_NOTE
+
+
+def _weights_note(group: Group) -> str:
+    """Where the weights come from, and what no checkpoint says: what else they were trained with."""
+    if group.weights.source != "file" or group.model not in MODELS:
+        return weights_note(group.weights)
+    return (
+        f"{weights_note(group.weights)}, with the anchors, means and thresholds of "
+        f"{MODELS[group.model].config}: for others give the --config-file"
+    )
 
 
 def _percentile_note(groups: Sequence[Group]) -> Iterator[str]:

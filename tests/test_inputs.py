@@ -302,3 +302,66 @@ def test_arrays_need_no_pytorch(tmp_path):
     path = save(tmp_path / "image.png", quarters())
     root = Path(inputs.__file__).parent.parent
     subprocess.run([sys.executable, "-c", code, str(path)], cwd=root, check=True)
+
+
+# Images as a detector resizes them -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "edges", "expected"),
+    [
+        # What Detectron2's ResizeShortestEdge gives.
+        ((480, 640), (800, 1333), (800, 1067)),
+        ((640, 480), (800, 1333), (1067, 800)),
+        ((427, 640), (800, 1333), (800, 1199)),
+        ((333, 500), (800, 1333), (800, 1201)),
+        ((360, 1000), (800, 1333), (480, 1333)),
+        ((1001, 333), (800, 1333), (1333, 443)),
+        ((600, 600), (800, 1333), (800, 800)),
+        ((128, 160), (160, 240), (160, 200)),
+        ((75, 101), (0, 1333), (75, 101)),
+    ],
+)
+def test_the_size_that_an_image_is_resized_to(size, edges, expected):
+    assert View(None, *edges).resized(size) == expected
+
+
+def test_a_detector_sees_an_image_resized_and_in_its_format(tmp_path):
+    image = read_image(save(tmp_path / "image.png", quarters(60, 80)), None)
+    seen = inputs.seen(image, View(None, 90, 200, "RGB"))
+    assert seen.shape == (3, 90, 120)
+    assert seen.dtype == np.float32
+    assert np.array_equal(seen, seen.round())  # Pillow resizes bytes.
+    # Red, green and blue are the other way round, and the corners are where they were.
+    for y, x in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+        assert np.array_equal(seen[:, y, x], image[::-1, y, x])
+    assert inputs.seen(image, View()) is not None
+    assert np.array_equal(inputs.seen(image, View()), image)
+
+
+def test_the_range_of_what_resizing_gives():
+    view = View(None, 800, 1333)
+    images = [np.zeros((3, 480, 640), np.float32)]
+    assert inputs.view_sizes(images, view, 0) == {
+        "min": (667, 667),
+        "opt": (800, 1067),
+        "max": (1333, 1333),
+    }
+    # An image that is more elongated is in it, too.
+    images.append(np.zeros((3, 300, 1000), np.float32))
+    sizes = inputs.view_sizes(images, view, 0)
+    assert (sizes["min"], sizes["max"]) == ((400, 667), (1333, 1333))
+    calls = inputs.inputs(images, 1, 0, view)
+    assert {name: tuple(x.shape[1:]) for name, (x,) in calls.items()} == {
+        **sizes,
+        "image 2": (400, 1333),
+    }
+    own = View(None, 800, 1333, "BGR", (300, 400), (900, 1400))
+    sizes = inputs.view_sizes(images, own, 0)
+    assert (sizes["min"], sizes["max"]) == ((300, 400), (900, 1400))
+
+
+def test_an_image_that_resizing_leaves_too_small(tmp_path):
+    path = save(tmp_path / "image.png", quarters(40, 1000))
+    with pytest.raises(InputError, match="would be resized to 10x240: too small"):
+        read_images([path], View(None, 160, 240), 0)

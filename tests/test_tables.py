@@ -432,6 +432,17 @@ def test_notes_are_in_order():
     assert not any("A/A" in note for note in notes(group(run("Torch")), aa=few))
 
 
+def test_what_a_checkpoint_does_not_say():
+    mine = Weights("file", file="mine.pth")
+    (note,) = (x for x in notes(group(run("Torch"), weights=mine)) if x.startswith("weights"))
+    assert note == (
+        "weights: mine.pth, with the anchors, means and thresholds of "
+        "COCO-Detection/retinanet_R_50_FPN_3x: for others give the --config-file"
+    )
+    own = notes(group(run("Torch"), model="street", weights=mine))
+    assert "weights: mine.pth" in own
+
+
 # The other tables ------------------------------------------------------------------------------
 
 
