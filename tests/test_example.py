@@ -11,14 +11,15 @@ import golden
 import numpy as np
 import pytest
 import torch
+from conftest import arrays
 from test_cli import assert_refused, main  # noqa: F401
 
 from detectors.build import build
 from detectors.checkpoint import read
 from detectors.config_file import read_configuration
 from detectors.inputs import View, inputs, read_image
-from measure.verify import split
-from models import Model
+from measure.verify import split, verify
+from models import TUNING, Model, timed
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "shapes"
 CONFIG, WEIGHTS = EXAMPLE / "config.yaml", EXAMPLE / "model.pth"
@@ -28,22 +29,27 @@ QUICK = ["--precision", "fp32", "--iterations", "5", "--warmup", "1", "--threads
 
 
 @pytest.fixture(scope="module")
-def found():
-    """Picture -> what is found in it, with boxes in pixels of the picture as it is."""
+def detector():
+    """The export, and the calls with the pictures: `opt`, `image 2` and so on."""
     configuration = read_configuration(str(CONFIG))
     seen = configuration.input
     view = View(None, seen.min_size_test, seen.max_size_test, seen.format)
     model = Model("shapes", CONFIG.name, configuration=configuration)
-    images = [read_image(path, None) for path in IMAGES]
-    calls = inputs(images, 1, 0, view)
-    tuning = {name: calls[name] for name in ("min", "opt", "max")}
-    export = build(model, read(WEIGHTS), "the weights", tuning)
+    calls = inputs([read_image(path, None) for path in IMAGES], 1, 0, view)
+    tuning = {name: calls[name] for name in TUNING}
+    return build(model, read(WEIGHTS), "the weights", tuning), calls
+
+
+@pytest.fixture(scope="module")
+def found(detector):
+    """Picture -> what is found in it, with boxes in pixels of the picture as it is."""
+    export, calls = detector
     detections = {}
-    for path, image, name in zip(IMAGES, images, [x for x in calls if x not in ("min", "max")]):
+    for path, name in zip(IMAGES, timed(calls)):
         with torch.no_grad():
-            outputs = [x.numpy() for x in export.eager(*calls[name])]
-        (each,) = split(outputs, export.fields)
-        height, width = (a / b for a, b in zip(image.shape[-2:], each.image_size))
+            (each,) = split(arrays(export.eager(*calls[name])), export.fields)
+        sides = read_image(path, None).shape[-2:]
+        height, width = (a / b for a, b in zip(sides, each.image_size))
         scaled = each.boxes * [width, height, width, height]
         detections[path.stem] = dataclasses.replace(each, boxes=scaled)
     return detections
@@ -174,3 +180,15 @@ def test_every_engine_sees_a_picture_in_which_nothing_is_found(main, tmp_path): 
     for run in group["runs"][1:]:
         assert run["detections"]["blank"]["expected"] == 0
         assert run["detections"]["blank"]["spurious"] == 0
+
+
+@pytest.mark.parametrize("name", [path.stem for path in IMAGES])
+def test_what_bf16_costs_a_trained_detector_is_no_mismatch(detector, name):
+    export, calls = detector
+    images = dict(zip([path.stem for path in IMAGES], map(calls.get, timed(calls))))[name]
+    with torch.no_grad():
+        expected = arrays(export.eager(*images))
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = arrays(export.eager(*images))
+    listed = (export.score_threshold, export.limit)
+    assert not verify(expected, rounded, export.fields, "bf16", *listed).is_wrong
