@@ -21,7 +21,8 @@ from detectors.backbone import (
     stage_width,
 )
 from detectors.boxes import AnchorGenerator
-from detectors.configuration import Configuration, ResNets
+from detectors.configuration import Configuration, ResNets, ROIKeypointHead
+from detectors.keypoints import KeypointHead
 from detectors.layers import NORMS
 from detectors.limits import check_numbers
 from detectors.rcnn import GeneralizedRCNN
@@ -380,25 +381,38 @@ def _heads(
     model = config.model
     places, channels = _pooled_features(config, backbone)
     strides = [backbone.strides[n] for n in places]
-    mask_pooler = mask_head = None
+    others: Dict[str, nn.Module] = {}
     if model.mask_on:
-        mask_pooler = _pooler("MODEL.ROI_MASK_HEAD", model.roi_mask_head, strides)
-        mask_head = _mask_head(config, channels)
+        others["mask_pooler"] = _pooler("MODEL.ROI_MASK_HEAD", model.roi_mask_head, strides)
+        others["mask_head"] = _mask_head(config, channels)
+    if model.keypoint_on:
+        key, settings = "MODEL.ROI_KEYPOINT_HEAD", model.roi_keypoint_head
+        others["keypoint_pooler"] = _pooler(key, settings, strides)
+        others["keypoint_head"] = _keypoint_head(key, settings, channels)
     return kind(
         places,
         _pooler("MODEL.ROI_BOX_HEAD", model.roi_box_head, strides),
         head,
         predictor,
         _selection(config),
-        mask_pooler,
-        mask_head,
+        **others,
     )
+
+
+def _keypoint_head(key: str, head: ROIKeypointHead, in_channels: int) -> KeypointHead:
+    one_of(f"{key}.NAME", head.name, ("KRCNNConvDeconvUpsampleHead",))
+    check_numbers(key, head)
+    if any(each < 1 for each in head.conv_dims):
+        raise InputError(f"{key}.CONV_DIMS is {list(head.conv_dims)}: they have to be more than 0")
+    return KeypointHead(in_channels, head)
 
 
 def _res5_heads(config: Configuration, backbone: Backbone) -> Res5ROIHeads:
     model = config.model
     resnets = model.resnets
     places, channels = _pooled_features(config, backbone)
+    if model.keypoint_on:
+        raise InputError("MODEL.KEYPOINT_ON: Res5ROIHeads have no keypoints, StandardROIHeads have")
     if len(places) > 1:
         raise InputError("Res5ROIHeads take one feature in MODEL.ROI_HEADS.IN_FEATURES")
     if resnets.depth in (18, 34) or resnets.deform_on_per_stage[-1]:
@@ -466,8 +480,6 @@ def _generalized_rcnn(config: Configuration, postprocess: bool) -> GeneralizedRC
             "MODEL.LOAD_PROPOSALS: Fast R-CNN takes proposals that were computed before, of which "
             "there are none for an image of one's own"
         )
-    if model.keypoint_on:
-        raise InputError("MODEL.KEYPOINT_ON: the bundled detectors have no keypoints")
     one_of("MODEL.ROI_HEADS.NAME", model.roi_heads.name, ROI_HEADS)
     check_numbers("MODEL.ROI_HEADS", model.roi_heads)
     backbone = _backbone(config)

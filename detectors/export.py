@@ -8,6 +8,7 @@ from typing import Dict, Optional, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
+from detectors.config import fields
 from detectors.configuration import Configuration
 from detectors.instances import Instances, flatten
 from models import Model
@@ -113,12 +114,3 @@ def score_threshold(configuration: Configuration) -> float:
     model = configuration.model
     is_retinanet = model.meta_architecture == "RetinaNet"
     return (model.retinanet if is_retinanet else model.roi_heads).score_thresh_test
-
-
-def fields(configuration: Configuration, postprocess: bool) -> Tuple[str, ...]:
-    masks = (
-        ("pred_masks",)
-        if configuration.model.mask_on and configuration.model.meta_architecture != "RetinaNet"
-        else ()
-    )
-    return ("pred_boxes", "pred_classes", *masks, "scores", "image_size")

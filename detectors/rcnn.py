@@ -1,4 +1,4 @@
-"""Two-stage detectors: Faster, Mask and Cascade R-CNN, inference only."""
+"""Two-stage detectors: Faster, Mask, Keypoint and Cascade R-CNN, inference only."""
 
 from typing import List, Sequence
 
@@ -65,6 +65,13 @@ def postprocess(result: Instances) -> Instances:
     masks = result.pred_masks
     if masks is not None:
         masks = paste_masks(masks[keep][:, 0], boxes, result.image_size)
+    heatmaps, keypoints = result.pred_keypoint_heatmaps, result.pred_keypoints
     return Instances(
-        result.image_size, boxes, result.scores[keep], result.pred_classes[keep], masks
+        result.image_size,
+        boxes,
+        result.scores[keep],
+        result.pred_classes[keep],
+        masks,
+        None if keypoints is None else keypoints[keep],
+        None if heatmaps is None else heatmaps[keep],
     )

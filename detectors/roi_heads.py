@@ -1,4 +1,4 @@
-"""What happens to each proposal: classes, boxes, masks.
+"""What happens to each proposal: classes, boxes, masks, keypoints.
 
 The heads of Mask R-CNN (He et al. 2017, https://arxiv.org/abs/1703.06870) on a pyramid and on C4
 features, and of Cascade R-CNN (Cai and Vasconcelos 2018, https://arxiv.org/abs/1712.00726).
@@ -15,6 +15,7 @@ from torch.jit import Final
 from detectors import boxes as box_ops
 from detectors.configuration import ROIBoxHead, ROIMaskHead
 from detectors.instances import Instances
+from detectors.keypoints import KeypointHead, keypoints
 from detectors.layers import Conv2d
 
 
@@ -277,14 +278,34 @@ def with_masks(results: List[Instances], masks: Tensor) -> List[Instances]:
     return given
 
 
+def with_keypoints(results: List[Instances], heatmaps: Tensor) -> List[Instances]:
+    """Gives each image its part of the heatmaps of all images, and the keypoints in it."""
+    parts = split_like(heatmaps, [x.pred_boxes for x in results])
+    given: List[Instances] = []
+    for n, x in enumerate(results):
+        given.append(
+            Instances(
+                x.image_size,
+                x.pred_boxes,
+                x.scores,
+                x.pred_classes,
+                x.pred_masks,
+                keypoints(parts[n], x.pred_boxes),
+                parts[n],
+            )
+        )
+    return given
+
+
 class StandardROIHeads(nn.Module):
-    """Box and mask heads, each of which pools regions of the backbone's features.
+    """Box, mask and keypoint heads, each of which pools regions of the backbone's features.
 
     Args:
         in_features: places of the feature maps that regions are pooled from.
         box_pooler, box_head, box_predictor: see there; those of a cascade are lists.
         selection: what is a detection.
         mask_pooler, mask_head: see there; None where there are no masks.
+        keypoint_pooler, keypoint_head: likewise.
     """
 
     selection: Selection  # TorchScript would take it for a bare tuple.
@@ -298,6 +319,8 @@ class StandardROIHeads(nn.Module):
         selection: Selection,
         mask_pooler: Optional[ROIPooler] = None,
         mask_head: Optional[MaskHead] = None,
+        keypoint_pooler: Optional[ROIPooler] = None,
+        keypoint_head: Optional[KeypointHead] = None,
     ) -> None:
         super().__init__()
         self.in_features = list(in_features)
@@ -307,6 +330,8 @@ class StandardROIHeads(nn.Module):
         self.box_predictor = box_predictor
         self.mask_pooler = mask_pooler
         self.mask_head = mask_head
+        self.keypoint_pooler = keypoint_pooler
+        self.keypoint_head = keypoint_head
 
     def forward(
         self, features: List[Tensor], proposals: List[Tensor], sizes: List[Tensor]
@@ -320,16 +345,21 @@ class StandardROIHeads(nn.Module):
         """
         features = [features[n] for n in self.in_features]
         results = self.boxes(features, proposals, sizes)
-        if self.mask_head is None:
-            return results
-        pooled = self.mask_pooler(features, [x.pred_boxes for x in results])
-        classes = torch.cat([x.pred_classes for x in results])
-        return with_masks(results, self.mask_head.probabilities(pooled, classes))
+        boxes = [x.pred_boxes for x in results]
+        if self.mask_head is not None:
+            pooled = self.mask_pooler(features, boxes)
+            classes = torch.cat([x.pred_classes for x in results])
+            results = with_masks(results, self.mask_head.probabilities(pooled, classes))
+        if self.keypoint_head is not None:
+            results = with_keypoints(
+                results, self.keypoint_head(self.keypoint_pooler(features, boxes))
+            )
+        return results
 
     def boxes(
         self, features: List[Tensor], proposals: List[Tensor], sizes: List[Tensor]
     ) -> List[Instances]:
-        """The detections of each image, without masks, from the features that are pooled."""
+        """The detections of each image, boxes only, from the features that are pooled."""
         hidden = self.box_head(self.box_pooler(features, proposals))
         scores, boxes = self.box_predictor(hidden, torch.cat(proposals))
         class_agnostic = self.box_predictor.class_agnostic
@@ -342,7 +372,7 @@ class CascadeROIHeads(StandardROIHeads):
     def boxes(
         self, features: List[Tensor], proposals: List[Tensor], sizes: List[Tensor]
     ) -> List[Instances]:
-        """The detections of each image, without masks, from the features that are pooled."""
+        """The detections of each image, boxes only, from the features that are pooled."""
         total = torch.zeros(1)
         boxes = torch.cat(proposals)
         regions = proposals

@@ -78,8 +78,8 @@ def outputs_of_part(detector: nn.Module, images: Tuple[Tensor, ...]) -> List[Dic
         found = detector.inference(inputs, do_postprocess=False)
     else:
         found = [x["instances"] for x in detector(inputs)]
-    names = ("pred_boxes", "pred_classes", "pred_masks", "scores", "image_size")
-    return [_fields([x for x in names if hasattr(each, x)], each) for each in found]
+    # By name, and the size of the image last, as `TracingAdapter` puts them.
+    return [_fields([*sorted(each.get_fields()), "image_size"], each) for each in found]
 
 
 def _fields(names: Sequence[str], instances) -> Dict[str, Tensor]:

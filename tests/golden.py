@@ -23,6 +23,8 @@ DATA = Path(__file__).parent / "data"
 TIE = 2e-5
 # Largest differences: pixels, score, probability; and the share of pixels of pasted masks.
 BOX, SCORE, MASK, PIXELS = 1e-2, 1e-4, 1e-4, 1e-4
+# Largest difference of a logit, and its share of it: half of what 16 bits leave, and some more.
+LOGIT = 1e-3
 
 Fields = Dict[str, np.ndarray]
 
@@ -66,11 +68,14 @@ def fields_of(outputs: Sequence[Tensor], model: Model) -> List[Fields]:
 
 
 def save(name: str, outputs: Mapping[str, Sequence[Fields]], about: Mapping[str, Any]) -> Path:
-    """Writes the archive of a test model. Probabilities keep 16 bits: an error of 0.8e-5."""
+    """Writes the archive of a test model. Heatmaps and probabilities keep 16 bits.
+
+    Of probabilities that is an error of 0.8e-5, of logits one of 1/2048 of each.
+    """
     arrays = {"about": np.array(json.dumps(about))}
     for call, images in outputs.items():
         for n, fields in enumerate(images):
-            arrays.update({f"{call}/{n}/{field}": _pack(x) for field, x in fields.items()})
+            arrays.update({f"{call}/{n}/{field}": _pack(x, field) for field, x in fields.items()})
             masks = fields.get("pred_masks")
             if masks is not None and masks.dtype == bool:
                 arrays[f"{call}/{n}/shape"] = np.array(masks.shape)
@@ -96,13 +101,17 @@ def load(name: str) -> Dict[str, List[Fields]]:
     return outputs
 
 
-def _pack(values: np.ndarray) -> np.ndarray:
-    if values.dtype == bool:
-        return np.packbits(values)
-    return np.round(values * 65535).astype(np.uint16) if values.ndim == 4 else values
+def _pack(values: np.ndarray, field: str) -> np.ndarray:
+    if field == "pred_keypoint_heatmaps":
+        return values.astype(np.float16)
+    if field != "pred_masks":
+        return values
+    return np.packbits(values) if values.dtype == bool else np.round(values * 65535).astype("u2")
 
 
 def _unpack(values: np.ndarray, field: str, shape: Any) -> np.ndarray:
+    if field == "pred_keypoint_heatmaps":
+        return values.astype(np.float32)
     if field != "pred_masks":
         return values
     if shape is None:
@@ -123,14 +132,22 @@ def assert_same(found: Fields, expected: Fields) -> None:
     np.testing.assert_array_equal(found["pred_classes"], expected["pred_classes"])
     np.testing.assert_allclose(found["scores"], expected["scores"], rtol=0, atol=SCORE)
     np.testing.assert_allclose(found["pred_boxes"], expected["pred_boxes"], rtol=0, atol=BOX)
-    masks = expected.get("pred_masks")
-    if masks is None:
-        return
-    assert (found["pred_masks"].dtype == bool) == (masks.dtype == bool)
-    if masks.dtype == bool:
-        assert np.count_nonzero(found["pred_masks"] != masks) <= PIXELS * masks.size
+    if "pred_masks" in expected:
+        _assert_same_masks(found["pred_masks"], expected["pred_masks"])
+    if "pred_keypoints" in expected:
+        name = "pred_keypoint_heatmaps"
+        np.testing.assert_allclose(found[name], expected[name], rtol=LOGIT, atol=LOGIT)
+        of_found, of_expected = found["pred_keypoints"], expected["pred_keypoints"]
+        np.testing.assert_allclose(of_found[..., :2], of_expected[..., :2], rtol=0, atol=BOX)
+        np.testing.assert_allclose(of_found[..., 2], of_expected[..., 2], rtol=0, atol=SCORE)
+
+
+def _assert_same_masks(found: np.ndarray, expected: np.ndarray) -> None:
+    assert (found.dtype == bool) == (expected.dtype == bool)
+    if expected.dtype == bool:
+        assert np.count_nonzero(found != expected) <= PIXELS * expected.size
     else:
-        np.testing.assert_allclose(found["pred_masks"], masks, rtol=0, atol=MASK)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=MASK)
 
 
 def _order(found: Fields, expected: Fields) -> np.ndarray:

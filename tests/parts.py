@@ -16,6 +16,7 @@ FASTER_DC5 = "COCO-Detection/faster_rcnn_R_50_DC5_1x"
 MASK_FPN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x"
 MASK_C4 = "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x"
 MASK_DC5 = "COCO-InstanceSegmentation/mask_rcnn_R_50_DC5_1x"
+KEYPOINTS = "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x"
 CASCADE = "Misc/cascade_mask_rcnn_R_50_FPN_1x"
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x"
 
@@ -35,6 +36,13 @@ SMALL: Dict[str, Any] = {
     "MODEL.RETINANET.NUM_CONVS": 2,
     "MODEL.RETINANET.SCORE_THRESH_TEST": 0.0,
     "TEST.DETECTIONS_PER_IMAGE": 20,
+}
+# Few and small heatmaps: they are most of what is stored.
+_SMALL_HEATMAPS = {
+    "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": (32, 24),
+    "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": 3,
+    "MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION": 5,
+    "TEST.DETECTIONS_PER_IMAGE": 8,
 }
 _SMALL_ANCHORS = {
     "MODEL.ANCHOR_GENERATOR.SIZES": ((8, 24), (16, 40), (32, 64), (64, 96), (96, 128))
@@ -110,6 +118,19 @@ PARTS: Dict[str, Tuple[str, Dict[str, Any]]] = {
             "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": 2,
             "MODEL.ROI_BOX_HEAD.NUM_CONV": 1,
             "MODEL.ROI_BOX_HEAD.NORM": "GN",
+        },
+    ),
+    "keypoints": (KEYPOINTS, _SMALL_HEATMAPS),
+    "cascade_with_keypoints": (
+        CASCADE,
+        {
+            **_SMALL_HEATMAPS,
+            "MODEL.KEYPOINT_ON": True,
+            "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": (),
+            "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": 2,
+            "MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION": 6,
+            "MODEL.ROI_KEYPOINT_HEAD.POOLER_SAMPLING_RATIO": 2,
+            "MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE": "ROIAlign",
         },
     ),
     "sigmoid": (FASTER_FPN, {"MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": True}),

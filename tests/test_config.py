@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import warnings
 from typing import Any, Dict
 
 import golden
@@ -23,13 +24,11 @@ from detectors.limits import RANGES, check_numbers
 from detectors.zoo_configurations import ZOO, zoo_settings
 from errors import InputError
 
-BOXES = ("pred_boxes", "pred_classes", "scores", "image_size")
-MASKS = ("pred_boxes", "pred_classes", "pred_masks", "scores", "image_size")
 # Their architectures or heads are not built yet.
 NOT_BUILT = {
     name
     for name in ZOO
-    if any(word in name for word in ("keypoint", "Keypoint", "anoptic", "semantic", "/rpn_"))
+    if any(word in name for word in ("anoptic", "semantic", "/rpn_"))
     or name == "COCO-Detection/fast_rcnn_R_50_FPN_1x"
 }
 
@@ -38,9 +37,11 @@ BASES = {
     "c4": parts.FASTER_C4,
     "mask": parts.MASK_FPN,
     "cascade": parts.CASCADE,
+    "keypoints": parts.KEYPOINTS,
     "retinanet": parts.RETINANET,
 }
 _GN = {"MODEL.RESNETS.NORM": "GN"}
+NAN = float("nan")
 
 
 @functools.lru_cache(maxsize=1)
@@ -55,8 +56,8 @@ def expected() -> Dict[str, Any]:
     return golden.load("parts")
 
 
-def fields_of(found) -> Dict[str, np.ndarray]:
-    return dict(zip(MASKS if len(found) == 5 else BOXES, (x.numpy() for x in found)))
+def fields_of(name: str, found) -> Dict[str, np.ndarray]:
+    return dict(zip(fields(parts.configuration_of(name), False), (x.numpy() for x in found)))
 
 
 # Beside Detectron2 -----------------------------------------------------------------------------
@@ -74,7 +75,7 @@ def test_outputs_are_detectron2s(name):
     (found,) = detector_of(name)(list(parts.images_of(name)))
     (wanted,) = expected()[name]
     assert len(wanted["scores"]) > 5
-    assert_same(fields_of(flatten(found)), wanted)
+    assert_same(fields_of(name, flatten(found)), wanted)
 
 
 @pytest.mark.parametrize("name", parts.PARTS)
@@ -83,22 +84,37 @@ def test_traced_at_another_size_it_finds_the_same(name):
     example = tuple(image[:, :64, :96] for image in parts.images_of(name))
     traced = torch.jit.trace(module, example, check_trace=False)
     (wanted,) = expected()[name]
-    assert_same(fields_of(traced(*parts.images_of(name))), wanted)
+    assert_same(fields_of(name, traced(*parts.images_of(name))), wanted)
 
 
-@pytest.mark.parametrize("name", ["faster_fpn", "retinanet_group_norm", "mask_c4_of_101"])
+@pytest.mark.parametrize("name", ["keypoints", "cascade_with_keypoints"])
+def test_keypoints_are_traced_without_a_warning_and_without_a_detection(name):
+    module = TraceableDetector(detector_of(name)).eval()
+    # Nothing is proposed in an image of no numbers.
+    example = tuple(torch.full_like(image, NAN) for image in parts.images_of(name))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(module, example, check_trace=False)
+    (wanted,) = expected()[name]
+    assert_same(fields_of(name, traced(*parts.images_of(name))), wanted)
+
+
+@pytest.mark.parametrize(
+    "name", ["faster_fpn", "retinanet_group_norm", "mask_c4_of_101", "keypoints"]
+)
 def test_scripting_leaves_the_module_as_it_is(name):
     detector = detector_of(name)
     before = {key: value.data_ptr() for key, value in detector.state_dict().items()}
     (found,) = script(detector)(list(parts.images_of(name)))
     (wanted,) = expected()[name]
-    assert_same(fields_of(flatten(Instances(*found))), wanted)
+    assert_same(fields_of(name, flatten(Instances(*found))), wanted)
     assert {key: value.data_ptr() for key, value in detector.state_dict().items()} == before
 
 
 @pytest.mark.parametrize("mode", ["eager", "traced", "scripted"])
 @pytest.mark.parametrize(
-    "name", ["mask_c4_of_101", "group_norm", "roi_pool", "cascade_of_two", "cascade_dc5"]
+    "name",
+    ["mask_c4_of_101", "group_norm", "roi_pool", "cascade_of_two", "cascade_dc5", "keypoints"],
 )
 def test_nothing_is_found_where_nothing_is_proposed(name, mode):
     detector = detector_of(name)
@@ -151,7 +167,7 @@ def test_equals_the_installed_detectron2(name):
     images = parts.images_of(name)
     (wanted,) = detectron2_reference.outputs_of_part(theirs, images)
     (found,) = detector_of(name)(list(images))
-    assert_same(fields_of(flatten(found)), {key: x.numpy() for key, x in wanted.items()})
+    assert_same(fields_of(name, flatten(found)), {key: x.numpy() for key, x in wanted.items()})
 
 
 # The model zoo ---------------------------------------------------------------------------------
@@ -169,7 +185,7 @@ def test_every_other_configuration_of_the_zoo_is_built(name):
 
 @pytest.mark.parametrize("name", sorted(NOT_BUILT))
 def test_what_is_not_built_is_refused_by_name(name):
-    with pytest.raises(InputError, match=r"^MODEL\.(META_ARCHITECTURE|KEYPOINT_ON|LOAD_PROPOSALS)"):
+    with pytest.raises(InputError, match=r"^MODEL\.(META_ARCHITECTURE|LOAD_PROPOSALS)"):
         build_detector(read_configuration(name), True)
 
 
@@ -218,7 +234,10 @@ def test_what_is_not_built_is_refused_by_name(name):
         ("fpn", {"MODEL.ROI_BOX_HEAD.NAME": ""}, "MODEL.ROI_BOX_HEAD.NAME is ''"),
         ("fpn", {"MODEL.ROI_BOX_HEAD.NUM_FC": 0}, "neither convolutions"),
         ("fpn", {"MODEL.ROI_BOX_HEAD.POOLER_TYPE": "Best"}, "ROI_BOX_HEAD.POOLER_TYPE is 'Best'"),
-        ("fpn", {"MODEL.KEYPOINT_ON": True}, "MODEL.KEYPOINT_ON"),
+        ("fpn", {"MODEL.KEYPOINT_ON": True}, None),
+        ("c4", {"MODEL.KEYPOINT_ON": True}, "MODEL.KEYPOINT_ON: Res5ROIHeads have no keypoints"),
+        ("keypoints", {"MODEL.ROI_KEYPOINT_HEAD.NAME": "Mine"}, "KEYPOINT_HEAD.NAME is 'Mine'"),
+        ("keypoints", {"MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE": ""}, "HEAD.POOLER_TYPE is ''"),
         ("fpn", {"MODEL.PIXEL_MEAN": (1.0,)}, "MODEL.PIXEL_MEAN has to have a number for each"),
         ("fpn", {"INPUT.FORMAT": "YUV-BT.601"}, "INPUT.FORMAT is 'YUV-BT.601'"),
         ("fpn", {"TEST.DETECTIONS_PER_IMAGE": 0}, "TEST.DETECTIONS_PER_IMAGE is 0"),
@@ -311,9 +330,6 @@ def refusal(base: str, settings: Dict[str, Any]) -> str:
     return str(raised.value)
 
 
-NAN = float("nan")
-
-
 @pytest.mark.parametrize(
     ("base", "key", "values"),
     [
@@ -354,6 +370,10 @@ NAN = float("nan")
         ("mask", "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO", [-1]),
         ("mask", "MODEL.ROI_MASK_HEAD.NUM_CONV", [-1]),
         ("mask", "MODEL.ROI_MASK_HEAD.CONV_DIM", [0]),
+        ("keypoints", "MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION", [0]),
+        ("keypoints", "MODEL.ROI_KEYPOINT_HEAD.POOLER_SAMPLING_RATIO", [-1]),
+        ("keypoints", "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", [(0,), (32, -1)]),
+        ("keypoints", "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", [0, -1]),
         ("retinanet", "MODEL.RETINANET.NUM_CLASSES", [0, -1]),
         ("retinanet", "MODEL.RETINANET.NUM_CONVS", [0, -1]),
         ("retinanet", "MODEL.RETINANET.SCORE_THRESH_TEST", [NAN]),

@@ -10,6 +10,7 @@ which takes some minutes; `DETECTRON2_PARITY=all` runs Mask R-CNN C4 at all size
 
 import contextlib
 import functools
+import io
 import json
 import os
 import warnings
@@ -23,7 +24,7 @@ from seeded_weights import seeded_image, seeded_weights
 from torch import nn
 
 from detectors import boxes as box_ops
-from detectors import images, masks
+from detectors import images, keypoints, masks
 from detectors.backbone import LastLevelP6P7
 from detectors.config import build_detector
 from detectors.export import TraceableDetector, script
@@ -323,6 +324,82 @@ def test_paste_masks(paste):
     assert decided.mean() > 0.99
     np.testing.assert_array_equal(found.numpy()[decided], (expected >= 0.5)[decided])
     assert all(mask.any() for mask in found[[0, 1, 2, 4, 5]])
+
+
+def cubic(count, side):
+    """What each of `count` pixels takes of each of `side`, which the outermost are repeated for."""
+    taken = np.zeros((count, side))
+    for pixel in range(count):
+        place = (pixel + 0.5) * side / count - 0.5
+        for near in range(int(np.floor(place)) - 1, int(np.floor(place)) + 3):
+            x = abs(place - near)
+            inner, outer = (1.25 * x - 2.25) * x * x + 1, ((-0.75 * x + 3.75) * x - 6) * x + 3
+            taken[pixel, min(max(near, 0), side - 1)] += inner if x <= 1 else outer
+    return taken
+
+
+def keypoint(heatmap, box):
+    """Where a heatmap is highest, stretched over a box, and its share of the exponentials."""
+    width, height = (max(box[n + 2] - box[n], 1) for n in (0, 1))
+    rows, columns = int(np.ceil(height)), int(np.ceil(width))
+    stretched = cubic(rows, len(heatmap)) @ heatmap @ cubic(columns, len(heatmap)).T
+    row, column = np.unravel_index(stretched.argmax(), stretched.shape)
+    x, y = box[0] + (column + 0.5) / columns * width, box[1] + (row + 0.5) / rows * height
+    return x, y, np.exp(stretched.max()) / np.exp(heatmap).sum()
+
+
+def keypoint_arguments(sides):
+    generator = np.random.default_rng(0)
+    heatmaps = generator.normal(size=(len(sides), 3, 12, 12))
+    corners = generator.uniform(0, 50, size=(len(sides), 2))
+    boxes = np.concatenate([corners, corners + np.reshape(sides, (-1, 2))], axis=1)
+    return torch.tensor(heatmaps, dtype=torch.float32), torch.tensor(boxes, dtype=torch.float32)
+
+
+# Thinner than a pixel; smaller than the heatmap, as large, larger.
+SIDES = [(0.3, 0.6), (0.5, 30.2), (5.4, 7.7), (12.0, 12.0), (40.1, 25.9)]
+
+
+def test_keypoints():
+    heatmaps, boxes = keypoint_arguments(SIDES)
+    found = keypoints.keypoints(heatmaps, boxes)
+    expected = [
+        [keypoint(heatmap, box) for heatmap in of_box]
+        for of_box, box in zip(heatmaps.numpy().astype(float), boxes.numpy().astype(float))
+    ]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("package", ["openvino", "onnxruntime"])
+def test_keypoints_are_converted(package):
+    runtime = pytest.importorskip(package)
+    traced = trace(keypoints.keypoints, keypoint_arguments(SIDES[2:]))
+    convert = {"openvino": in_openvino, "onnxruntime": in_onnx}[package]
+    call = convert(runtime, traced, keypoint_arguments(SIDES[2:]))
+    # OpenVINO stretches a heatmap over a single row of pixels as nobody else does.
+    for sides in (SIDES[2:], SIDES[:1:-1] * 2, [], *([SIDES] if package == "onnxruntime" else [])):
+        arguments = keypoint_arguments(sides)
+        expected = keypoints.keypoints(*arguments).numpy()
+        np.testing.assert_allclose(call(*arguments), expected, rtol=1e-5, atol=1e-5)
+
+
+def in_openvino(openvino, traced, example):
+    shapes = [openvino.PartialShape([-1, *x.shape[1:]]) for x in example]
+    model = openvino.convert_model(traced, example_input=example, input=shapes)
+    compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda *arguments: compiled([x.numpy() for x in arguments])[0]
+
+
+def in_onnx(onnxruntime, traced, example):
+    file, names = io.BytesIO(), ["heatmaps", "boxes"]
+    axes = {name: [0] for name in names}
+    torch.onnx.export(
+        traced, example, file, input_names=names, dynamic_axes=axes, opset_version=18, dynamo=False
+    )
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    return lambda *arguments: session.run(
+        None, {name: x.numpy() for name, x in zip(names, arguments)}
+    )[0]
 
 
 def greedy_nms(boxes, scores, groups, threshold):
