@@ -7,18 +7,19 @@ unpickler that knows a fixed list of harmless constructors.
 
 import _codecs
 import collections
-import contextlib
 import pickle
 import re
 import tarfile
 import zipfile
 from pathlib import Path
-from typing import Any, ContextManager, Dict, List, Optional, Sequence, Tuple, Union
+from types import SimpleNamespace
+from typing import Any, ContextManager, Dict, List, Tuple, Union
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from detectors.mismatch import explain
 from errors import InputError
 
 
@@ -66,6 +67,39 @@ class _DataUnpickler(pickle.Unpickler):
             raise _ImportRefused(f"{module_name}.{global_name}") from None
 
 
+# What names the tensors in a file of `torch.save`. Its storages PyTorch looks up itself.
+_ADMITTED_TENSORS: Dict[Tuple[str, str], Any] = {
+    ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+    ("torch", "Size"): torch.Size,
+    ("torch", "device"): torch.device,
+    **{
+        ("torch", name): value
+        for name, value in vars(torch).items()
+        if isinstance(value, torch.dtype)
+    },
+}
+
+
+class _TensorUnpickler(_DataUnpickler):
+    """Takes tensors, too: for a PyTorch that cannot be told to take the scalars of NumPy."""
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        try:
+            return _ADMITTED_TENSORS[module_name, global_name]
+        except KeyError:
+            return super().find_class(module_name, global_name)
+
+
+# What `torch.load` asks of a pickle module.
+_OF_TENSORS = SimpleNamespace(
+    __name__="tensors",
+    Unpickler=_TensorUnpickler,
+    load=lambda file, **rest: _TensorUnpickler(file, **rest).load(),
+)
+
+
 def _is_torchscript(path: Path) -> bool:
     if not zipfile.is_zipfile(path):
         return False
@@ -84,14 +118,16 @@ def _is_torch(path: Path) -> bool:
     return begins or zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
 
 
+# PyTorch's weights_only can be told what else to take. Before 2.6 it cannot, or not by the names
+# that other NumPys have.
+_CAN_ADMIT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 6)
+
+
 def _admitted_to_torch() -> ContextManager[Any]:
     """While it lasts, `torch.load(weights_only=True)` takes NumPy's scalars and arrays.
 
     Trainers keep such beside the weights, in the state of a scheduler for example.
     """
-    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if release < (2, 6):  # It takes no names of other modules, as other NumPys have them.
-        return contextlib.nullcontext()
     named = [(value, ".".join(name)) for name, value in _numpy_constructors().items()]
     kinds = {type(np.dtype(code)) for code in np.typecodes["All"] if code != "O"}
     return torch.serialization.safe_globals([*named, *kinds])
@@ -103,6 +139,8 @@ def _read_torch(path: Path) -> Any:
     if tarfile.is_tarfile(path) or _is_torchscript(path):
         raise pickle.UnpicklingError("not a state dict")
     try:
+        if not _CAN_ADMIT:
+            return torch.load(path, map_location="cpu", pickle_module=_OF_TENSORS)
         with _admitted_to_torch():
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -119,58 +157,130 @@ def _read_pickle(path: Path) -> Any:
         return _DataUnpickler(file, encoding="latin1").load()
 
 
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins with the length of a header, and then the header, which is JSON."""
+    with open(path, "rb") as file:
+        begin = file.read(9)
+    length = int.from_bytes(begin[:8], "little")
+    begins = begin[8:] == b"{" and length <= path.stat().st_size
+    return begins or path.suffix == ".safetensors"
+
+
+def _read_safetensors(path: Path) -> Any:
+    try:
+        from safetensors.torch import load
+    except ImportError:
+        raise InputError(
+            f"checkpoint {path} is of safetensors, which is not installed here: "
+            "pip install safetensors"
+        ) from None
+    # Not load_file: its tensors are of the file, which may be written anew while they are used.
+    return load(path.read_bytes())
+
+
+# Where the weights are in what programs save, the ones to take first: beside `model` there may be
+# averages of its weights over the training (EMA), under one of the names in the third line.
+_PLACES = (
+    *("model", "state_dict"),
+    "blobs",  # Caffe2
+    *("model_ema", "ema_state", "ema_state_dict", "state_dict_ema", "ema_model", "ema"),
+)
+# What wrappers put before every name: of several GPUs and of averages, of torch.compile, of
+# Lightning.
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+
+
+def _unwrapped(document: Any) -> Dict[Any, Any]:
+    """The state dict in a document; a dictionary without tensors where there is none."""
+    for _ in range(3):  # A damaged file may have a dictionary in itself.
+        if not isinstance(document, dict):
+            return {}
+        inner = [document[name] for name in _PLACES if isinstance(document.get(name), dict)]
+        if not inner:
+            break
+        document = inner[0]
+    return document if isinstance(document, dict) else {}
+
+
 def _tensors(document: Any) -> Dict[str, Tensor]:
-    """The tensors of a state dict, bare or below `model` or `state_dict`."""
-    for key in ("model", "state_dict"):
-        if isinstance(document, dict) and isinstance(document.get(key), dict):
-            document = document[key]
-    if not isinstance(document, dict):
-        return {}
+    """The tensors of a state dict, bare or in one of `_PLACES`, without `_PREFIXES`."""
     state: Dict[str, Tensor] = {}
-    for key, value in document.items():
+    for key, value in _unwrapped(document).items():
         if isinstance(value, np.ndarray) and value.dtype.kind in "bif":
             # astype copies, because an array over a pickle's bytes is read-only.
             value = torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
         if isinstance(key, str) and isinstance(value, Tensor):
             state[key] = value.detach()
-    if all(key.startswith("module.") for key in state):  # saved from DistributedDataParallel
-        state = {key[len("module.") :]: value for key, value in state.items()}
+    if any(key.startswith("module.") for key in state):
+        state.pop("n_averaged", None)  # PyTorch's AveragedModel counts beside its module.
+    return _without_prefixes(state)
+
+
+def _without_prefixes(state: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """Takes away what all names begin with, in whatever order the wrappers are."""
+    for prefix in 3 * _PREFIXES:
+        if all(key.startswith(prefix) for key in state):
+            state = {key[len(prefix) :]: value for key, value in state.items()}
     return state
 
 
-def read(path: Union[str, Path]) -> Dict[str, Tensor]:
-    """Reads a checkpoint: what `torch.save` wrote, or a pickle as the model zoo has them.
+def _check_plain(path: Path, state: Dict[str, Tensor]) -> None:
+    """Makes sure that tensors are arrays of numbers in memory, as weights are."""
+    for key, value in state.items():
+        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+            raise InputError(
+                f"checkpoint {path} has a {_shown(key)} that is quantized, sparse or without values"
+            )
 
-    Entries that are no tensors (`__author__`, `matching_heuristics`) are left out, and the prefix
-    `module.` if all keys have it.
+
+def read(path: Union[str, Path]) -> Dict[str, Tensor]:
+    """Reads a checkpoint: what `torch.save` wrote, a pickle as the model zoo has them, safetensors.
+
+    Of a trainer's file the weights under `model` are taken, also where there are averaged ones
+    (EMA) beside them; these where there are no others. Entries that are no tensors (`__author__`,
+    `matching_heuristics`) are left out, and prefixes such as `module.` if all keys have them.
 
     Returns:
         Parameter name -> tensor on the CPU.
 
     Raises:
         InputError: the file does not exist, is truncated, is no checkpoint, tries to import
-            something other than arrays and containers (it does not run), or has no tensors.
+            something other than arrays and containers (it does not run), or has no tensors; or
+            it is of safetensors, and that is not installed.
     """
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"checkpoint {path} is a directory, not a file")
-    if not path.is_file():
-        raise InputError(f"checkpoint {path} does not exist")
     try:
-        document = _read_torch(path) if _is_torch(path) else _read_pickle(path)
+        state = _tensors(_document(path))
+    except InputError:
+        raise
     except _ImportRefused as error:
         raise InputError(
             f"checkpoint {path} was not loaded: it tries to import {str(error)[:80]!r}, "
             "and a checkpoint may hold arrays and plain containers only"
         ) from error
-    except PermissionError as error:
+    except OSError as error:  # no permission, a name that is too long
+        if error.strerror is None:  # not of the system: a damaged archive's
+            raise InputError(f"checkpoint {path} is truncated or is not a checkpoint") from error
         raise InputError(f"checkpoint {path} cannot be read: {error.strerror}") from error
     except Exception as error:  # a damaged pickle can raise any exception there is
         raise InputError(f"checkpoint {path} is truncated or is not a checkpoint") from error
-    state = _tensors(document)
     if not state:
         raise InputError(f"checkpoint {path} has no tensors in it")
+    _check_plain(path, state)
     return state
+
+
+def _document(path: Path) -> Any:
+    """What is in a file, whose content tells its format, and not its name."""
+    if path.is_dir():
+        raise InputError(f"checkpoint {path} is a directory, not a file")
+    if not path.exists():
+        raise InputError(f"checkpoint {path} does not exist")
+    if not path.is_file():  # Of a pipe nothing may ever come.
+        raise InputError(f"checkpoint {path} is not a file")
+    if _is_safetensors(path):
+        return _read_safetensors(path)
+    return _read_torch(path) if _is_torch(path) else _read_pickle(path)
 
 
 def _is_ignored(key: str) -> bool:
@@ -208,35 +318,36 @@ def _size(tensor: Tensor) -> str:
     return " x ".join(map(str, tensor.shape)) or "scalar"
 
 
-# The layers whose size depends on the number of classes.
-_BY_CLASS = re.compile(r"(cls_score|bbox_pred|mask_head\.predictor)\.(weight|bias)$")
+def _differences(own: Dict[str, Tensor], state: Dict[str, Tensor]) -> List[str]:
+    """How many keys and shapes differ, each with an example."""
+    missing = [key for key in own if key not in state and not _is_ignored(key)]
+    unexpected = [key for key in state if key not in own]
+    reshaped = [key for key in own if key in state and state[key].shape != own[key].shape]
+    differences: List[str] = []
+    if missing:
+        differences.append(f"keys missing: {len(missing)}, such as {missing[0]}")
+    if unexpected:
+        differences.append(f"keys unexpected: {len(unexpected)}, such as {_shown(unexpected[0])}")
+    if reshaped:
+        key = reshaped[0]
+        differences.append(
+            f"shapes that differ: {len(reshaped)}, such as {key}, "
+            f"{_size(state[key])} instead of {_size(own[key])}"
+        )
+    return differences
 
 
-def _other_classes(
-    own: Dict[str, Tensor], state: Dict[str, Tensor], reshaped: Sequence[str]
-) -> Optional[Tuple[int, int]]:
-    """Numbers of classes, of a checkpoint and of the model, where they alone make the difference.
-
-    Args:
-        reshaped: keys whose shapes differ.
-    """
-    scores = [key for key in reshaped if key.endswith("cls_score.bias")]
-    if not scores or not all(_BY_CLASS.search(key) for key in reshaped):
-        return None
-    found, wanted = state[scores[0]].numel(), own[scores[0]].numel()
-    if "box_predictor" in scores[0]:
-        return found - 1, wanted - 1  # One is for what is no object.
-    anchors = len(own["head.bbox_pred.bias"]) // 4  # RetinaNet has a score for each anchor.
-    if any(key.startswith("head.bbox_pred") for key in reshaped) or found % anchors:
-        return None  # It has others.
-    return found // anchors, wanted // anchors
+def _shown(key: str) -> str:
+    """A name from a file: it may be long, and of several lines."""
+    return key if key.isprintable() and len(key) <= 120 else ascii(key)[:120]
 
 
 def load_into(model: nn.Module, state: Dict[str, Tensor], source: str) -> None:
     """Loads a state dict into a model: every key and every shape has to fit.
 
     Exempt are the keys that Detectron2 ignores or fills in (`_is_ignored`, `_frozen_statistics`).
-    The model is changed only if everything fits.
+    Other precisions, such as half, become the model's. The model is changed only if everything
+    fits.
 
     Args:
         model: any Detectron2-compatible module, bundled or Detectron2's own.
@@ -244,31 +355,22 @@ def load_into(model: nn.Module, state: Dict[str, Tensor], source: str) -> None:
         source: what the error message calls the checkpoint.
 
     Raises:
-        InputError: the checkpoint belongs to another architecture, or has other classes.
+        InputError: the checkpoint belongs to another architecture, has other classes, or has whole
+            numbers for weights; with the likely reason.
     """
     own = model.state_dict()
     state = {key: value for key, value in state.items() if key in own or not _is_ignored(key)}
     state = {**_frozen_statistics(model, state), **state}
-    missing = [key for key in own if key not in state and not _is_ignored(key)]
-    unexpected = [key for key in state if key not in own]
-    reshaped = [key for key in own if key in state and state[key].shape != own[key].shape]
-
-    differences: List[str] = []
-    if missing:
-        differences.append(f"keys missing: {len(missing)}, such as {missing[0]}")
-    if unexpected:
-        differences.append(f"keys unexpected: {len(unexpected)}, such as {unexpected[0]}")
-    if reshaped:
-        key = reshaped[0]
-        differences.append(
-            f"shapes that differ: {len(reshaped)}, such as {key}, "
-            f"{_size(state[key])} instead of {_size(own[key])}"
-        )
-    classes = None if missing or unexpected else _other_classes(own, state, reshaped)
-    if classes is not None:
-        raise InputError(f"checkpoint {source} is of {classes[0]} classes, not of {classes[1]}")
+    differences = _differences(own, state)
     if differences:
-        raise InputError(
-            f"checkpoint {source} belongs to another architecture ({'; '.join(differences)})"
-        )
+        compared = {
+            key: value for key, value in own.items() if not _is_ignored(key) or key in state
+        }
+        raise InputError(f"checkpoint {source} {explain(compared, state, '; '.join(differences))}")
+    for key, value in state.items():
+        if own[key].is_floating_point() and not value.is_floating_point():
+            raise InputError(
+                f"checkpoint {source} has {value.dtype} in {key}, where real numbers belong: "
+                "quantized weights are not known here"
+            )
     model.load_state_dict(state, strict=False)

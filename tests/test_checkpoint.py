@@ -1,9 +1,10 @@
-"""Checkpoints are read as data: formats, refusals, strict loading."""
+"""Checkpoints are read as data: formats, refusals, strict loading, and why one does not fit."""
 
 import collections
 import io
 import os
 import pickle
+import sys
 import tarfile
 import zipfile
 
@@ -11,10 +12,18 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.models import resnet18
+from torchvision.models.detection import (
+    fasterrcnn_resnet50_fpn,
+    keypointrcnn_resnet50_fpn,
+    maskrcnn_resnet50_fpn,
+    retinanet_resnet50_fpn,
+)
 
 from detectors import checkpoint
 from detectors.build import _from_file
 from detectors.config import build_detector
+from detectors.configuration import from_settings
 from detectors.layers import FrozenBatchNorm2d
 from detectors.zoo_configurations import zoo_configuration
 from errors import InputError
@@ -156,6 +165,83 @@ def test_a_trainer_may_keep_numbers_of_numpy(tmp_path, state):
         torch.load(str(path), weights_only=True)
 
 
+def trainer_document(model):
+    """What Detectron2's trainer saves, in the middle of a training."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    hooks = {"BestCheckpointer": {"best_metric": np.float64(41.5), "best_iter": np.int64(80)}}
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": {"last_epoch": 99, "_last_lr": [np.float64(0.1)], "milestones": {60, 80}},
+        "iteration": 99,
+        "trainer": {"iteration": np.int32(99), "hooks": hooks, "_trainer": {}},
+    }
+
+
+@pytest.mark.parametrize("can_admit", [True, False], ids=["now", "before PyTorch 2.6"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_the_layout_of_a_trainer(tmp_path, monkeypatch, can_admit, zipped):
+    if can_admit and not checkpoint._CAN_ADMIT:
+        pytest.skip("this PyTorch cannot")
+    monkeypatch.setattr(checkpoint, "_CAN_ADMIT", can_admit)
+    path, model = tmp_path / "model_0000099.pth", randomize(Net())
+    torch.save(trainer_document(model), str(path), _use_new_zipfile_serialization=zipped)
+    assert_equal(checkpoint.read(path), model.state_dict())
+    torch.save(dict(model.named_parameters()), str(path), _use_new_zipfile_serialization=zipped)
+    assert_equal(checkpoint.read(path), dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize("name", ["model_ema", "ema_state", "state_dict_ema"])
+def test_averaged_weights_are_taken_where_there_are_no_others(tmp_path, state, name):
+    path = tmp_path / "model.pth"
+    averaged = {key: value + 1 for key, value in state.items()}
+    torch.save({name: averaged, "iteration": 9}, str(path))
+    assert_equal(checkpoint.read(path), averaged)
+    torch.save({name: averaged, "model": state}, str(path))
+    assert_equal(checkpoint.read(path), state)
+
+
+def test_averaged_weights_as_pytorch_wraps_them(tmp_path):
+    averaged = torch.optim.swa_utils.AveragedModel(randomize(Net()))
+    torch.save({"model": averaged.state_dict()}, str(tmp_path / "model.pth"))
+    assert_equal(checkpoint.read(tmp_path / "model.pth"), averaged.module.state_dict())
+
+
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model."]
+)
+def test_prefixes_of_other_wrappers(tmp_path, state, prefix):
+    path = tmp_path / "model.pth"
+    torch.save({"state_dict": {prefix + key: value for key, value in state.items()}}, str(path))
+    assert_equal(checkpoint.read(path), state)
+
+
+def write_safetensors(path, state):
+    from safetensors.torch import save_file
+
+    save_file({key: value.contiguous() for key, value in state.items()}, str(path))
+    return path
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
+def test_safetensors(tmp_path, state, name, kind):
+    lower = {f"module.{key}": value.to(kind) for key, value in state.items()}
+    path = write_safetensors(tmp_path / name, lower)
+    read = checkpoint.read(path)
+    assert_equal(read, {key: value.to(kind) for key, value in state.items()})
+    checkpoint.load_into(Net(), read, "x.safetensors")
+
+
+def test_safetensors_that_are_not_installed(tmp_path, state, monkeypatch):
+    path = write_safetensors(tmp_path / "model.safetensors", state)
+    torch.save(state, str(tmp_path / "model.pth"))
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert_equal(checkpoint.read(tmp_path / "model.pth"), state)
+    with pytest.raises(InputError, match="is of safetensors, which is not installed here"):
+        checkpoint.read(path)
+
+
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
 def test_weights_of_other_types(tmp_path, state, kind):
     path = tmp_path / "model.pth"
@@ -180,7 +266,7 @@ def test_weights_that_lay_on_a_gpu(tmp_path, state, monkeypatch):
     torch.save({"model": state}, str(path))
     monkeypatch.undo()
     if not torch.cuda.is_available():
-        with pytest.raises(RuntimeError, match="CUDA"):
+        with pytest.raises((RuntimeError, pickle.UnpicklingError), match="CUDA"):
             torch.load(str(path), weights_only=True)
     assert_equal(checkpoint.read(path), state)
 
@@ -227,9 +313,13 @@ def attacks(marker):
     yield Runs(os.mkdir, str(marker)), f"{os.name}.mkdir"
 
 
+@pytest.mark.parametrize("can_admit", [True, False], ids=["now", "before PyTorch 2.6"])
 @pytest.mark.parametrize("name", ["model.pkl", "model.pth", "old.pth"])
 @pytest.mark.parametrize("attack", range(3))
-def test_pickle_that_imports_does_not_run(tmp_path, state, name, attack):
+def test_pickle_that_imports_does_not_run(tmp_path, state, monkeypatch, name, attack, can_admit):
+    if can_admit and not checkpoint._CAN_ADMIT:
+        pytest.skip("this PyTorch cannot")
+    monkeypatch.setattr(checkpoint, "_CAN_ADMIT", can_admit)
     marker, path = tmp_path / "marker", tmp_path / name
     payload, imported = list(attacks(marker))[attack]
     document = {"model": state, "payload": payload}
@@ -278,13 +368,23 @@ def test_object_arrays_bring_nothing_in(tmp_path):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("name", ["model.pkl", "model.pth", "old.pth"])
+FORMATS = ["model.pkl", "model.pth", "old.pth", "model.safetensors"]
+
+
+def write(path, state):
+    """One of `FORMATS`."""
+    if path.suffix == ".pkl":
+        write_pickle(path, zoo_document(state))
+    elif path.suffix == ".safetensors":
+        write_safetensors(path, state)
+    else:
+        torch.save({"model": state}, str(path), _use_new_zipfile_serialization=path.stem != "old")
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_truncated(tmp_path, state, name):
     path = tmp_path / name
-    if name == "model.pkl":
-        write_pickle(path, zoo_document(state))
-    else:
-        torch.save({"model": state}, str(path), _use_new_zipfile_serialization=name[0] == "m")
+    write(path, state)
     # Cut within a name, PyTorch's unpickler of old files takes what is left for another name.
     refused = "is truncated or is not a checkpoint" + ("|to import" if name == "old.pth" else "")
     whole = path.read_bytes()
@@ -294,7 +394,26 @@ def test_truncated(tmp_path, state, name):
             checkpoint.read(path)
 
 
-@pytest.mark.parametrize("name", ["model.pkl", "model.pth"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_damaged(tmp_path, state, name):
+    """A file whose bytes are not what they were is read, or refused in one sentence."""
+    path = tmp_path / name
+    write(path, state)
+    whole, generator, refusals = path.read_bytes(), np.random.default_rng(0), []
+    for _ in range(100):
+        damaged = bytearray(whole)
+        for place in generator.integers(len(whole), size=3):
+            damaged[place] = generator.integers(256)
+        path.write_bytes(damaged)
+        try:
+            checkpoint.load_into(Net(), checkpoint.read(path), "x.pth")
+        except InputError as error:
+            refusals.append(str(error))
+    assert refusals
+    assert all("\n" not in each for each in refusals)
+
+
+@pytest.mark.parametrize("name", ["model.pkl", "model.pth", "model.safetensors"])
 @pytest.mark.parametrize(
     "content", [b"<!DOCTYPE html>\n<title>Not found</title>\n", b"\x89PNG\r\n\x1a\n", bytes(512)]
 )
@@ -320,6 +439,47 @@ def test_missing_and_directory(tmp_path):
         checkpoint.read(tmp_path / "none.pth")
     with pytest.raises(InputError, match="is a directory"):
         checkpoint.read(tmp_path)
+    os.mkfifo(tmp_path / "pipe.pth")
+    with pytest.raises(InputError, match=r"pipe\.pth is not a file"):
+        checkpoint.read(tmp_path / "pipe.pth")
+    with pytest.raises(InputError, match="cannot be read: File name too long"):
+        checkpoint.read(tmp_path / f"{'x' * 300}.pth")
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.eye(3).to_sparse(),
+        torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+        torch.ones(3, device="meta"),
+    ],
+    ids=["sparse", "quantized", "meta"],
+)
+def test_tensors_that_are_no_plain_arrays(tmp_path, weight):
+    torch.save({"weight": weight}, str(tmp_path / "model.pth"))
+    with pytest.raises(InputError, match=r"quantized, sparse or without values|to import"):
+        checkpoint.read(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.complex64])
+def test_numbers_of_another_kind_are_no_weights(state, kind):
+    state["conv.weight"] = state["conv.weight"].to(kind)
+    with pytest.raises(InputError, match=rf"has {kind} in conv\.weight, where real numbers belong"):
+        checkpoint.load_into(Net(), state, "x.pth")
+
+
+def test_a_dictionary_in_itself(tmp_path):
+    document = {}
+    document["model"] = document
+    with pytest.raises(InputError, match="has no tensors in it"):
+        checkpoint.read(write_pickle(tmp_path / "model.pkl", document))
+
+
+def test_a_name_of_several_lines(state):
+    with pytest.raises(InputError) as caught:
+        checkpoint.load_into(Net(), {**state, "a\nb" * 999: torch.ones(1)}, "x.pth")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("document", [{}, [], 3, {"model": {}}, {"model": {"weight": [1.0]}}])
@@ -391,7 +551,7 @@ def test_another_architecture_is_refused_and_changes_nothing(state):
     assert str(caught.value) == (
         "checkpoint x.pth belongs to another architecture (keys missing: 1, such as conv.bias; "
         "keys unexpected: 2, such as mask_head.weight; shapes that differ: 2, such as "
-        "head.weight, 5 x 4 instead of 3 x 4)"
+        "head.weight, 5 x 4 instead of 3 x 4); a model of your own needs its --config-file"
     )
     assert_equal(model.state_dict(), before)
 
@@ -414,4 +574,200 @@ def test_other_classes_are_no_other_architecture(config):
             state[key] = value[:3]
     with pytest.raises(InputError) as caught:
         checkpoint.load_into(model, state, "x.pth")
-    assert str(caught.value) == "checkpoint x.pth is of 3 classes, not of 80"
+    section = "RETINANET" if "retinanet" in config else "ROI_HEADS"
+    assert str(caught.value) == (
+        f"checkpoint x.pth is of 3 classes, not of 80: is MODEL.{section}.NUM_CLASSES 3? "
+        "(a model of your own needs its --config-file)"
+    )
+
+
+# Why one does not fit
+
+PYRAMID = ("res2", "res3", "res4", "res5")
+# A Mask R-CNN of few channels.
+SMALL = {
+    "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
+    "MODEL.RESNETS.OUT_FEATURES": PYRAMID,
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 32,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 32,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 32,
+    "MODEL.FPN.IN_FEATURES": PYRAMID,
+    "MODEL.FPN.OUT_CHANNELS": 32,
+    "MODEL.RPN.IN_FEATURES": ("p2", "p3", "p4", "p5", "p6"),
+    "MODEL.ANCHOR_GENERATOR.SIZES": ((32,), (64,), (128,), (256,), (512,)),
+    "MODEL.ROI_HEADS.NAME": "StandardROIHeads",
+    "MODEL.ROI_HEADS.NUM_CLASSES": 4,
+    "MODEL.ROI_HEADS.IN_FEATURES": ("p2", "p3", "p4", "p5"),
+    "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
+    "MODEL.ROI_BOX_HEAD.NUM_FC": 2,
+    "MODEL.ROI_BOX_HEAD.FC_DIM": 16,
+    "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 7,
+    "MODEL.MASK_ON": True,
+    "MODEL.ROI_MASK_HEAD.NUM_CONV": 2,
+    "MODEL.ROI_MASK_HEAD.CONV_DIM": 32,
+}
+RETINANET = {
+    "MODEL.META_ARCHITECTURE": "RetinaNet",
+    "MODEL.BACKBONE.NAME": "build_retinanet_resnet_fpn_backbone",
+    "MODEL.RESNETS.OUT_FEATURES": PYRAMID[1:],
+    "MODEL.FPN.IN_FEATURES": PYRAMID[1:],
+    "MODEL.RETINANET.NUM_CLASSES": 4,
+}
+C4 = {
+    "MODEL.BACKBONE.NAME": "build_resnet_backbone",
+    "MODEL.RESNETS.OUT_FEATURES": ("res4",),
+    "MODEL.RPN.IN_FEATURES": ("res4",),
+    "MODEL.ROI_HEADS.IN_FEATURES": ("res4",),
+    "MODEL.ROI_HEADS.NAME": "Res5ROIHeads",
+    "MODEL.ANCHOR_GENERATOR.SIZES": ((32, 64),),
+}
+CASCADE = {
+    "MODEL.ROI_HEADS.NAME": "CascadeROIHeads",
+    "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True,
+}
+ONE_RATIO = {"MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": ((1.0,),)}
+AGNOSTIC = {"MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True}
+BASIC = {"MODEL.RESNETS.DEPTH": 34, "MODEL.RESNETS.RES2_OUT_CHANNELS": 64}
+
+
+def detector(settings):
+    return build_detector(from_settings({**SMALL, **settings}), False, initialize=False)
+
+
+def only(key, value):
+    return {f"MODEL.{key}": value}
+
+
+DEEP = only("RESNETS.DEPTH", 101)
+MASKLESS = only("MASK_ON", False)
+PYRAMID_GN = only("FPN.NORM", "GN")
+
+# What a checkpoint and a model have other than `SMALL`; what is told of it, and what is asked.
+MISFITS = [
+    (only("ROI_HEADS.NUM_CLASSES", 3), {}, "is of 3 classes, not of 4", "ROI_HEADS.NUM_CLASSES 3"),
+    (DEEP, {}, "res4 has 23 blocks in the checkpoint, not 6", "RESNETS.DEPTH 101"),
+    ({}, DEEP, "res4 has 6 blocks in the checkpoint, not 23", "RESNETS.DEPTH 50"),
+    ({}, BASIC, "its blocks have 3 convolutions, not 2", "RESNETS.DEPTH 50"),
+    (BASIC, {}, "its blocks have 2 convolutions, not 3", "RESNETS.DEPTH 34"),
+    (MASKLESS, {}, "it has no mask_head", "MASK_ON False"),
+    ({}, MASKLESS, "it has a mask_head", "MASK_ON True"),
+    (ONE_RATIO, {}, "its rpn_head has 1 anchor", "ANCHOR_GENERATOR of 1 anchor"),
+    (PYRAMID_GN, {}, "its feature pyramid has norm layers", "FPN.NORM GN"),
+    ({}, PYRAMID_GN, "its feature pyramid has no norm layers", "FPN.NORM empty"),
+    ({}, only("RESNETS.NORM", "GN"), "its backbone has batch norms", "RESNETS.NORM BN"),
+    (only("ROI_MASK_HEAD.NORM", "GN"), {}, "its mask_head has norm", "ROI_MASK_HEAD.NORM GN"),
+    (AGNOSTIC, {}, "its boxes are the same", "ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG True"),
+    ({}, AGNOSTIC, "its boxes are of each", "ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG False"),
+    (only("ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", True), {}, "its masks are", "CLS_AGNOSTIC_MASK True"),
+    (CASCADE, {}, "it has a cascade of heads", "ROI_HEADS.NAME CascadeROIHeads"),
+    ({}, CASCADE, "it has one head for boxes", "ROI_HEADS.NAME StandardROIHeads"),
+    ({}, C4, "it has a feature pyramid", "BACKBONE.NAME build_resnet_fpn_backbone"),
+    (C4, {}, "it has the res5 of each region", "ROI_HEADS.NAME Res5ROIHeads"),
+    (RETINANET, {}, "it is a RetinaNet", "META_ARCHITECTURE RetinaNet"),
+    ({}, RETINANET, "it is a GeneralizedRCNN", "META_ARCHITECTURE GeneralizedRCNN"),
+    (only("ROI_MASK_HEAD.NUM_CONV", 4), {}, "in its mask_head are 4, not 2", "NUM_CONV 4"),
+    (only("ROI_BOX_HEAD.NUM_FC", 1), {}, "in its box_head are 1, not 2", "NUM_FC 1"),
+    (only("RPN.CONV_DIMS", (-1, -1)), {}, "in its rpn_head are 2, not 1", "CONV_DIMS a list of 2"),
+    (only("FPN.OUT_CHANNELS", 64), {}, "feature pyramid are 64, not 32", "FPN.OUT_CHANNELS 64"),
+    (only("RESNETS.NUM_GROUPS", 2), {}, "its res2 has 2 groups of 32", "RESNETS.NUM_GROUPS 2"),
+]
+# The same of RetinaNets.
+RETINANET_MISFITS = [
+    (only("RETINANET.NUM_CLASSES", 3), {}, "is of 3 classes, not of 4", "RETINANET.NUM_CLASSES 3"),
+    (ONE_RATIO, {}, "its head has 1 anchor", "ANCHOR_GENERATOR of 1 anchor"),
+    (only("RETINANET.NORM", "BN"), {}, "its head has batch norms", "RETINANET.NORM BN"),
+    ({}, only("RETINANET.NORM", "GN"), "its head has no norm layers", "RETINANET.NORM empty"),
+    (only("RETINANET.NUM_CONVS", 2), {}, "in its head are 2, not 4", "RETINANET.NUM_CONVS 2"),
+]
+
+
+def misfit(theirs, ours):
+    with pytest.raises(InputError) as caught:
+        checkpoint.load_into(detector(ours), detector(theirs).state_dict(), "x.pth")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "told", "asked"),
+    [
+        *MISFITS,
+        *(
+            ({**RETINANET, **one}, {**RETINANET, **other}, *rest)
+            for one, other, *rest in RETINANET_MISFITS
+        ),
+    ],
+)
+def test_why_a_checkpoint_does_not_fit(theirs, ours, told, asked):
+    message = misfit(theirs, ours)
+    before, after = message.split(": is MODEL.")
+    assert told in before
+    assert asked in f"MODEL.{after}"
+    assert after.endswith("? (a model of your own needs its --config-file)")
+    assert ("belongs to another architecture: " in before) == ("classes, not of" not in before)
+
+
+def test_keypoints():
+    plain, other = detector({}), detector({})
+    other.roi_heads.keypoint_head = nn.Conv2d(2, 2, 1)
+    for model, state, present, article in ((plain, other, True, "a"), (other, plain, False, "no")):
+        with pytest.raises(InputError, match=f"it has {article} keypoint_head") as caught:
+            checkpoint.load_into(model, state.state_dict(), "x.pth")
+        assert f": is MODEL.KEYPOINT_ON {present}? (" in str(caught.value)
+
+
+def test_several_reasons():
+    theirs = {**RETINANET, **ONE_RATIO, "MODEL.RETINANET.NUM_CLASSES": 3}
+    assert misfit(theirs, RETINANET) == (
+        "checkpoint x.pth belongs to another architecture: it is of 3 classes, not of 4; its head "
+        "has 1 anchor in each place, not 3 (shapes that differ: 4, such as head.cls_score.weight, "
+        "3 x 32 x 3 x 3 instead of 12 x 32 x 3 x 3): is MODEL.RETINANET.NUM_CLASSES 3 and "
+        "MODEL.ANCHOR_GENERATOR of 1 anchor (SIZES times ASPECT_RATIOS)? "
+        "(a model of your own needs its --config-file)"
+    )
+
+
+def test_shapes_that_no_detector_has(state):
+    """Rules look at tensors of any shape."""
+    model = detector({})
+    odd = {key: torch.ones(()) for key in model.state_dict()}
+    empty = {key: torch.ones(0) for key in model.state_dict()}
+    for each in (odd, empty, state):
+        with pytest.raises(InputError, match="belongs to another architecture"):
+            checkpoint.load_into(model, each, "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (maskrcnn_resnet50_fpn, "a Mask R-CNN of torchvision"),
+        (keypointrcnn_resnet50_fpn, "a Keypoint R-CNN of torchvision"),
+        (fasterrcnn_resnet50_fpn, "a Faster R-CNN of torchvision"),
+        (retinanet_resnet50_fpn, "a RetinaNet of torchvision"),
+        (resnet18, "a ResNet of torchvision"),
+    ],
+)
+def test_checkpoints_of_torchvision(tmp_path, make, name):
+    parts = {} if make is resnet18 else {"weights_backbone": None}
+    with torch.device("meta"):
+        names = list(make(weights=None, **parts).state_dict())
+    torch.save({key: torch.ones(1) for key in names}, str(tmp_path / "model.pth"))
+    with pytest.raises(InputError) as caught:
+        checkpoint.load_into(detector({}), checkpoint.read(tmp_path / "model.pth"), "x.pth")
+    assert str(caught.value).startswith(f"checkpoint x.pth is {name}: it")
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["conv1_w", "res2_0_branch2a_w", "res_conv1_bn_s"], "a backbone of Caffe2, such as MSRA"),
+        (["res2_0_branch2a_w", "cls_score_w", "conv_rpn_w"], "a detector of Detectron in Caffe2"),
+        (["stem.conv1.weight", "res2.0.conv1.weight"], "a backbone alone: it is what training"),
+        (["backbone.layer1.0.conv1.weight", "rpn_head.rpn_conv.weight"], "MMDetection"),
+    ],
+)
+@pytest.mark.parametrize("wrap", [dict, lambda x: {"blobs": x}, lambda x: {"model": x}])
+def test_checkpoints_of_others(tmp_path, names, told, wrap):
+    document = wrap({name: np.ones(3, np.float32) for name in names})
+    path = write_pickle(tmp_path / "R-50.pkl", document)
+    with pytest.raises(InputError, match=told):
+        checkpoint.load_into(detector({}), checkpoint.read(path), "x.pth")
