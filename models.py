@@ -6,7 +6,7 @@ It imports nothing heavy, for `--help`.
 from dataclasses import dataclass
 from typing import Dict, Iterable, List, Optional
 
-from detectors.configuration import Configuration
+from configuration import Configuration
 
 VERSION = "0.1.0"
 

@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Sequence, Type
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detectors.configuration import ResNets
+from configuration import ResNets
 from detectors.layers import BasicBlock, Bottleneck, Conv2d, DeformBottleneck, res_stage
 
 # Blocks of res2 to res5, by depth.

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from configuration import Configuration
 from detectors.checkpoint import load_into, read
 from detectors.config import build_detector
-from detectors.configuration import Configuration
 from detectors.export import Export, ScriptableBoxDetector, TraceableDetector, fields
 from detectors.inputs import digest
 from detectors.zoo import NAMED_WEIGHTS, CheckpointUnavailable, zoo_checkpoint

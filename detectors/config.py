@@ -9,6 +9,7 @@ from typing import Any, Callable, Collection, Dict, Iterator, List, Sequence, Tu
 
 from torch import nn
 
+from configuration import Configuration, ResNets, ROIKeypointHead
 from detectors.backbone import (
     FPN,
     NUM_BLOCKS,
@@ -21,7 +22,6 @@ from detectors.backbone import (
     stage_width,
 )
 from detectors.boxes import AnchorGenerator
-from detectors.configuration import Configuration, ResNets, ROIKeypointHead
 from detectors.keypoints import KeypointHead
 from detectors.layers import NORMS
 from detectors.limits import check_numbers

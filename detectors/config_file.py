@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Collection, Iterator, Sequence
 
 import msgspec
 
-from detectors.configuration import IGNORED, Configuration, from_settings, keys
+from configuration import IGNORED, Configuration, from_settings, keys
 from detectors.zoo_configurations import BASE, KNOWN_EXPRESSIONS, ZOO, zoo_settings
 from errors import InputError
 

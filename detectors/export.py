@@ -8,8 +8,8 @@ from typing import Dict, Optional, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
+from configuration import Configuration
 from detectors.config import fields
-from detectors.configuration import Configuration
 from detectors.instances import Instances, flatten
 from models import Model
 

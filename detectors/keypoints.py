@@ -6,7 +6,7 @@ from typing import Dict, List
 import torch
 from torch import Tensor, nn
 
-from detectors.configuration import ROIKeypointHead
+from configuration import ROIKeypointHead
 
 
 class KeypointHead(nn.Sequential):

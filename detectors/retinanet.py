@@ -5,8 +5,8 @@ from typing import List, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
+from configuration import RetinaNet as Settings
 from detectors import boxes as box_ops
-from detectors.configuration import RetinaNet as Settings
 from detectors.images import batch_images, image_size
 from detectors.instances import Instances
 from detectors.layers import make_norm

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.jit import Final
 
+from configuration import ROIBoxHead, ROIMaskHead
 from detectors import boxes as box_ops
-from detectors.configuration import ROIBoxHead, ROIMaskHead
 from detectors.instances import Instances
 from detectors.keypoints import KeypointHead, keypoints
 from detectors.layers import Conv2d

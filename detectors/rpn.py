@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from configuration import RPN as Settings
 from detectors import boxes as box_ops
-from detectors.configuration import RPN as Settings
 
 
 class RPNHead(nn.Module):

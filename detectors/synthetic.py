@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
+from configuration import Configuration
 from detectors import boxes as box_ops
 from detectors.config import build_detector
-from detectors.configuration import Configuration
 from detectors.images import batch_images, image_size
 from detectors.layers import Bottleneck, FrozenBatchNorm2d
 from detectors.rcnn import GeneralizedRCNN

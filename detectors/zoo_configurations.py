@@ -6,7 +6,7 @@ Figures and names from the zoo's files, without what is for training
 
 from typing import Any, Dict, Tuple
 
-from detectors.configuration import Configuration, from_settings
+from configuration import Configuration, from_settings
 
 # The key that names what a configuration is based on.
 BASE = "_BASE_"

@@ -351,7 +351,7 @@ def _model_notes(
 
 
 def _weights_note(group: Group) -> str:
-    """Where the weights come from, and what no checkpoint says: what else they were trained with."""
+    """Where the weights come from, and what no checkpoint says: what they were trained with."""
     if group.weights.source != "file" or group.model not in MODELS:
         return weights_note(group.weights)
     return (

@@ -7,7 +7,7 @@ from typing import Any, Dict, Mapping, Tuple
 from seeded_weights import seeded_image, seeded_weights
 from torch import Tensor
 
-from detectors.configuration import Configuration, from_settings
+from configuration import Configuration, from_settings
 from detectors.zoo_configurations import zoo_settings
 
 FASTER_FPN = "COCO-Detection/faster_rcnn_R_50_FPN_1x"

@@ -20,10 +20,10 @@ from torchvision.models.detection import (
     retinanet_resnet50_fpn,
 )
 
+from configuration import from_settings
 from detectors import checkpoint
 from detectors.build import _from_file
 from detectors.config import build_detector
-from detectors.configuration import from_settings
 from detectors.layers import FrozenBatchNorm2d
 from detectors.zoo_configurations import zoo_configuration
 from errors import InputError

@@ -14,10 +14,10 @@ import pytest
 import torch
 from golden import DATA, assert_same
 
+from configuration import from_settings, keys
 from detectors.checkpoint import load_into
 from detectors.config import build_detector, fields
 from detectors.config_file import read_configuration
-from detectors.configuration import from_settings, keys
 from detectors.export import TraceableDetector, script
 from detectors.instances import Instances, flatten
 from detectors.limits import RANGES, check_numbers

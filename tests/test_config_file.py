@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from configuration import IGNORED, Configuration, keys
 from detectors.config_file import LARGEST_FILE, MOST_FILES, read_configuration
-from detectors.configuration import IGNORED, Configuration, keys
 from detectors.zoo_configurations import KNOWN_EXPRESSIONS, ZOO, zoo_configuration
 from errors import InputError
 

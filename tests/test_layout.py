@@ -20,7 +20,7 @@ FLOORS = [
     {"compare", "report"},
     {"results"},
     {"models", "benchmark"},
-    {"errors"},
+    {"errors", "configuration"},
 ]
 # The session makes a page, and is the only one to look up.
 UPWARD = {("measure.session", "report")}
