@@ -12,19 +12,8 @@ OBJECTS = 100
 # Settings that change what is measured, and how.
 DECISIVE_SETTINGS = (
     *("model", "config_file", "opts", "backend", "environment", "precision", "device", "source"),
-    *(
-        "image",
-        "image_size",
-        "min_size",
-        "max_size",
-        "weights",
-        "detections",
-        "threads",
-        "seed",
-        "warmup",
-        "iterations",
-        "time_budget",
-    ),
+    *("image", "image_size", "min_size", "max_size", "weights", "detections", "threads", "seed"),
+    *("warmup", "iterations", "time_budget"),
     *("stages", "trace"),
 )
 # Beyond these a reader should know. A quarter of a core on two of them is an eighth.
