@@ -82,7 +82,7 @@ class Tolerance:
 _SIXTEEN_BITS = Tolerance(
     iou=0.8,
     mask_iou=0.7,
-    score=0.2,
+    score=0.15,
     share=0.85,
     cut_margin=0.03,
     order=0.005,

@@ -730,7 +730,7 @@ def tiny_export(images: int = 1) -> Export:
         for name, size in (("min", (288, 384)), ("opt", (300, 400)), ("max", (480, 640)))
     }
     model = MODELS["testMaskRCNNFPN_b2" if images == 2 else "testRetinaNet"]
-    return Export(model, Padding().eval(), tuning)
+    return Export(model, zoo_configuration(model.config), Padding().eval(), tuning)
 
 
 @pytest.mark.parametrize("images", [1, 2])

@@ -88,7 +88,7 @@ def suite_with_stand_in(folder: Path, seconds: float) -> Tuple[Path, Backend]:
     for room in ("backends", "detectors", "measure", "results"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(HERE / room, folder / room, ignore=ignored, dirs_exist_ok=True)
-    for name in ("benchmark.py", "errors.py", "models.py"):
+    for name in ("benchmark.py", "configuration.py", "errors.py", "models.py"):
         shutil.copy(HERE / name, folder)
     path = folder / "backends" / "spinning.py"
     path.write_text(STAND_IN.replace("SECONDS", str(seconds)), encoding="utf-8")
