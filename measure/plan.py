@@ -169,7 +169,7 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
     cores = usable_cores()
     if options.threads is not None and options.threads > cores:
         raise InputError(f"--threads {options.threads}: only {cores} cores can be used here")
-    models = _models(options)
+    models = models_of(options)
     view = _view(options, models[0])
     images = tuple(dict.fromkeys(options.image or ()))
     pictures = inputs.read_images([Path(x) for x in images], view, options.seed)
@@ -224,7 +224,7 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
     )
 
 
-def _models(options: argparse.Namespace) -> tuple[Model, ...]:
+def models_of(options: argparse.Namespace) -> tuple[Model, ...]:
     """The test models that are asked for, or the model of the user's own.
 
     Raises:
@@ -243,10 +243,11 @@ def _models(options: argparse.Namespace) -> tuple[Model, ...]:
     path = Path(options.config_file)
     # Detectron2's trainer leaves `config.yaml` in a folder that someone has given a name.
     name = path.resolve().parent.name if path.stem == "config" else path.stem
+    # It stands in tables, and in names of files.
+    name = re.sub(r"[^\w.+-]+", "_", file_name(name)) or "model"
     return (
         Model(
-            # It stands in tables, and in names of files.
-            name=re.sub(r"[^\w.+-]+", "_", file_name(name)) or "model",
+            name=f"{name}_own" if name in MODELS else name,
             config=file_name(options.config_file),
             postprocess=configuration.model.meta_architecture == "RetinaNet",
             configuration=configuration,

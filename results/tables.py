@@ -171,8 +171,8 @@ def _compact(table: Table) -> tabulate.TableFormat:
 
 
 def short_name(model: str) -> str:
-    """The name of a test model as tables print it, without its leading `test`."""
-    return model[len("test") :] if model.startswith("test") else model
+    """The name of a model as tables print it: that of a test model without its leading `test`."""
+    return model[len("test") :] if model.split(" ")[0] in MODELS else model
 
 
 def group_name(group: Group) -> str:

@@ -14,10 +14,12 @@ import torch
 from conftest import arrays
 from test_cli import assert_refused, main  # noqa: F401
 
+import run_blade
 from detectors.build import build
 from detectors.checkpoint import read
 from detectors.config_file import read_configuration
 from detectors.inputs import View, inputs, read_image
+from measure import plan
 from measure.verify import split, verify
 from models import TUNING, Model, timed
 
@@ -199,3 +201,20 @@ def test_what_bf16_costs_a_trained_detector_is_no_mismatch(detector, name):
             rounded = arrays(export.eager(*images))
     listed = (export.score_threshold, export.limit)
     assert not verify(expected, rounded, export.fields, "bf16", *listed).is_wrong
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("street/config.yaml", "street"),
+        ("a/b c|d.yaml", "b_c_d"),
+        ("testing.yml", "testing"),
+        ("testRetinaNet.yaml", "testRetinaNet_own"),
+    ],
+)
+def test_what_a_model_of_ones_own_is_called(tmp_path, file, name):
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(CONFIG.read_text())
+    options = run_blade.parser().parse_args(["--config-file", str(path), "--weights", "w.pth"])
+    assert [model.name for model in plan.models_of(options)] == [name]
