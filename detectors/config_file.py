@@ -10,6 +10,7 @@ import ast
 import difflib
 import os
 import reprlib
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Collection, Iterator, Sequence
@@ -156,7 +157,10 @@ def _wrong(value: Any) -> str | None:
 def _literal(text: str) -> Any:
     """What Python would read; the text itself where it is no literal. YAML knows no tuples."""
     try:
-        return ast.literal_eval(text)
+        with warnings.catch_warnings():
+            # Of escapes and numbers that Python doubts: lines of their own on the screen.
+            warnings.simplefilter("ignore")
+            return ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
 

@@ -388,3 +388,11 @@ def test_overrides_that_are_wrong(written):
     assert "has keys of its own" in refused(path, "MODEL.RPN", "{}")
     assert "--opts A\\nB: A\\nB is not known" in refused(path, "A\nB", "1")
     assert "A\\nB has no value" in refused(path, "A\nB")
+
+
+def test_python_does_not_warn_of_what_is_read(written, recwarn):
+    """Its warnings would be lines of their own, as many as a text has escapes."""
+    path = written("MODEL: {RPN: {NMS_THRESH: '1if 1else 2'}}")
+    assert "is '1if 1else 2': Expected `float`" in refused(path)
+    assert "Expected `float`" in refused(path, "MODEL.RPN.NMS_THRESH", r"'\d'")
+    assert not recwarn.list
