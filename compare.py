@@ -44,7 +44,10 @@ MOST_DRIFT = 1.25
 # Where one of these differs, times are those of another machine; what is found may be compared.
 MACHINE = ("cpu.model", "cpu.flags", "cpu.usable_cores", "gpu", "--device", "--threads")
 # Where one of these differs, nothing can be compared: it is another task.
-TASK = ("--source", "--image", "--image-size", "--weights", "--detections", "--seed")
+TASK = (
+    *("configuration", "--source", "--image", "--image-size", "--weights", "--detections"),
+    "--seed",
+)
 
 # Case, name of a run and precision of its group.
 Key = Tuple[str, str, str]

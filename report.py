@@ -295,7 +295,7 @@ def pictures(
     """
     if found is None or not found.reference or not groups[0].image_sizes:
         return []
-    height, width = timed_size(groups[0])
+    height, width = found.size or timed_size(groups[0])
     reference = found.reference[0]
     count = len(reference.scores)
     caption = f"Torch fp32, the reference: {count} detections"
@@ -434,7 +434,7 @@ def _identifier(name: str) -> str:
 def _images(results: Results, found: Found, images: Dict[str, bytes]) -> List[Image]:
     """Each image, once for all drawings on it."""
     sizes = {
-        found[_case(group)].image: timed_size(group)
+        found[_case(group)].image: found[_case(group)].size or timed_size(group)
         for group in results.groups
         if group.image_sizes and _case(group) in found
     }

@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--opts",
         nargs="+",
+        action="extend",
         default=[],
         metavar="KEY VALUE",
         help="keys of the configuration that have other values than in the file",

@@ -40,7 +40,7 @@ LONGEST_SHOWN = 300
 ZOO_PREFIX = "detectron2://"
 # What Detectron2's files have said since 2019, where they say it.
 VERSION = 2
-WAY_OUT = "what Detectron2 itself can build, --source detectron2 takes"
+WAY_OUT = "the bundled detectors cannot be built from it"
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def _settings(path: str, above: tuple[str, ...], budget: _Budget) -> Settings:
     if file.suffix == ".py":
         raise InputError(
             f"{shown} is a program, as LazyConfig files are, and is not run: "
-            "--source detectron2 --trust-config runs it"
+            "give the configuration as YAML"
         )
     place = str(file.resolve())
     if place in above:

@@ -292,7 +292,8 @@ def view_sizes(images: Sequence[Any], view: View, seed: int) -> Dict[str, Size]:
         elongated = int(side * MOST_ELONGATED)
         shapes = ((side, side), (side, elongated), (elongated, side))
         sizes += [view.resized(shape) for shape in shapes]
-        ranges["min"] = min(x[0] for x in sizes), min(x[1] for x in sizes)
+        smallest = [max(SMALLEST_SIDE, min(x[axis] for x in sizes)) for axis in (0, 1)]
+        ranges["min"] = smallest[0], smallest[1]
         ranges["max"] = max(x[0] for x in sizes), max(x[1] for x in sizes)
     ranges["min"] = view.smallest or ranges["min"]
     ranges["max"] = view.largest or ranges["max"]

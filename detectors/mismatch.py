@@ -14,7 +14,7 @@ from detectors.backbone import NUM_BLOCKS, STAGES
 State = Dict[str, Tensor]
 # More reasons than these do not make a sentence that anyone reads.
 MOST = 4
-HINT = "a model of your own needs its --config-file"
+HINT = "a model of your own needs the --config-file that it was trained with"
 
 
 class Finding(NamedTuple):

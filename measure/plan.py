@@ -242,7 +242,7 @@ def models_of(options: argparse.Namespace) -> tuple[Model, ...]:
         raise InputError("--config-file needs the model's --weights FILE")
     path = Path(options.config_file)
     # Detectron2's trainer leaves `config.yaml` in a folder that someone has given a name.
-    name = path.resolve().parent.name if path.stem == "config" else path.stem
+    name = path.absolute().parent.name if path.stem == "config" else path.stem
     # It stands in tables, and in names of files.
     name = re.sub(r"[^\w.+-]+", "_", file_name(name)) or "model"
     return (

@@ -330,10 +330,10 @@ class Session:
         files = image_files(self.plan.pictures)
         named = zip(self._pictures_of(model).items(), files, self.plan.pictures)
         for (name, picture), file, image in named:
-            size = image.shape[-2:]
+            size = (image.shape[-2], image.shape[-1])
             reference = tuple(drawn(found, size) for found in reference_detections(model, name))
             kept = self.found[picture].runs if picture in self.found else {}
-            self.found[picture] = Picture(file, reference, kept)
+            self.found[picture] = Picture(file, reference, kept, size)
 
     def _pictures_of(self, model: PreparedModel) -> dict[str, str]:
         """Timed input -> its name in `detections.json`."""

@@ -499,10 +499,13 @@ def _allowed(expected: int) -> int:
 
 
 def _is_duplicate(side: Detections) -> np.ndarray:
-    """N, bool: whether one of its class with a higher score lies on the same place."""
+    """N, bool: whether one of its class that is listed before it lies on the same place."""
     overlap = _box_iou(side.boxes, side.boxes)
     same_class = side.classes[:, None] == side.classes[None, :]
-    is_better = side.scores[None, :] > side.scores[:, None]
+    # By score, and of equal ones by place: a list may have one and the same twice.
+    order = np.lexsort((np.arange(len(side.scores)), -side.scores))
+    rank_of = np.argsort(order)
+    is_better = rank_of[None, :] < rank_of[:, None]
     return (same_class & is_better & (overlap >= DUPLICATE_IOU)).any(axis=1)
 
 

@@ -87,6 +87,7 @@ def facts(results: Results) -> Dict[str, Any]:
     named.update(environment.versions)
     named.update(environment.variables)
     commit = environment.commit
+    named["configuration"] = settings.config_digest
     named["commit"] = commit and commit.revision[:10] + " with changes" * commit.dirty
     for name in DECISIVE_SETTINGS:
         value = getattr(settings, name)

@@ -527,8 +527,10 @@ class Picture:
         image: name of the file, beside the result file.
         reference: for each image of the call, what Torch fp32 found.
         runs: requested precision -> label of a run -> what it found in each image.
+        size: height and width of the image, whose pixels boxes are in; None: those it was timed at.
     """
 
     image: str
     reference: Tuple[Drawn, ...]
     runs: Dict[str, Dict[str, Tuple[DrawnRun, ...]]] = field(default_factory=dict)
+    size: Optional[Tuple[int, int]] = None

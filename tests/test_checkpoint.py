@@ -551,7 +551,8 @@ def test_another_architecture_is_refused_and_changes_nothing(state):
     assert str(caught.value) == (
         "checkpoint x.pth belongs to another architecture (keys missing: 1, such as conv.bias; "
         "keys unexpected: 2, such as mask_head.weight; shapes that differ: 2, such as "
-        "head.weight, 5 x 4 instead of 3 x 4); a model of your own needs its --config-file"
+        "head.weight, 5 x 4 instead of 3 x 4); a model of your own needs the --config-file that it "
+        "was trained with"
     )
     assert_equal(model.state_dict(), before)
 
@@ -577,7 +578,7 @@ def test_other_classes_are_no_other_architecture(config):
     section = "RETINANET" if "retinanet" in config else "ROI_HEADS"
     assert str(caught.value) == (
         f"checkpoint x.pth is of 3 classes, not of 80: is MODEL.{section}.NUM_CLASSES 3? "
-        "(a model of your own needs its --config-file)"
+        "(a model of your own needs the --config-file that it was trained with)"
     )
 
 
@@ -702,7 +703,9 @@ def test_why_a_checkpoint_does_not_fit(theirs, ours, told, asked):
     before, after = message.split(": is MODEL.")
     assert told in before
     assert asked in f"MODEL.{after}"
-    assert after.endswith("? (a model of your own needs its --config-file)")
+    assert after.endswith(
+        "? (a model of your own needs the --config-file that it was trained with)"
+    )
     assert ("belongs to another architecture: " in before) == ("classes, not of" not in before)
 
 
@@ -722,7 +725,7 @@ def test_several_reasons():
         "has 1 anchor in each place, not 3 (shapes that differ: 4, such as head.cls_score.weight, "
         "3 x 32 x 3 x 3 instead of 12 x 32 x 3 x 3): is MODEL.RETINANET.NUM_CLASSES 3 and "
         "MODEL.ANCHOR_GENERATOR of 1 anchor (SIZES times ASPECT_RATIOS)? "
-        "(a model of your own needs its --config-file)"
+        "(a model of your own needs the --config-file that it was trained with)"
     )
 
 

@@ -233,6 +233,7 @@ OTHER_SIZE = {"opt": [[32, 32]]}
         (lambda d: d["settings"].update(threads=4), "--threads differs"),
         (lambda d: d["settings"].update(device="cuda"), "--device differs"),
         (lambda d: d["settings"].update(weights="mine.pth"), "--weights differs"),
+        (lambda d: d["settings"].update(config_digest="b"), "configuration differs"),
         (lambda d: d["groups"][0].update(image_digest="b"), "image digest differs"),
         (lambda d: d["groups"][0].update(image_sizes=OTHER_SIZE), "image sizes differs"),
     ],

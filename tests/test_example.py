@@ -93,6 +93,9 @@ def test_the_command_of_the_readme(main, tmp_path):  # noqa: F811
     boxes = np.array(drawn["shapes"]["reference"][0]["boxes"])
     (expected,) = golden.load("example")[IMAGES[0].stem]
     assert np.allclose(boxes, expected["pred_boxes"], atol=0.06)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert 'viewBox="0 0 160 128"' in page
+    assert 'width="160" height="128"' in page
     again = main(*asked, *QUICK, "--output", tmp_path)
     assert again.code == 0
     assert "kept from before" in again.err
@@ -189,6 +192,11 @@ def test_every_engine_sees_a_picture_in_which_nothing_is_found(main, tmp_path): 
     for run in group["runs"][1:]:
         assert run["detections"]["blank"]["expected"] == 0
         assert run["detections"]["blank"]["spurious"] == 0
+
+
+def test_overrides_add_up():
+    words = ["--opts", "A", "1", "--all", "--opts", "B", "-2"]
+    assert run_blade.parser().parse_args(words).opts == ["A", "1", "B", "-2"]
 
 
 @pytest.mark.parametrize("name", [path.stem for path in IMAGES])

@@ -730,3 +730,13 @@ def test_tuple_that_agrees():
     reference = flat(random_detections(0, 100), random_detections(1, 100))
     agreement = verify.verify(reference, reference, FIELDS, "fp32")
     assert agreement.text == "200/200 match"
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_detections_that_are_there_twice_with_one_score(precision):
+    """As an engine lists them that gathers an index twice; within the share that may be lost."""
+    reference = with_scores(random_detections(0, 85), np.linspace(0.95, 0.3, 85))
+    twice = take(reference, np.sort(np.r_[0:85, 0:85:9]))
+    agreement = verify.compare([reference], [twice], precision)
+    assert agreement.verdict == "mismatch"
+    assert "10 detections are there twice" in agreement.reason
