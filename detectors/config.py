@@ -9,7 +9,7 @@ from typing import Any, Callable, Collection, Dict, Iterator, List, Sequence, Tu
 
 from torch import nn
 
-from configuration import Configuration, ResNets, ROIKeypointHead
+from configuration import Configuration, ResNets, ROIKeypointHead, SemSegHead
 from detectors.backbone import (
     FPN,
     NUM_BLOCKS,
@@ -25,7 +25,7 @@ from detectors.boxes import AnchorGenerator
 from detectors.keypoints import KeypointHead
 from detectors.layers import NORMS
 from detectors.limits import check_numbers
-from detectors.rcnn import GeneralizedRCNN
+from detectors.rcnn import GeneralizedRCNN, ProposalNetwork
 from detectors.retinanet import RetinaNet
 from detectors.roi_heads import (
     BoxHead,
@@ -38,13 +38,19 @@ from detectors.roi_heads import (
     StandardROIHeads,
 )
 from detectors.rpn import RPN
+from detectors.semantic import PanopticFPN, SemanticSegmentor, SemSegFPNHead
 from errors import InputError
 
 Backbone = Union[ResNet, FPN]
 POOLERS = ("ROIAlignV2", "ROIAlign", "ROIPool")
 
 
-def build_detector(config: Configuration, postprocess: bool, initialize: bool = True) -> nn.Module:
+def build_detector(
+    config: Configuration,
+    postprocess: bool,
+    initialize: bool = True,
+    without_detections: bool = False,
+) -> nn.Module:
     """The detector of a configuration, in eval mode, with untrained weights.
 
     Args:
@@ -52,10 +58,17 @@ def build_detector(config: Configuration, postprocess: bool, initialize: bool = 
         postprocess: clip the boxes to the image and paste the masks into it.
         initialize: give the parameters PyTorch's random values. Where all of them are overwritten
             anyway, False saves nine tenths of the time: they hold whatever the memory holds.
+        without_detections: take also what has no detections in its outputs (`NO_DETECTIONS`). By
+            default it is refused, as outputs are compared by their detections.
 
     Raises:
         errors.InputError: it asks for what there is no network for, or contradicts itself.
     """
+    architecture = config.model.meta_architecture
+    if architecture in NO_DETECTIONS and not without_detections:
+        raise InputError(
+            f"MODEL.META_ARCHITECTURE is {architecture!r}, which has no detections to compare"
+        )
     if initialize:
         return _built(config, postprocess).eval()
     with _uninitialized():
@@ -91,19 +104,23 @@ def _built(config: Configuration, postprocess: bool) -> nn.Module:
 def fields(config: Configuration, postprocess: bool) -> Tuple[str, ...]:
     """Names of the tensors of one image, in their order in the flat tuple of an export.
 
-    That is the order of Detectron2's `TracingAdapter`: by name, and the size of the image last.
+    That is the order of Detectron2's `TracingAdapter`: by name, and the size of the image last. Of
+    a panoptic detector the instances come first. What each is, `detectors.instances` tells.
 
     Args:
         config, postprocess: as for `build_detector`, which refuses what has no fields.
     """
     model = config.model
+    if model.meta_architecture in NO_DETECTIONS:
+        return NO_DETECTIONS[model.meta_architecture]
+    others = ("sem_seg",) if model.meta_architecture == "PanopticFPN" else ()
     has_heads = model.meta_architecture != "RetinaNet"
     names = ["pred_boxes", "pred_classes", "scores"]
     if has_heads and model.mask_on:
         names.append("pred_masks")
     if has_heads and model.keypoint_on:
         names += ["pred_keypoint_heatmaps", "pred_keypoints"]
-    return (*sorted(names), "image_size")
+    return (*sorted(names), "image_size", *others)
 
 
 def one_of(key: str, value: Any, known: Collection[Any]) -> None:
@@ -474,6 +491,10 @@ def _retinanet(config: Configuration, postprocess: bool) -> RetinaNet:
 
 
 def _generalized_rcnn(config: Configuration, postprocess: bool) -> GeneralizedRCNN:
+    return GeneralizedRCNN(**_parts_of_rcnn(config), postprocess=postprocess)
+
+
+def _parts_of_rcnn(config: Configuration) -> Dict[str, Any]:
     model = config.model
     if model.load_proposals:
         raise InputError(
@@ -483,17 +504,64 @@ def _generalized_rcnn(config: Configuration, postprocess: bool) -> GeneralizedRC
     one_of("MODEL.ROI_HEADS.NAME", model.roi_heads.name, ROI_HEADS)
     check_numbers("MODEL.ROI_HEADS", model.roi_heads)
     backbone = _backbone(config)
-    return GeneralizedRCNN(
-        backbone,
-        _rpn(config, backbone),
-        ROI_HEADS[model.roi_heads.name](config, backbone),
-        model.pixel_mean,
-        model.pixel_std,
-        postprocess,
-    )
+    return {
+        "backbone": backbone,
+        "proposal_generator": _rpn(config, backbone),
+        "roi_heads": ROI_HEADS[model.roi_heads.name](config, backbone),
+        "pixel_mean": model.pixel_mean,
+        "pixel_std": model.pixel_std,
+    }
+
+
+def _proposal_network(config: Configuration, postprocess: bool) -> ProposalNetwork:
+    backbone, model = _backbone(config), config.model
+    return ProposalNetwork(backbone, _rpn(config, backbone), model.pixel_mean, model.pixel_std)
+
+
+def _semantic_segmentor(config: Configuration, postprocess: bool) -> SemanticSegmentor:
+    backbone, model = _backbone(config), config.model
+    head = _sem_seg_head(model.sem_seg_head, backbone)
+    return SemanticSegmentor(backbone, head, model.pixel_mean, model.pixel_std)
+
+
+def _panoptic_fpn(config: Configuration, postprocess: bool) -> PanopticFPN:
+    parts = _parts_of_rcnn(config)
+    head = _sem_seg_head(config.model.sem_seg_head, parts["backbone"])
+    return PanopticFPN(head, **parts, postprocess=postprocess)
+
+
+def _sem_seg_head(settings: SemSegHead, backbone: Backbone) -> SemSegFPNHead:
+    one_of("MODEL.SEM_SEG_HEAD.NAME", settings.name, ("SemSegFPNHead",))
+    check_numbers("MODEL.SEM_SEG_HEAD", settings)
+    _check_norm("MODEL.SEM_SEG_HEAD.NORM", settings.norm)
+    key = "MODEL.SEM_SEG_HEAD.IN_FEATURES"
+    places = sorted(set(_places(key, backbone, settings.in_features)))
+    strides = [backbone.strides[n] for n in places]
+    # Doubled from another number of cells, feature maps would not meet.
+    if len(places) > 1 and (
+        not backbone.size_divisibility or strides[-1] > backbone.size_divisibility
+    ):
+        raise InputError(
+            f"{key} go up to a stride of {strides[-1]}, and images are padded to multiples of "
+            f"{backbone.size_divisibility or 1} only"
+        )
+    finest = [2**n for n in range(strides[0].bit_length())]
+    one_of("MODEL.SEM_SEG_HEAD.COMMON_STRIDE", settings.common_stride, finest)
+    names = [backbone.names[n] for n in places]
+    channels = [backbone.channels[n] for n in places]
+    with _naming("MODEL.SEM_SEG_HEAD.NORM"):
+        return SemSegFPNHead(names, places, channels, strides, settings)
 
 
 ARCHITECTURES: Dict[str, Callable[[Configuration, bool], nn.Module]] = {
     "RetinaNet": _retinanet,
     "GeneralizedRCNN": _generalized_rcnn,
+    "PanopticFPN": _panoptic_fpn,
+    "ProposalNetwork": _proposal_network,
+    "SemanticSegmentor": _semantic_segmentor,
+}
+# Architectures that find no objects -> what the flat tuple has instead.
+NO_DETECTIONS = {
+    "ProposalNetwork": ("objectness_logits", "proposal_boxes", "image_size"),
+    "SemanticSegmentor": ("sem_seg",),
 }

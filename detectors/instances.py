@@ -1,6 +1,6 @@
 """What a detector finds in one image."""
 
-from typing import List, NamedTuple, Optional
+from typing import List, NamedTuple, Optional, Union
 
 from torch import Tensor
 
@@ -28,12 +28,58 @@ class Instances(NamedTuple):
     pred_keypoint_heatmaps: Optional[Tensor] = None
 
 
-def flatten(instances: Instances) -> List[Tensor]:
+class Proposals(NamedTuple):
+    """Where objects may be in one image, the best first.
+
+    Attributes:
+        image_size: int64 [H, W].
+        proposal_boxes: R x 4, corners x0, y0, x1, y1 in pixels.
+        objectness_logits: R.
+    """
+
+    image_size: Tensor
+    proposal_boxes: Tensor
+    objectness_logits: Tensor
+
+
+class Segmentation(NamedTuple):
+    """What each pixel of one image belongs to.
+
+    Attributes:
+        sem_seg: K x H x W logits of the classes.
+    """
+
+    sem_seg: Tensor
+
+
+class Panorama(NamedTuple):
+    """Things, and what each pixel of one image belongs to.
+
+    Attributes:
+        instances: the things.
+        sem_seg: as of `Segmentation`; class 0 are all things.
+    """
+
+    instances: Instances
+    sem_seg: Tensor
+
+
+def flatten(found: Union[Instances, Proposals, Segmentation, Panorama]) -> List[Tensor]:
     """The tensors of one image in the order of Detectron2's `TracingAdapter`.
 
     That is by field name, image size last, without those that there are not: see
     `detectors.config.fields`.
     """
+    if isinstance(found, Panorama):
+        return [*_of_instances(found.instances), found.sem_seg]
+    if isinstance(found, Segmentation):
+        return [found.sem_seg]
+    if isinstance(found, Proposals):
+        return [found.objectness_logits, found.proposal_boxes, found.image_size]
+    return _of_instances(found)
+
+
+def _of_instances(instances: Instances) -> List[Tensor]:
     tensors = [instances.pred_boxes, instances.pred_classes]
     heatmaps, keypoints = instances.pred_keypoint_heatmaps, instances.pred_keypoints
     if heatmaps is not None and keypoints is not None:

@@ -1,4 +1,7 @@
-"""Two-stage detectors: Faster, Mask, Keypoint and Cascade R-CNN, inference only."""
+"""Two-stage detectors: Faster, Mask, Keypoint and Cascade R-CNN, inference only.
+
+And the first stage alone, the proposal network.
+"""
 
 from typing import List, Sequence
 
@@ -7,7 +10,7 @@ from torch import Tensor, nn
 
 from detectors import boxes as box_ops
 from detectors.images import batch_images, image_size
-from detectors.instances import Instances
+from detectors.instances import Instances, Proposals
 from detectors.masks import paste_masks
 from detectors.rpn import RPN
 
@@ -49,12 +52,57 @@ class GeneralizedRCNN(nn.Module):
         """
         sizes = [image_size(image) for image in images]
         batch = batch_images(images, self.pixel_mean, self.pixel_std, self.size_divisibility)
-        features = self.backbone(batch)
+        return self.instances(self.backbone(batch), sizes)
+
+    def instances(self, features: List[Tensor], sizes: List[Tensor]) -> List[Instances]:
+        """Detects objects.
+
+        Args:
+            features: of the backbone, N x C x H x W each.
+            sizes: height and width of each image.
+        """
         proposals = self.proposal_generator(features, sizes)
         results = self.roi_heads(features, proposals, sizes)
         if self.postprocess:
             return [postprocess(x) for x in results]
         return results
+
+
+class ProposalNetwork(nn.Module):
+    """Backbone and proposals (Ren et al. 2015, https://arxiv.org/abs/1506.01497).
+
+    There is nothing to postprocess: proposals lie within the image.
+
+    Args: as for `GeneralizedRCNN`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        proposal_generator: RPN,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+    ) -> None:
+        super().__init__()
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+        self.backbone = backbone
+        self.size_divisibility: int = backbone.size_divisibility
+        self.proposal_generator = proposal_generator
+
+    def forward(self, images: List[Tensor]) -> List[Proposals]:
+        """Proposes boxes.
+
+        Args:
+            images: 3 x H x W float tensors in the format of the configuration, 0 to 255.
+        """
+        sizes = [image_size(image) for image in images]
+        batch = batch_images(images, self.pixel_mean, self.pixel_std, self.size_divisibility)
+        scored = self.proposal_generator.scored(self.backbone(batch), sizes)
+        proposals: List[Proposals] = []
+        for size, (boxes, logits) in zip(sizes, scored):
+            proposals.append(Proposals(size, boxes, logits))
+        return proposals
 
 
 def postprocess(result: Instances) -> Instances:

@@ -85,6 +85,13 @@ class RPN(nn.Module):
     def forward(self, features: List[Tensor], sizes: List[Tensor]) -> List[Tensor]:
         """Returns the proposals for each image, R x 4, best objectness first.
 
+        Args: as for `scored`.
+        """
+        return [boxes for boxes, _ in self.scored(features, sizes)]
+
+    def scored(self, features: List[Tensor], sizes: List[Tensor]) -> List[Tuple[Tensor, Tensor]]:
+        """Returns the proposals for each image, R x 4, and their logits, R, the best first.
+
         Args:
             features: of the backbone, N x C x H x W each.
             sizes: height and width of each image.
@@ -94,22 +101,27 @@ class RPN(nn.Module):
         logits, deltas = self.rpn_head(features)
         logits = [x.permute(0, 2, 3, 1).flatten(1) for x in logits]
         deltas = [_per_anchor(x) for x in deltas]
-        proposals: List[Tensor] = []
+        proposals: List[Tuple[Tensor, Tensor]] = []
         for n, size in enumerate(sizes):
             proposals.append(
-                self.proposals_of_image(
-                    anchors, [x[n] for x in logits], [x[n] for x in deltas], size
-                )
+                self.scored_of_image(anchors, [x[n] for x in logits], [x[n] for x in deltas], size)
             )
         return proposals
 
     def proposals_of_image(
         self, anchors: List[Tensor], logits: List[Tensor], deltas: List[Tensor], size: Tensor
     ) -> Tensor:
+        """The proposals for one image, R x 4; arguments as for `scored_of_image`."""
+        return self.scored_of_image(anchors, logits, deltas, size)[0]
+
+    def scored_of_image(
+        self, anchors: List[Tensor], logits: List[Tensor], deltas: List[Tensor], size: Tensor
+    ) -> Tuple[Tensor, Tensor]:
         """Selects, decodes and suppresses the candidates of one image.
 
         Args:
             anchors, logits, deltas: per level, R x 4, R, R x 4.
+            size: height and width of the image.
         """
         all_boxes: List[Tensor] = []
         all_logits: List[Tensor] = []
@@ -128,7 +140,8 @@ class RPN(nn.Module):
         keep = finite & box_ops.nonempty(boxes, self.min_size)
         boxes, top, levels = boxes[keep], top[keep], levels[keep]
         keep = box_ops.batched_nms(boxes, top, levels, self.nms_threshold)
-        return boxes[keep[: self.post_nms_topk]]
+        keep = keep[: self.post_nms_topk]
+        return boxes[keep], top[keep]
 
 
 def _per_anchor(deltas: Tensor) -> Tensor:

@@ -74,16 +74,31 @@ def outputs(
 def outputs_of_part(detector: nn.Module, images: Tuple[Tensor, ...]) -> List[Dict[str, Tensor]]:
     """What one of `parts` finds, one set of fields for each image, not postprocessed."""
     inputs = [{"image": image} for image in images]
-    if hasattr(detector, "roi_heads"):
-        found = detector.inference(inputs, do_postprocess=False)
-    else:
-        found = [x["instances"] for x in detector(inputs)]
-    # By name, and the size of the image last, as `TracingAdapter` puts them.
-    return [_fields([*sorted(each.get_fields()), "image_size"], each) for each in found]
+    if not hasattr(detector, "roi_heads"):
+        return [_fields_of_outcome(outcome) for outcome in detector(inputs)]
+    found = detector.inference(inputs, do_postprocess=False)
+    if not hasattr(detector, "sem_seg_head"):
+        return [_all_fields(instances) for instances in found]
+    # Logits come with the padding of the images.
+    return [
+        {**_all_fields(instances), "sem_seg": logits[:, : image.shape[1], : image.shape[2]]}
+        for instances, logits, image in zip(*found, images)
+    ]
+
+
+def _fields_of_outcome(outcome: Dict[str, Any]) -> Dict[str, Tensor]:
+    """Those of an image for which Detectron2 has one kind of result."""
+    ((name, found),) = outcome.items()
+    return {name: found} if isinstance(found, Tensor) else _all_fields(found)
+
+
+def _all_fields(instances) -> Dict[str, Tensor]:
+    """By name, and the size of the image last, as `TracingAdapter` puts them."""
+    return _fields([*sorted(instances.get_fields()), "image_size"], instances)
 
 
 def _fields(names: Sequence[str], instances) -> Dict[str, Tensor]:
-    fields = {name: getattr(instances, name) for name in names}
-    fields["pred_boxes"] = fields["pred_boxes"].tensor
+    values = {name: getattr(instances, name) for name in names}
+    fields = {name: x.tensor if isinstance(x, Boxes) else x for name, x in values.items()}
     fields["image_size"] = torch.tensor(fields["image_size"])
     return fields

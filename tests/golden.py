@@ -25,6 +25,16 @@ TIE = 2e-5
 BOX, SCORE, MASK, PIXELS = 1e-2, 1e-4, 1e-4, 1e-4
 # Largest difference of a logit, and its share of it: half of what 16 bits leave, and some more.
 LOGIT = 1e-3
+# Fields of logits for each pixel, which are stored in 16 bits.
+MAPS = ("pred_keypoint_heatmaps", "sem_seg")
+# Field -> the largest difference, and its share of the value.
+TOLERANCES = {
+    "scores": (SCORE, 0.0),
+    "objectness_logits": (SCORE, 0.0),
+    "pred_boxes": (BOX, 0.0),
+    "proposal_boxes": (BOX, 0.0),
+    **dict.fromkeys(MAPS, (LOGIT, LOGIT)),
+}
 
 Fields = Dict[str, np.ndarray]
 
@@ -102,7 +112,7 @@ def load(name: str) -> Dict[str, List[Fields]]:
 
 
 def _pack(values: np.ndarray, field: str) -> np.ndarray:
-    if field == "pred_keypoint_heatmaps":
+    if field in MAPS:
         return values.astype(np.float16)
     if field != "pred_masks":
         return values
@@ -110,7 +120,7 @@ def _pack(values: np.ndarray, field: str) -> np.ndarray:
 
 
 def _unpack(values: np.ndarray, field: str, shape: Any) -> np.ndarray:
-    if field == "pred_keypoint_heatmaps":
+    if field in MAPS:
         return values.astype(np.float32)
     if field != "pred_masks":
         return values
@@ -124,22 +134,27 @@ def assert_same(found: Fields, expected: Fields) -> None:
     assert list(found) == list(expected)
     for field, values in expected.items():
         assert found[field].shape == values.shape, field
-    order = _order(found, expected)
-    found = {
-        field: values if field == "image_size" else values[order] for field, values in found.items()
-    }
-    np.testing.assert_array_equal(found["image_size"], expected["image_size"])
-    np.testing.assert_array_equal(found["pred_classes"], expected["pred_classes"])
-    np.testing.assert_allclose(found["scores"], expected["scores"], rtol=0, atol=SCORE)
-    np.testing.assert_allclose(found["pred_boxes"], expected["pred_boxes"], rtol=0, atol=BOX)
-    if "pred_masks" in expected:
-        _assert_same_masks(found["pred_masks"], expected["pred_masks"])
-    if "pred_keypoints" in expected:
-        name = "pred_keypoint_heatmaps"
-        np.testing.assert_allclose(found[name], expected[name], rtol=LOGIT, atol=LOGIT)
-        of_found, of_expected = found["pred_keypoints"], expected["pred_keypoints"]
-        np.testing.assert_allclose(of_found[..., :2], of_expected[..., :2], rtol=0, atol=BOX)
-        np.testing.assert_allclose(of_found[..., 2], of_expected[..., 2], rtol=0, atol=SCORE)
+    if _scores(expected) is not None:
+        order = _order(found, expected)
+        found = {
+            field: values if field in ("image_size", "sem_seg") else values[order]
+            for field, values in found.items()
+        }
+    for field, values in expected.items():
+        _assert_same_field(field, found[field], values)
+
+
+def _assert_same_field(field: str, found: np.ndarray, expected: np.ndarray) -> None:
+    if field in TOLERANCES:
+        atol, rtol = TOLERANCES[field]
+        np.testing.assert_allclose(found, expected, rtol=rtol, atol=atol, err_msg=field)
+    elif field == "pred_masks":
+        _assert_same_masks(found, expected)
+    elif field == "pred_keypoints":
+        np.testing.assert_allclose(found[..., :2], expected[..., :2], rtol=0, atol=BOX)
+        np.testing.assert_allclose(found[..., 2], expected[..., 2], rtol=0, atol=SCORE)
+    else:
+        np.testing.assert_array_equal(found, expected, err_msg=field)
 
 
 def _assert_same_masks(found: np.ndarray, expected: np.ndarray) -> None:
@@ -150,15 +165,22 @@ def _assert_same_masks(found: np.ndarray, expected: np.ndarray) -> None:
         np.testing.assert_allclose(found, expected, rtol=0, atol=MASK)
 
 
+def _scores(fields: Fields) -> Any:
+    """What detections or proposals are sorted by; None of what is neither."""
+    return fields.get("scores", fields.get("objectness_logits"))
+
+
 def _order(found: Fields, expected: Fields) -> np.ndarray:
     """Which detection found belongs to each expected one: its own place, or one it ties with."""
-    scores = expected["scores"]
+    scores = _scores(expected)
+    boxes = "pred_boxes" if "pred_boxes" in expected else "proposal_boxes"
     order = np.arange(len(scores))
     for tied in np.split(order.copy(), np.flatnonzero(np.diff(scores) < -TIE) + 1):
         if len(tied) > 1:
-            first, second = (x["pred_boxes"][tied] for x in (expected, found))
+            first, second = (x[boxes][tied] for x in (expected, found))
             distances = np.abs(first[:, None] - second[None]).max(axis=2)
-            classes = (x["pred_classes"][tied] for x in (expected, found))
-            distances = distances + 1e4 * np.not_equal.outer(*classes)
+            if "pred_classes" in expected:
+                classes = (x["pred_classes"][tied] for x in (expected, found))
+                distances = distances + 1e4 * np.not_equal.outer(*classes)
             order[tied] = tied[linear_sum_assignment(distances)[1]]
     return order

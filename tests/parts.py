@@ -17,6 +17,10 @@ MASK_FPN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x"
 MASK_C4 = "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x"
 MASK_DC5 = "COCO-InstanceSegmentation/mask_rcnn_R_50_DC5_1x"
 KEYPOINTS = "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x"
+PANOPTIC = "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x"
+PROPOSALS = "COCO-Detection/rpn_R_50_FPN_1x"
+PROPOSALS_C4 = "COCO-Detection/rpn_R_50_C4_1x"
+SEMANTIC = "Misc/semantic_R_50_FPN_1x"
 CASCADE = "Misc/cascade_mask_rcnn_R_50_FPN_1x"
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x"
 
@@ -30,6 +34,8 @@ SMALL: Dict[str, Any] = {
     "MODEL.ROI_BOX_HEAD.FC_DIM": 64,
     "MODEL.ROI_BOX_HEAD.CONV_DIM": 32,
     "MODEL.ROI_MASK_HEAD.CONV_DIM": 32,
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 2,
     "MODEL.ROI_HEADS.NUM_CLASSES": 3,
     "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
     "MODEL.RETINANET.NUM_CLASSES": 3,
@@ -133,6 +139,29 @@ PARTS: Dict[str, Tuple[str, Dict[str, Any]]] = {
             "MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE": "ROIAlign",
         },
     ),
+    "proposal_network": (PROPOSALS, {}),
+    "proposal_network_c4": (PROPOSALS_C4, {"MODEL.PROPOSAL_GENERATOR.MIN_SIZE": 4}),
+    "semantic": (SEMANTIC, {}),
+    # At a stride that the finest has, and one is doubled to twice.
+    "semantic_strides": (
+        SEMANTIC,
+        {
+            "MODEL.SEM_SEG_HEAD.IN_FEATURES": ("p5", "p3", "p4"),
+            "MODEL.SEM_SEG_HEAD.COMMON_STRIDE": 8,
+            "MODEL.SEM_SEG_HEAD.NORM": "",
+            "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 1,
+        },
+    ),
+    "semantic_c4": (
+        FASTER_C4,
+        {
+            "MODEL.META_ARCHITECTURE": "SemanticSegmentor",
+            "MODEL.SEM_SEG_HEAD.IN_FEATURES": ("res4",),
+            "MODEL.SEM_SEG_HEAD.NORM": "BN",
+            "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 1,
+        },
+    ),
+    "panoptic": (PANOPTIC, {}),
     "sigmoid": (FASTER_FPN, {"MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": True}),
     "old_roi_align": (
         MASK_FPN,

@@ -116,7 +116,8 @@ def _write_parts(about: Dict[str, str]) -> None:
             functools.partial(reference.outputs_of_part, detector), parts.images_of(name)
         )
         shapes[name] = golden.shapes_of(detector)
-        print(f"{name}: {[len(x['scores']) for x in outputs[name]]} objects")
+        sizes = {field: x.shape for field, x in outputs[name][0].items()}
+        print(f"{name}: {sizes}")
     path = golden.save("parts", outputs, {**about, "state_dict": shapes})
     print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
 
