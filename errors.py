@@ -3,7 +3,7 @@
 import argparse
 import re
 import traceback
-from typing import NoReturn
+from typing import Any, NoReturn
 
 # Lines in which OpenVINO tells where something went wrong, not what.
 _PLACE = re.compile(r"Exception from|Check '")
@@ -20,6 +20,11 @@ class Unsupported(Exception):
 
 class Parser(argparse.ArgumentParser):
     """A command line whose errors are one sentence: the usage of many options would bury it."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        # Before Python 3.14 `-1e-3` is an option to it, and no number.
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")

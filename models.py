@@ -14,7 +14,9 @@ VERSION = "0.1.0"
 RUN_BUDGET_S = 15.0
 # Names of the inputs that engines are made for; `opt` is timed.
 TUNING = ("min", "opt", "max")
-# Name of the input in which nothing is found; it is not timed either.
+# Names of two inputs that are not timed either: of another aspect ratio, where `min` and `max` are
+# squares, and one in which nothing is found.
+TURNED = "turned"
 BLANK = "blank"
 
 
@@ -60,4 +62,4 @@ MODELS: Dict[str, Model] = {
 
 def timed(inputs: Iterable[str]) -> List[str]:
     """Of the names of a test model's inputs, the timed ones: `opt` and the further images."""
-    return [name for name in inputs if name not in ("min", "max", BLANK)]
+    return [name for name in inputs if name not in ("min", "max", TURNED, BLANK)]

@@ -23,7 +23,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from errors import InputError, Parser
-from models import BLANK, TUNING, timed
+from models import BLANK, TUNING, TURNED, timed
 from results import published, tables
 from results.facts import case, case_name
 from results.file import Found, load, load_found, result_file, write_text
@@ -199,7 +199,7 @@ def sizes_plot(groups: Sequence[Group], name: str) -> Optional[Plot]:
     runs = [
         (group, run)
         for group in groups
-        if set(group.image_sizes) - {BLANK} == set(TUNING)
+        if set(group.image_sizes) - {BLANK, TURNED} == set(TUNING)
         for run in group.runs
         if run.samples_s and {"min", "max"} <= set(run.size_seconds)
     ]

@@ -195,7 +195,8 @@ def cache_folder(root: Path, backend: Backend, export: Export, precision: str, d
     facts = [
         backend.name,
         sorted(backend.versions().items()),
-        export.kind,
+        type(export).__name__,
+        export.model,  # Its anchors and thresholds are in no weights.
         precision,
         device,
         _machine(device),

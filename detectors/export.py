@@ -60,6 +60,7 @@ class Export:
     """A detector made ready.
 
     Attributes:
+        model: that it was made of.
         name: of the model.
         kind: `traced` or `scripted`.
         eager: module in eval mode; takes the images of a call and gives the flat tuple.
@@ -80,6 +81,7 @@ class Export:
         eager: nn.Module,
         tuning_inputs: Dict[str, Tuple[Tensor, ...]],
     ) -> None:
+        self.model = model
         self.name = model.name
         self.kind = model.kind
         self.fields = fields(configuration, model.postprocess)

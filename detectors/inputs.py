@@ -25,6 +25,7 @@ from typing import (
 import numpy as np
 
 from errors import InputError
+from models import TURNED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,16 +107,19 @@ def default_image() -> Path:
     )
 
 
-def read_image(path: Optional[Path], size: Optional[Size]) -> np.ndarray:
+def read_image(
+    path: Optional[Path], size: Optional[Size], least: int = SMALLEST_SIDE
+) -> np.ndarray:
     """Reads an image as Detectron2 wants it: BGR, 0 to 255, float32, 3 x H x W.
 
     Args:
         path: any format that Pillow reads; None for the default image.
         size: height and width to crop (around the center) and resize it to; None for the image's
             own, or 480 x 640 for the default image.
+        least: the fewest pixels of a side.
 
     Raises:
-        errors.InputError: it is no image, is broken, or has a side below 32 pixels.
+        errors.InputError: it is no image, is broken, or has a side below that.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -134,10 +138,10 @@ def read_image(path: Optional[Path], size: Optional[Size]) -> np.ndarray:
     if size is not None:
         height, width = size
         image = ImageOps.fit(image, (width, height), Image.BICUBIC)
-    if min(image.size) < SMALLEST_SIDE:
+    if min(image.size) < least:
         raise InputError(
             f"image {path} has {image.width} x {image.height} pixels; "
-            f"both sides must have at least {SMALLEST_SIDE}"
+            f"both sides must have at least {least}"
         )
     bgr = np.asarray(image)[:, :, ::-1].transpose(2, 0, 1)
     return np.ascontiguousarray(bgr, dtype=np.float32)
@@ -171,7 +175,9 @@ def read_images(paths: Sequence[Path], view: View, seed: int) -> List[np.ndarray
     Raises:
         errors.InputError: one cannot be read, or engines do not take its size.
     """
-    images = [read_image(path, view.size) for path in paths or (None,)]
+    # Small ones that are enlarged will do.
+    least = 1 if view.shortest else SMALLEST_SIDE
+    images = [read_image(path, view.size, least) for path in paths or (None,)]
     ranges = view_sizes(images, view, seed)
     smallest, largest = ranges["min"], ranges["max"]
     for path, image in zip(paths or (default_image(),), images):
@@ -188,7 +194,7 @@ def read_images(paths: Sequence[Path], view: View, seed: int) -> List[np.ndarray
 
 
 def _way_out(view: View) -> str:
-    if view.smallest or view.largest:
+    if view.longest or view.smallest or view.largest:  # Test models have none of these.
         return ": --min-size and --max-size have to include it"
     return ", after the first image: give an --image-size, or measure it alone"
 
@@ -258,13 +264,17 @@ def tuning_sizes(size: Sequence[int], seed: int) -> Dict[str, Size]:
     generator = np.random.default_rng(seed)
     smallest = _scaled(size, generator.uniform(*MIN_SCALE))
     height, width = _scaled(size, generator.uniform(*MAX_SCALE))
-    if max(height, width) < NEARLY_SQUARE * min(height, width):
-        turned = height, int(width / NEARLY_SQUARE)  # Turning it would change next to nothing.
-    else:
+    if _is_elongated((height, width)):
         turned = width, height
+    else:
+        turned = height, int(width / NEARLY_SQUARE)  # Turning it would change next to nothing.
     opt = (int(size[0]), int(size[1]))
     largest = (max(turned[0], opt[0]), max(turned[1], opt[1]))
     return {"min": smallest, "opt": opt, "max": largest}
+
+
+def _is_elongated(size: Size) -> bool:
+    return max(size) >= NEARLY_SQUARE * min(size)
 
 
 def _scaled(size: Sequence[int], factor: float) -> Size:
@@ -276,7 +286,8 @@ def view_sizes(images: Sequence[Any], view: View, seed: int) -> Dict[str, Size]:
     """The sizes of the tuning inputs of a detector: `opt` is that of the first image.
 
     Where images are resized, `min` and `max` are the range of what comes of aspect ratios up to
-    1:2 and 2:1, and of the images.
+    1:2 and 2:1, and of the images. Both are squares then, so `turned` is the first image with its
+    sides exchanged, or upright where it is nearly a square.
 
     Args:
         images: ... x H x W, as `read_images` gives them.
@@ -295,11 +306,15 @@ def view_sizes(images: Sequence[Any], view: View, seed: int) -> Dict[str, Size]:
         smallest = [max(SMALLEST_SIDE, min(x[axis] for x in sizes)) for axis in (0, 1)]
         ranges["min"] = smallest[0], smallest[1]
         ranges["max"] = max(x[0] for x in sizes), max(x[1] for x in sizes)
+        ranges[TURNED] = sizes[0][::-1] if _is_elongated(sizes[0]) else view.resized(shapes[2])
     ranges["min"] = view.smallest or ranges["min"]
     ranges["max"] = view.largest or ranges["max"]
     if any(a > b for a, b in zip(ranges["min"], ranges["max"])):
         smallest, largest = ("x".join(map(str, ranges[name])) for name in ("min", "max"))
         raise InputError(f"no image fits between {smallest} and {largest} (--min-size, --max-size)")
+    if TURNED in ranges:
+        height, width = np.clip(ranges[TURNED], ranges["min"], ranges["max"]).tolist()
+        ranges[TURNED] = height, width
     return ranges
 
 
@@ -316,7 +331,8 @@ def tuning_inputs(
     Args:
         image: 3 x H x W, as the detector sees it.
         seed: of `tuning_sizes`.
-        sizes: of `min` and `max`; None: those of `tuning_sizes`.
+        sizes: of `min` and `max`, and of other inputs that are made of the image; None: those of
+            `tuning_sizes`.
     """
     opt = _tensor(image)
     sizes = sizes or tuning_sizes(opt.shape[-2:], seed)
@@ -326,7 +342,11 @@ def tuning_inputs(
     return {
         "min": (first, *(_fitted(other, narrow) for other in others)),
         "opt": _call(opt, images_per_call),
-        "max": _call(_fitted(opt, sizes["max"]), images_per_call),
+        **{
+            name: _call(_fitted(opt, size), images_per_call)
+            for name, size in sizes.items()
+            if name not in ("min", "opt")
+        },
     }
 
 

@@ -19,7 +19,7 @@ from measure import protocol, quiet, verify
 from measure.plan import Choice, Plan
 from measure.progress import Progress
 from measure.worker import CALL_LIMIT_S, PREPARE_LIMIT_S, Command, Hosts, Worker, scratch_folder
-from models import BLANK, RUN_BUDGET_S, TUNING, Model
+from models import BLANK, RUN_BUDGET_S, TUNING, TURNED, Model
 from results import facts
 from results.environment import file_name
 from results.file import write_text
@@ -135,10 +135,9 @@ def image_names(plan: Plan, model: PreparedModel) -> dict[str, str | None]:
         return {timed[0]: None}
     # They are to stand in a cell of a table.
     names = [re.sub(r"[|\s]+", " ", file_name(path)) for path in plan.images]
-    return {
-        key: name if names.count(name) == 1 else f"{name} ({place})"
-        for place, (key, name) in enumerate(zip(timed, names, strict=True), start=1)
-    }
+    if len(set(names)) < len(names):
+        names = [f"{name} ({place})" for place, name in enumerate(names, start=1)]
+    return dict(zip(timed, names, strict=True))
 
 
 # What is measured ------------------------------------------------------------------------------
@@ -736,7 +735,9 @@ def _inputs_of(timed: Sequence[str], sizes: Iterable[str], place: int | None) ->
     """Inputs that a group is about: engines are made for the first image's range of sizes."""
     if place is None:
         return list(sizes)
-    return list(TUNING) if timed[0] == "opt" else list(timed)
+    if timed[0] != "opt":
+        return list(timed)
+    return [name for name in (*TUNING, TURNED) if name in sizes]
 
 
 def _status_of(run: Running, agreements: dict[str, Agreement]) -> tuple[str, str | None]:

@@ -176,7 +176,8 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
     weights = _weights(options)
     asked = _asked_backends(options.backend, commands)
     threads = options.threads or cores
-    note = check_room(inputs.view_sizes(pictures, view, options.seed), models, threads)
+    sizes = inputs.view_sizes(pictures, view, options.seed)
+    note = check_room(sizes, models, threads, view)
     hosts.start()
     request = protocol.Survey(asked or default_backends(), options.device, _source(options))
     survey = survey_of(Command.own(), request, threads, hosts)
@@ -293,11 +294,14 @@ def _source(options: argparse.Namespace) -> str:
     return "bundled"
 
 
-def check_room(sizes: dict[str, inputs.Size], models: Sequence[Model], threads: int) -> str | None:
+def check_room(
+    sizes: dict[str, inputs.Size], models: Sequence[Model], threads: int, view: View
+) -> str | None:
     """What to say of images so large that a call takes minutes; None of smaller ones.
 
     Args:
         sizes: of the tuning inputs.
+        view: that they are of.
 
     Raises:
         errors.InputError: the memory that is free will not do.
@@ -318,17 +322,27 @@ def check_room(sizes: dict[str, inputs.Size], models: Sequence[Model], threads: 
     scale = min(1.0, (LONG_CALL_S / seconds) ** 0.5)
     if needed_mb > free_mb:
         scale = min(scale, ((free_mb - BASE_MB) / 2 / (needed_mb - BASE_MB)) ** 0.5)
-    smaller = "x".join(
-        str(max(inputs.SMALLEST_SIDE, int(side * scale))) for side in (height, width)
-    )
     text = (
         f"at {height}x{width} engines are made for up to {largest[0]}x{largest[1]}, where a call "
         f"takes about {needed_mb / 1024:.1f} GiB of memory and {seconds / 60:.1f} min"
     )
-    way_out = f"--image-size {smaller} takes less"
+    way_out = f"{_smaller(sizes, view, scale)} takes less"
     if needed_mb > free_mb:
         raise InputError(f"{text}, and {free_mb / 1024:.1f} GiB are free: {way_out}")
     return f"{text}: {way_out}"
+
+
+def _smaller(sizes: dict[str, inputs.Size], view: View, scale: float) -> str:
+    """The options with which the sides of the largest images are smaller by a factor."""
+    image, largest = (
+        "x".join(str(max(inputs.SMALLEST_SIDE, int(side * scale))) for side in sizes[name])
+        for name in ("opt", "max")
+    )
+    if not (view.shortest or view.largest):
+        return f"--image-size {image}"
+    if all(own <= side * scale for own, side in zip(sizes["opt"], sizes["max"])):
+        return f"--max-size {largest}"
+    return f"--image-size {image} --max-size {largest}"
 
 
 @contextlib.contextmanager

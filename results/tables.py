@@ -24,7 +24,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 import tabulate
 
 from benchmark import BreakEven, Speedup, Statistics, StopRule, samples_to_bound
-from models import BLANK, MODELS, TUNING
+from models import BLANK, MODELS, TUNING, TURNED
 from results import published
 from results.facts import case, case_name, ceiling, missing_notes, weights_note, worst
 from results.record import (
@@ -375,19 +375,25 @@ def _check_note(group: Group) -> Iterator[str]:
         yield from (f"timed at {size}" for size in sizes.values())
         return
     small, timed, large = (sizes.pop(name) for name in TUNING)
+    others = [small, *filter(None, (sizes.pop(TURNED, None),)), large]
     blank = "; where it finds nothing, on a plain picture, too" if sizes.pop(BLANK, None) else ""
     if sizes:
         several = ", ".join([timed, *sizes.values()])
         yield (
             f"timed on {1 + len(sizes)} images in turn ({several}), the mean of a round is what "
-            f"counts; Detections: against Torch fp32 on each, and at {small} and {large}, the "
+            f"counts; Detections: against Torch fp32 on each, and at {_enumerated(others)}, the "
             f"worst of all{blank}"
         )
     else:
+        at = [small, timed, *others[1:]]
         yield (
-            f"timed at {timed}; Detections: against Torch fp32 at {small}, {timed} and {large}, "
-            f"the worst of the three{blank}"
+            f"timed at {timed}; Detections: against Torch fp32 at {_enumerated(at)}, the worst of "
+            f"the {'three' if len(at) == 3 else 'four'}{blank}"
         )
+
+
+def _enumerated(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _rounds_notes(results: Results, groups: Sequence[Group]) -> Iterator[str]:

@@ -9,6 +9,7 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Callable, Dict, List, Sequence, Set, Tuple
@@ -23,6 +24,7 @@ import detectors.boxes
 from backends import base
 from backends.base import Backend, Optimized, check_sizes
 from backends.torch import autocast, count_flops, effective_precision
+from configuration import from_settings
 from detectors.build import build, on_device
 from detectors.export import Export
 from detectors.images import batch_images, image_size
@@ -563,12 +565,16 @@ def test_a_cache_has_a_directory_for_what_matters(tmp_path):
     changed.eager = copy.deepcopy(export.eager)
     next(changed.eager.parameters()).data.view(-1)[0] += 1
     folders.add(folder(of=changed))
+    other_anchors = copy.copy(export)
+    configuration = from_settings({"MODEL.ANCHOR_GENERATOR.SIZES": ((16.0,),)})
+    other_anchors.model = replace(export.model, configuration=configuration)
+    folders.add(folder(of=other_anchors))
     torch.set_num_threads(2)
     try:
         folders.add(folder())
     finally:
         torch.set_num_threads(1)
-    assert len(folders) == 7
+    assert len(folders) == 8
     assert all(path.is_dir() for path in folders)
 
 

@@ -20,6 +20,7 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Iterator, List, NamedTuple, Optional
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -372,14 +373,53 @@ def test_a_photograph_that_takes_more_memory_than_there_is(main, no_host, tmp_pa
     height, width = map(int, re.search(r"--image-size (\d+)x(\d+)", outcome.err).groups())
     smaller, large = (tuning_sizes(size, 0) for size in ((height, width), (3000, 4000)))
     retinanet = [MODELS["testRetinaNet"]]
-    assert plan.check_room(smaller, list(MODELS.values()), 2) is None
+    assert plan.check_room(smaller, list(MODELS.values()), 2, inputs.View()) is None
     monkeypatch.setattr(plan, "free_memory_mb", lambda: 1024)
     with pytest.raises(InputError, match=r"1\.0 GiB of memory are free, and PyTorch takes 2\.0"):
-        plan.check_room(smaller, retinanet, 2)
+        plan.check_room(smaller, retinanet, 2, inputs.View())
     # Where there is memory, the time is worth a word.
     monkeypatch.setattr(plan, "free_memory_mb", lambda: 1 << 20)
-    assert "min: --image-size" in plan.check_room(large, retinanet, 2)
-    assert plan.check_room(large, retinanet, 64) is None
+    assert "min: --image-size" in plan.check_room(large, retinanet, 2, inputs.View())
+    assert plan.check_room(large, retinanet, 64, inputs.View()) is None
+
+
+@pytest.mark.parametrize(
+    ("view", "opt", "options"),
+    [
+        (inputs.View(), (3000, 4000), ["--image-size"]),
+        # Where images are resized, a smaller one has the same range.
+        (inputs.View(None, 2000, 6000), (2000, 2000), ["--max-size"]),
+        (inputs.View(None, 0, 0, largest=(6000, 6000)), (800, 1067), ["--max-size"]),
+        (
+            inputs.View(None, 0, 0, largest=(6000, 6000)),
+            (5000, 5000),
+            ["--image-size", "--max-size"],
+        ),
+    ],
+)
+def test_the_way_out_of_too_little_memory_is_one(view, opt, options, monkeypatch):
+    monkeypatch.setattr(plan, "free_memory_mb", lambda: 8192)
+    retinanet = [MODELS["testRetinaNet"]]
+    sizes = inputs.view_sizes([np.zeros((3, *opt), np.uint8)], view, 0)
+    with pytest.raises(InputError) as refused:
+        plan.check_room(sizes, retinanet, 64, view)
+    named = dict(re.findall(r"(--[a-z]+-size) (\d+x\d+)", str(refused.value)))
+    assert list(named) == options
+    named = {name: run_blade.image_size(size) for name, size in named.items()}
+    image = named.get("--image-size")
+    view = replace(
+        view,
+        size=image,
+        shortest=0 if image else view.shortest,
+        largest=named.get("--max-size", view.largest),
+    )
+    sizes = inputs.view_sizes([np.zeros((3, *(image or opt)), np.uint8)], view, 0)
+    assert plan.check_room(sizes, retinanet, 64, view) is None
+
+
+def test_a_small_number_below_zero_is_a_value():
+    options = ["--config-file", "x", "--opts", "MODEL.RPN.NMS_THRESH", "-1e-3", "--weights", "w"]
+    assert run_blade.parser().parse_args(options).opts == ["MODEL.RPN.NMS_THRESH", "-1e-3"]
 
 
 class Import:

@@ -82,7 +82,7 @@ def test_the_command_of_the_readme(main, tmp_path):  # noqa: F811
     assert rows[0].split("|")[11].strip() == "-"
     assert all(re.search(r"\b(\d+)/\1 match", row) for row in rows[1:])
     assert "timed at 160x200" in outcome.out
-    assert "at 120x120, 160x200 and 240x240" in outcome.out
+    assert "at 120x120, 160x200, 200x160 and 240x240" in outcome.out
     record = json.loads((tmp_path / "results.json").read_text())
     settings = record["settings"]
     assert (settings["config_file"], settings["weights"]) == ("config.yaml", "model.pth")
@@ -132,7 +132,7 @@ def test_sizes_of_ones_own(main):  # noqa: F811
     asked = [*OWN, "--image", IMAGES[0], "--backend", "torch", *QUICK]
     outcome = main(*asked, "--min-size", "96x128", "--max-size", "200x300")
     assert outcome.code == 0, outcome.err
-    assert "at 96x128, 160x200 and 200x300" in outcome.out
+    assert "at 96x128, 160x200, 200x160 and 200x300" in outcome.out
     outcome = main(*asked, "--image-size", "96x96")
     assert outcome.code == 0, outcome.err
     assert "timed at 96x96" in outcome.out

@@ -73,6 +73,11 @@ def test_images_of_names_that_are_no_utf8(model, tmp_path):
     both = dataclasses.replace(model.facts, timed=("opt", "image 2"))
     names = groups.image_names(plan, dataclasses.replace(model, facts=both))
     assert names == {"opt": "caf\\udce9.jpg", "image 2": "d og.jpg"}
+    # Each has a name of its own, whatever they are called.
+    paths = ("/a/x", "/b/x", "/c/x (1)")
+    both = dataclasses.replace(both, timed=("opt", "image 2", "image 3"))
+    names = groups.image_names(make_plan(images=paths), dataclasses.replace(model, facts=both))
+    assert list(names.values()) == ["x (1)", "x (2)", "x (1) (3)"]
     options = run_blade.parser().parse_args(["--model", "testRetinaNet", "--weights", odd])
     settings = session.settings(plan, options)
     assert settings.image == ("caf\\udce9.jpg", "d|og.jpg")

@@ -346,6 +346,7 @@ def test_the_range_of_what_resizing_gives():
         "min": (667, 667),
         "opt": (800, 1067),
         "max": (1333, 1333),
+        "turned": (1067, 800),
     }
     # An image that is more elongated is in it, too.
     images.append(np.zeros((3, 300, 1000), np.float32))
@@ -359,9 +360,35 @@ def test_the_range_of_what_resizing_gives():
     own = View(None, 800, 1333, "BGR", (300, 400), (900, 1400))
     sizes = inputs.view_sizes(images, own, 0)
     assert (sizes["min"], sizes["max"]) == ((300, 400), (900, 1400))
+    assert sizes["turned"] == (900, 800)  # Not larger than engines are made for.
+    # A square would be the same when it is turned.
+    square = inputs.view_sizes([np.zeros((3, 500, 500), np.float32)], view, 0)
+    assert (square["opt"], square["turned"]) == ((800, 800), (1333, 667))
+    # Where nothing is resized, `max` itself is turned.
+    assert set(inputs.view_sizes(images, View(), 0)) == {"min", "opt", "max"}
 
 
 def test_an_image_that_resizing_leaves_too_small(tmp_path):
     path = save(tmp_path / "image.png", quarters(40, 1000))
     with pytest.raises(InputError, match="would be resized to 10x240: too small"):
         read_images([path], View(None, 160, 240), 0)
+
+
+def test_a_small_image_that_resizing_enlarges(tmp_path):
+    path = save(tmp_path / "image.png", quarters(20, 30))
+    (image,) = read_images([path], View(None, 160, 240), 0)
+    assert image.shape == (3, 20, 30)
+    with pytest.raises(InputError, match="30 x 20 pixels; both sides must have at least 32"):
+        read_images([path], View(None, 0, 240), 0)
+
+
+def test_the_way_out_for_an_image_that_engines_do_not_take(tmp_path):
+    paths = [
+        save(tmp_path / name, quarters(*size))
+        for name, size in (("a.png", (64, 64)), ("b.png", (640, 64)))
+    ]
+    with pytest.raises(InputError, match="give an --image-size, or measure it alone"):
+        read_images(paths, View(), 0)
+    # A model of one's own that resizes nothing.
+    with pytest.raises(InputError, match="--min-size and --max-size have to include it"):
+        read_images(paths, View(None, 0, 1333), 0)
