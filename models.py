@@ -4,7 +4,7 @@ It imports nothing heavy, for `--help`.
 """
 
 from dataclasses import dataclass
-from typing import Dict, Iterable, List, Optional
+from typing import Dict, Iterable, List, Optional, Tuple
 
 from configuration import Configuration
 
@@ -21,16 +21,38 @@ BLANK = "blank"
 
 
 @dataclass(frozen=True)
+class Module:
+    """A file that a detector was exported to elsewhere.
+
+    Attributes:
+        path: absolute.
+        kind: `torchscript`; `exported`, by torch.export; `compiled`, by AOTInductor; or `onnx`.
+        digest: tells it from others, what lies beside it included.
+        fields: names of the tensors that it gives for an image; empty: not known yet.
+        size: height and width of the only images that it takes; None: it takes several, or does not
+            tell.
+    """
+
+    path: str
+    kind: str
+    digest: str
+    fields: Tuple[str, ...] = ()
+    size: Optional[Tuple[int, int]] = None
+
+
+@dataclass(frozen=True)
 class Model:
     """One of the seven test models, or a model of the user's own.
 
     Attributes:
         name: what the command line calls a test model; of one's own, made of the file's name.
         config: Detectron2's model-zoo configuration, or the name of the user's file.
-        kind: `traced` or `scripted`, how it is exported.
+        kind: `traced` or `scripted`, how it is exported; of a file, what it is.
         images_per_call: how many images one call takes.
         postprocess: whether boxes are clipped and masks pasted into the image.
-        configuration: of a model of the user's own; None: that of the model zoo.
+        configuration: of a model of the user's own; None: that of the model zoo, or not known, of a
+            file.
+        module: the file that it is; None where it is built.
     """
 
     name: str
@@ -39,6 +61,7 @@ class Model:
     images_per_call: int = 1
     postprocess: bool = False
     configuration: Optional[Configuration] = None
+    module: Optional[Module] = None
 
 
 _CASCADE = "Misc/cascade_mask_rcnn_R_50_FPN_3x"
@@ -58,6 +81,15 @@ MODELS: Dict[str, Model] = {
         Model("testRetinaNet_scripted", _RETINANET, kind="scripted"),
     )
 }
+
+
+# What runs a file of which PyTorch does not know the operators.
+OTHER_RUNNERS = {"compiled": "AOTInductor", "onnx": "ONNXRuntime"}
+
+
+def runner(kind: str) -> str:
+    """What runs the reference and the baseline of a model of this kind."""
+    return OTHER_RUNNERS.get(kind, "Torch")
 
 
 def timed(inputs: Iterable[str]) -> List[str]:

@@ -23,7 +23,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from errors import InputError, Parser
-from models import BLANK, TUNING, TURNED, timed
+from models import BLANK, TUNING, TURNED, runner, timed
 from results import published, tables
 from results.facts import case, case_name
 from results.file import Found, load, load_found, result_file, write_text
@@ -184,7 +184,8 @@ def speedup_plot(groups: Sequence[Group], name: str) -> Optional[Plot]:
         facts.append(text)
     axes.axvline(1, color=ACCENT, linewidth=1)
     axes.set_xlim(left=0)
-    axes.set_xlabel("speedup over Torch at the same precision")
+    baseline = runner(groups[0].export)
+    axes.set_xlabel(f"speedup over {baseline} at the same precision")
     _rows(axes, _names(runs))
     caption = "Points with 95% intervals; diamonds are what TorchBlade published for TensorRT on a "
     caption += f"GPU (fp16 beside our bf16). {'; '.join(facts)}."
@@ -298,7 +299,7 @@ def pictures(
     height, width = found.size or timed_size(groups[0])
     reference = found.reference[0]
     count = len(reference.scores)
-    caption = f"Torch fp32, the reference: {count} detections"
+    caption = f"{runner(groups[0].export)} fp32, the reference: {count} detections"
     drawn = [Drawing(width, height, image, _boxes(reference, ["matched"] * count), caption)]
     for precision, runs in found.runs.items():
         for label, (own, *_) in runs.items():

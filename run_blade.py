@@ -44,6 +44,23 @@ def parser() -> argparse.ArgumentParser:
         metavar="KEY VALUE",
         help="keys of the configuration that have other values than in the file",
     )
+    add(
+        "--module",
+        metavar="FILE",
+        help="a detector that was exported elsewhere: TorchScript, .pt2 of torch.export, or .onnx",
+    )
+    add(
+        "--fields",
+        type=_names,
+        default=(),
+        metavar="NAME,NAME,...",
+        help="what the tensors are that --module gives for an image, where that cannot be told",
+    )
+    add(
+        "--trust-module",
+        action="store_true",
+        help="take a --module that is a program, and so could do anything",
+    )
     add("--list", action="store_true", help="list test models and backends, and why one is missing")
     add("--backend", nargs="+", metavar="NAME", help="of " + ", ".join(base.names()))
     add(
@@ -88,8 +105,8 @@ def parser() -> argparse.ArgumentParser:
             f"--{end}-size",
             type=image_size,
             metavar="HxW",
-            help=f"the {what} images that engines are made for, with --config-file (default: what "
-            "it resizes images of 1:2 to 2:1 to)",
+            help=f"the {what} images that engines are made for, with --config-file or --module "
+            "(default: what the configuration resizes images of 1:2 to 2:1 to)",
         )
     add(
         "--weights",
@@ -184,6 +201,13 @@ def _counts(text: str) -> Tuple[int, ...]:
     return tuple(dict.fromkeys(number(part) for part in text.split(",")))
 
 
+def _names(text: str) -> Tuple[str, ...]:
+    names = tuple(text.split(","))
+    if not all(name.isidentifier() for name in names) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"'{text}' are not different names with commas between")
+    return names
+
+
 def _seconds(text: str) -> float:
     try:
         value = float(text)
@@ -262,11 +286,14 @@ def run(options: argparse.Namespace, parse: Parser) -> int:
     Raises:
         errors.InputError: something that was asked for cannot be had.
     """
-    asked = (bool(options.model), options.all, options.config_file is not None)
-    if not options.list and sum(asked) != 1:
+    own = options.config_file is not None or options.module is not None
+    if not options.list and sum((bool(options.model), options.all, own)) != 1:
         parse.error(
-            "say which models: --model NAME, --all (see --list), or --config-file FILE for your own"
+            "say which models: --model NAME, --all (see --list), or, for your own, --config-file "
+            "FILE or --module FILE"
         )
+    if options.module is None and (options.fields or options.trust_module):
+        parse.error("--fields and --trust-module go with --module")
     if options.trace and not options.output:
         parse.error("--trace needs --output DIR to keep the traces in")
     # Not before: SciPy takes a second to import, and --help should not.

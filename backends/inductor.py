@@ -114,9 +114,10 @@ def _compile(export: Export, precision: str, device: str) -> _Compiled:
     """The module is compiled; on CUDA with CUDA graphs if it is faster with them."""
     import torch
 
-    plain = chosen = autocast(torch.compile(export.eager), precision, device)
+    module = export.python_module()
+    plain = chosen = autocast(torch.compile(module), precision, device)
     if device == "cuda":
-        recorded = torch.compile(export.eager, options={"triton.cudagraphs": True})
+        recorded = torch.compile(module, options={"triton.cudagraphs": True})
         recorded = _own_outputs(autocast(recorded, precision, device))
         # At one size, as each takes half a minute to compile for.
         if _seconds_of_calls(recorded, export.inputs) < _seconds_of_calls(plain, export.inputs):

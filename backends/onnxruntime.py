@@ -69,6 +69,8 @@ class ONNXRuntime(Backend):
     ) -> Optimized:
         import torch
 
+        if export.onnx_file is not None:
+            raise Unsupported("ONNX Runtime is the baseline of an ONNX file")
         start = time.perf_counter()
         module = export.script_module()
         exported = time.perf_counter()

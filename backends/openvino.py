@@ -52,7 +52,7 @@ class OpenVINO(Backend):
         import torch
 
         start = time.perf_counter()
-        module = export.script_module()
+        module = export.onnx_file or export.program or export.script_module()
         exported = time.perf_counter()
         model = convert(module, export)
         if precision == "int8":
@@ -169,13 +169,18 @@ def _sizes(export: Export, which: str) -> List[Tuple[int, int]]:
 def convert(module: Any, export: Export) -> Any:
     """The exported module as an OpenVINO model for images between `min` and `max`.
 
+    Args:
+        module: traced or scripted, the path of an ONNX file, or a program of torch.export.
+
     Raises:
         errors.Unsupported: OpenVINO cannot convert it.
     """
     import openvino
+    import torch
 
     try:
-        model = openvino.convert_model(module, example_input=export.inputs)
+        example = export.inputs if isinstance(module, torch.jit.ScriptModule) else None
+        model = openvino.convert_model(module, example_input=example)
     except Exception as error:
         raise Unsupported(f"OpenVINO cannot convert the module: {first_cause(error)}") from error
     bounds = zip(model.inputs, _sizes(export, "min"), _sizes(export, "max"))

@@ -43,10 +43,15 @@ class Torch(Backend):
     ) -> Optimized:
         import torch
 
+        if export.own_runner is not None:
+            precision = "fp32"
         # Autocast keeps what it has cast only of parameters that require gradients.
-        call = autocast(export.eager.requires_grad_(True), precision, device)
+        for parameter in export.eager.parameters():
+            parameter.requires_grad_(True)
+        call = autocast(export.eager, precision, device)
         return Optimized(
             call=call,
+            label=export.own_runner,
             context=autocasting(precision, device),
             precision=precision,
             provider=device,

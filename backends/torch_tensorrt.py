@@ -558,7 +558,7 @@ def _export(export: Export, precision: str, device: str, has_flag: bool) -> Any:
     """The exported module; where TensorRT has no flag for fp16, with the casts of autocast."""
     import torch
 
-    if precision == "fp32" or has_flag or export.kind == "scripted":
+    if precision == "fp32" or has_flag or export.kind != "traced":
         return export.script_module()
     with torch.autocast(device, dtype=torch.float16, cache_enabled=False):
         return export.trace()

@@ -63,7 +63,7 @@ class TorchScript(Backend):
         """The exported module; traced under autocast, so that freezing folds the weights' casts."""
         import torch
 
-        if precision == "fp32" or export.kind == "scripted":
+        if precision == "fp32" or export.kind != "traced":
             return export.script_module()
         dtype = torch.bfloat16 if precision == "bf16" else torch.float16
         # Without its cache: the tracer would take cached casts for constants of another graph.

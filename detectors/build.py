@@ -40,8 +40,12 @@ def build(
         source: `bundled`, or `detectron2` where it is installed.
 
     Raises:
-        errors.InputError: the weights are of another architecture.
+        errors.InputError: the weights are of another architecture, or a file cannot be taken.
     """
+    if model.module is not None:
+        from detectors.exported import ExportedElsewhere
+
+        return ExportedElsewhere(model, tuning_inputs)
     if source == "detectron2":
         from detectors.from_detectron2 import Detectron2Export
 
@@ -141,6 +145,9 @@ def find_weights(
     Raises:
         errors.InputError: the checkpoint cannot be downloaded or read.
     """
+    if model.module is not None:  # It has its own.
+        name = file_name(model.module.path)
+        return FoundWeights({}, name, Weights("file", name, digest=model.module.digest))
     no_zoo = None
     if weights in ("auto", "zoo"):
         try:

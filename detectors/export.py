@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -62,17 +62,25 @@ class Export:
     Attributes:
         model: that it was made of.
         name: of the model.
-        kind: `traced` or `scripted`.
+        kind: of the model.
         eager: module in eval mode; takes the images of a call and gives the flat tuple.
         tuning_inputs: `min`, `opt`, `max` -> the images of a call, float tensors 3 x H x W.
         other_inputs: images of calls that are timed besides `opt`, for backends that compile when
             they first see a size.
         fields: names of the tensors that the flat tuple has for each image.
-        score_threshold: detections score more.
-        limit: of detections in an image.
+        score_threshold: detections score more; None where that is not known, as of a file.
+        limit: of detections in an image, or None.
+        own_runner: what runs `eager`, if PyTorch's operators do not, which autocast reaches.
+        onnx_file: the ONNX graph that it is, or None.
+        program: the program of torch.export that it is, or None.
     """
 
     other_inputs: Sequence[Tuple[Tensor, ...]] = ()
+    score_threshold: Optional[float]
+    limit: Optional[int]
+    own_runner: Optional[str] = None
+    onnx_file: Optional[str] = None
+    program: Optional[Any] = None
 
     def __init__(
         self,
@@ -101,6 +109,23 @@ class Export:
         if self._script_module is None:
             self._script_module = self._script() if self.kind == "scripted" else self.trace()
         return self._script_module
+
+    def python_module(self) -> nn.Module:
+        """The module as Python code, called like `eager`."""
+        return self.eager
+
+    @property
+    def compared_fields(self) -> Tuple[str, ...]:
+        """Names of the tensors of an image in what `completed` gives."""
+        return self.fields
+
+    def completed(self, outputs: Sequence[Tensor], images: Sequence[Tensor]) -> Sequence[Tensor]:
+        """A flat tuple with all that is needed to compare detections, which a file's may lack.
+
+        Args:
+            images: of the call.
+        """
+        return outputs
 
     def trace(self) -> torch.jit.ScriptModule:
         """Traces the eager module as it would run now: under autocast, the casts are traced too."""

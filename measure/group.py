@@ -19,7 +19,7 @@ from measure import protocol, quiet, verify
 from measure.plan import Choice, Plan
 from measure.progress import Progress
 from measure.worker import CALL_LIMIT_S, PREPARE_LIMIT_S, Command, Hosts, Worker, scratch_folder
-from models import BLANK, RUN_BUDGET_S, TUNING, TURNED, Model
+from models import BLANK, RUN_BUDGET_S, TUNING, TURNED, Model, runner
 from results import facts
 from results.environment import file_name
 from results.file import write_text
@@ -46,6 +46,8 @@ AGAIN_HALF_WIDTH = 0.02
 STAGE_CALLS = 5
 # A process that has not stood still in time this often is not waited for any more.
 MOST_UNSETTLED = 3
+
+WHERE_NOTHING_IS = "while its detections were computed where nothing is to be found"
 
 A = TypeVar("A")
 
@@ -92,7 +94,8 @@ def prepare_model(
         errors.InputError: image or weights cannot be had.
         benchmark.RunFailed: the process died.
     """
-    progress.say(f"{model.name}: weights, inputs, and the reference detections (Torch fp32)")
+    what = "weights, inputs, and the reference detections"
+    progress.say(f"{model.name}: {what} ({runner(model.kind)} fp32)")
     request = protocol.PrepareModel(
         model=model,
         source=plan.source,
@@ -110,6 +113,8 @@ def prepare_model(
             if plan.debug:
                 progress.say(worker.log.read_text(errors="replace"))
             raise
+    if model.module is not None:  # From here on, nobody guesses.
+        model = replace(model, module=replace(model.module, fields=answer.given))
     reference = {key: load_outputs(folder / f"reference-{key}.npz") for key in answer.sizes}
     return PreparedModel(model, objects, folder, answer, reference)
 
@@ -455,14 +460,18 @@ class Measurement:
         self.progress.say(f"{self.model.name} {run.precision}: checking {run.key}")
         run.memory = self.known(run, "how much memory it took", protocol.ReadMemory())
         run.coverage = self.known(run, "how much the engine took", protocol.ReadCoverage())
+        failure = self.model.facts.blank_failure
+        if failure is not None and run.choice.is_baseline:
+            run.give_up("failed", f"{WHERE_NOTHING_IS}: {failure}")
+            return
         outputs = {}
         for name in self.inputs_to_check(run):
             try:
                 outputs[name] = self.detect(run, name, folder)
             except (RunFailed, InputError, Unsupported, OSError, ValueError) as error:
                 reason = getattr(error, "strerror", None) or error
-                where = "where nothing is to be found" if name == BLANK else f"at {name}"
-                run.give_up("failed", f"while its detections were computed {where}: {reason}")
+                where = f"while its detections were computed at {name}"
+                run.give_up("failed", f"{WHERE_NOTHING_IS if name == BLANK else where}: {reason}")
                 return
         if self.plan.costs:
             artifact = self.known(run, "how large its artifact is", protocol.ReadArtifact())

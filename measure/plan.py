@@ -169,13 +169,17 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
     cores = usable_cores()
     if options.threads is not None and options.threads > cores:
         raise InputError(f"--threads {options.threads}: only {cores} cores can be used here")
-    models = models_of(options)
+    threads = options.threads or cores
+    if options.module is None:
+        models = models_of(options)
+    else:
+        hosts.start()
+        models = (module_of(options, threads, hosts),)
     view = _view(options, models[0])
     images = tuple(dict.fromkeys(options.image or ()))
     pictures = inputs.read_images([Path(x) for x in images], view, options.seed)
     weights = _weights(options)
     asked = _asked_backends(options.backend, commands)
-    threads = options.threads or cores
     sizes = inputs.view_sizes(pictures, view, options.seed)
     note = check_room(sizes, models, threads, view)
     hosts.start()
@@ -189,7 +193,8 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
         if choice.command.name is not None
     }
     precisions, without = _precisions(options.precision, device, choices)
-    _check_weights(models, weights, threads, hosts)
+    if options.module is None:
+        _check_weights(models, weights, threads, hosts)
     versions: dict[str, str] = {}
     for choice in choices:
         if choice.command.name is None:
@@ -226,7 +231,7 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
 
 
 def models_of(options: argparse.Namespace) -> tuple[Model, ...]:
-    """The test models that are asked for, or the model of the user's own.
+    """The test models that are asked for, or the model of the user's own, if it is no file.
 
     Raises:
         errors.InputError: its configuration cannot be had, or there are no weights for it.
@@ -234,21 +239,18 @@ def models_of(options: argparse.Namespace) -> tuple[Model, ...]:
     if options.config_file is None:
         for name in ("opts", "min_size", "max_size"):
             if getattr(options, name):
-                raise InputError(f"--{name.replace('_', '-')} goes with --config-file")
+                also = "" if name == "opts" else " or --module"
+                raise InputError(f"--{name.replace('_', '-')} goes with --config-file{also}")
         return tuple(
             MODELS[name] for name in (MODELS if options.all else dict.fromkeys(options.model))
         )
     configuration = read_configuration(options.config_file, options.opts)
     if options.weights in zoo.NAMED_WEIGHTS:
         raise InputError("--config-file needs the model's --weights FILE")
-    path = Path(options.config_file)
-    # Detectron2's trainer leaves `config.yaml` in a folder that someone has given a name.
-    name = path.absolute().parent.name if path.stem == "config" else path.stem
-    # It stands in tables, and in names of files.
-    name = re.sub(r"[^\w.+-]+", "_", file_name(name)) or "model"
     return (
         Model(
-            name=f"{name}_own" if name in MODELS else name,
+            # Detectron2's trainer leaves `config.yaml` in a folder that someone has given a name.
+            name=_own_name(Path(options.config_file), "config"),
             config=file_name(options.config_file),
             postprocess=configuration.model.meta_architecture == "RetinaNet",
             configuration=configuration,
@@ -256,14 +258,60 @@ def models_of(options: argparse.Namespace) -> tuple[Model, ...]:
     )
 
 
+def _own_name(path: Path, nameless: str) -> str:
+    """What a model of the user's own is called, which stands in tables, and in names of files.
+
+    Args:
+        nameless: if the file is called so, its folder has the name.
+    """
+    name = path.absolute().parent.name if path.stem == nameless else path.stem
+    name = re.sub(r"[^\w.+-]+", "_", file_name(name)) or "model"
+    return f"{name}_own" if name in MODELS else name
+
+
+def module_of(options: argparse.Namespace, threads: int, hosts: Hosts) -> Model:
+    """The model that is a file. With a configuration, that tells how images are seen.
+
+    Raises:
+        errors.InputError: the file is nothing that can be taken, or options do not go with it.
+    """
+    for name, is_named in (
+        ("--weights", options.weights != "auto"),
+        ("--detections", options.detections != (OBJECTS,)),
+        ("--source", options.source == "detectron2"),
+    ):
+        if is_named:
+            raise InputError(f"{name} does not go with --module, which has its weights in it")
+    if options.config_file is None and options.opts:
+        raise InputError("--opts goes with --config-file")
+    configuration = None
+    if options.config_file is not None:
+        configuration = read_configuration(options.config_file, options.opts)
+    request = protocol.InspectModule(options.module, options.fields, options.trust_module)
+    with worker_for(hosts, Command.own(), threads) as worker:
+        module = worker.ask(request, READY_LIMIT_S).module
+    if module.kind in ("onnx", "compiled") and options.device == "cuda":
+        raise InputError("--module: what is no PyTorch module is run on a CPU only: --device cpu")
+    return Model(
+        # As Detectron2's export leaves it.
+        name=_own_name(Path(options.module), "model"),
+        config=file_name(options.module),
+        kind=module.kind,
+        configuration=configuration,
+        module=module,
+    )
+
+
 def _view(options: argparse.Namespace, model: Model) -> View:
     """How images are made ready for a model.
 
     Raises:
-        errors.InputError: it resizes them to nothing.
+        errors.InputError: it resizes them to nothing, or takes no images of the size asked for.
     """
+    if model.module is not None and model.module.size is not None:
+        return _fixed_view(options, model, model.module.size)
     if model.configuration is None:
-        return View(options.image_size)
+        return View(options.image_size, smallest=options.min_size, largest=options.max_size)
     images = model.configuration.input
     view = View(
         size=options.image_size,
@@ -281,12 +329,30 @@ def _view(options: argparse.Namespace, model: Model) -> View:
     return view
 
 
+def _fixed_view(options: argparse.Namespace, model: Model, size: inputs.Size) -> View:
+    """The same for a file that was made for images of one size.
+
+    Raises:
+        errors.InputError: another one was asked for.
+    """
+    for name in ("image_size", "min_size", "max_size"):
+        if getattr(options, name) not in (None, size):
+            raise InputError(
+                f"--{name.replace('_', '-')}: {model.config} was made for images of "
+                f"{size[0]}x{size[1]} and no others"
+            )
+    channels = "BGR" if model.configuration is None else model.configuration.input.format
+    return View(size, format=channels, smallest=size, largest=size)
+
+
 def _source(options: argparse.Namespace) -> str:
     """Where detectors come from: Detectron2 is not asked for a model of the user's own.
 
     Raises:
         errors.InputError: it is, by name.
     """
+    if options.module is not None:
+        return "bundled"
     if options.config_file is None:
         return str(options.source)
     if options.source == "detectron2":

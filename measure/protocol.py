@@ -33,7 +33,7 @@ from typing import (
 
 from benchmark import WarmUp
 from detectors.inputs import View
-from models import Model
+from models import Model, Module
 from results.record import Coverage, GpuState, ImageSizes, Preparation, Stages, Weights
 
 PROTOCOL = 1
@@ -123,6 +123,13 @@ class Surveyed:
 
 
 @dataclass(frozen=True)
+class Inspected:
+    """What there is in a file that a detector was exported to."""
+
+    module: Module
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """What is known of a model that was made ready.
 
@@ -132,8 +139,10 @@ class ModelFacts:
         flops: timed input -> of a call; None where PyTorch does not count them.
         image_digests: timed input -> what tells its images from others.
         fields: names of the tensors of one image in a flat tuple.
-        score_threshold: detections score more.
-        limit: of detections in an image.
+        score_threshold: detections score more; None where that is not known.
+        limit: of detections in an image, or None.
+        given: the same of what a file of the user's gives, which may lack the image's size.
+        blank_failure: why a file of the user's fails on a plain picture, or None.
     """
 
     sizes: ImageSizes
@@ -142,8 +151,10 @@ class ModelFacts:
     image_digests: Dict[str, str]
     weights: Weights
     fields: Tuple[str, ...]
-    score_threshold: float
-    limit: int
+    score_threshold: Optional[float]
+    limit: Optional[int]
+    given: Tuple[str, ...] = ()
+    blank_failure: Optional[str] = None
 
 
 @dataclass(frozen=True)
@@ -281,6 +292,21 @@ class Survey(Request[Surveyed]):
     backends: Tuple[str, ...]
     device: Optional[str]
     source: str = "auto"
+
+
+@dataclass(frozen=True)
+class InspectModule(Request[Inspected]):
+    """What is in a file? None of it is run.
+
+    Attributes:
+        fields: names of the tensors that it gives for an image; empty: they are to be guessed.
+        is_trusted: whether it may be a program.
+    """
+
+    answer: ClassVar = Inspected
+    path: str
+    fields: Tuple[str, ...]
+    is_trusted: bool
 
 
 @dataclass(frozen=True)
@@ -445,8 +471,17 @@ class MeasurePeak(Request[Peak]):
 REQUESTS: Dict[str, Type[Request[Any]]] = {
     kind.__name__: kind
     for kind in (
-        *(Start, Kill, Stop, Survey, CheckWeights, PrepareModel, PrepareRun, Warm, TimedCalls),
-        *(Detect, TimeStages, Trace, ReadMemory, ReadCoverage, ReadArtifact, ReadPrecision),
+        *(Start, Kill, Stop, Survey, InspectModule, CheckWeights, PrepareModel, PrepareRun, Warm),
+        *(
+            TimedCalls,
+            Detect,
+            TimeStages,
+            Trace,
+            ReadMemory,
+            ReadCoverage,
+            ReadArtifact,
+            ReadPrecision,
+        ),
         *(ReadGpu, ReadCpuTime, MeasurePeak),
     )
 }

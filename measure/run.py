@@ -27,7 +27,7 @@ import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Callable, Dict, NoReturn, Optional, Tuple, Type
+from typing import Any, Callable, Dict, Iterable, Iterator, NoReturn, Optional, Tuple, Type
 
 # Python puts a script's folder first: its `profile` would stand in for the standard library's.
 _HERE = Path(__file__).resolve().parent
@@ -81,6 +81,17 @@ def survey(request: protocol.Survey) -> protocol.Surveyed:
     )
 
 
+def inspect_module(request: protocol.InspectModule) -> protocol.Inspected:
+    """What there is in a file that a detector was exported to.
+
+    Raises:
+        errors.InputError: nothing that can be taken.
+    """
+    from detectors.module_file import inspect
+
+    return protocol.Inspected(inspect(Path(request.path), request.fields, request.is_trusted))
+
+
 def check_weights(request: protocol.CheckWeights) -> protocol.Done:
     """Reads a checkpoint, and loads it into each architecture.
 
@@ -114,14 +125,22 @@ def prepare_model(request: protocol.PrepareModel) -> protocol.ModelFacts:
     export = build.build(model, weights.state, weights.name, calls, request.source)
     flops = {}
     for name, call in calls.items():
-        found, flops[name] = call_and_count(export.eager, call)
+        with _told(export, call):
+            found, flops[name] = call_and_count(export.eager, call)
+            _check_detections(export, found, call)
+            found = export.completed(found, call)
         _save_outputs(folder / f"reference-{name}.npz", found)
-    for call in inputs.plain(calls["min"]):
-        found, _ = call_and_count(export.eager, call)
-        if not any(len(found[at]) for at in _places("scores", export.fields, found)):
-            calls[BLANK] = call
+    blank_failure = None
+    try:
+        blank = _blank(export, inputs.plain(calls["min"]))
+        if blank is not None:
+            calls[BLANK], found = blank
+            found = export.completed(found, calls[BLANK])
             _save_outputs(folder / f"reference-{BLANK}.npz", found)
-            break
+    except Exception as error:
+        if model.module is None:
+            raise
+        blank_failure = first_cause(error)
     flat = {f"{name}/{i}": x for name, call in calls.items() for i, x in enumerate(call)}
     _save_arrays(folder / "inputs.npz", _arrays(flat))
     return protocol.ModelFacts(
@@ -130,10 +149,63 @@ def prepare_model(request: protocol.PrepareModel) -> protocol.ModelFacts:
         flops={name: flops[name] for name in names},
         image_digests={name: inputs.digest(x.numpy() for x in calls[name]) for name in names},
         weights=weights.record,
-        fields=export.fields,
+        fields=export.compared_fields,
+        given=export.fields,
         score_threshold=export.score_threshold,
         limit=export.limit,
+        blank_failure=blank_failure,
     )
+
+
+def _blank(export: Any, plain: Iterable[Tuple[Any, ...]]) -> Optional[Tuple[Any, Any]]:
+    """The first of some calls in which nothing is found, and what it gives; None: there is none."""
+    from backends.torch import call_and_count
+
+    for call in plain:
+        found, _ = call_and_count(export.eager, call)
+        if not any(len(found[at]) for at in _places("scores", export.fields, found)):
+            return call, found
+    return None
+
+
+@contextlib.contextmanager
+def _told(export: Any, call: Tuple[Any, ...]) -> Iterator[None]:
+    """While it lasts, what fails in a file of the user's is an error of the input."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if export.model.module is None:
+            raise
+        raise InputError(export.failure(call[0], error)) from None
+
+
+def _check_detections(export: Any, found: Any, call: Tuple[Any, ...]) -> None:
+    """Makes sure that a file of the user's gives detections.
+
+    Raises:
+        errors.InputError: it does not.
+    """
+    from measure import verify
+
+    if export.model.module is None:
+        return
+    if len(found) != len(export.fields):
+        raise InputError(
+            f"{export.name_of_file} gives {len(found)} tensors, and --fields names "
+            f"{len(export.fields)}"
+        )
+    found = export.completed(found, call)
+    try:
+        arrays = _arrays({str(place): x for place, x in enumerate(found)})
+        verify.split(list(arrays.values()), export.compared_fields)
+    except verify.Malformed as error:
+        fields = ",".join(export.fields)
+        raise InputError(
+            f"{export.name_of_file} gives no detections, taken for {fields}: {error} (--fields "
+            "says what they are)"
+        ) from None
 
 
 def _places(field: str, fields: Tuple[str, ...], outputs: Any) -> range:
@@ -291,7 +363,7 @@ class Run:
             seconds = tuple(self._timed(images)[0] for _ in range(2))
         flaw = _flaw(outputs)
         if flaw is None:
-            _save_outputs(Path(request.outputs), outputs)
+            _save_outputs(Path(request.outputs), self.export.completed(outputs, images))
         return protocol.Detected(seconds, flaw)
 
     def time_stages(self, request: protocol.TimeStages) -> protocol.StageTimes:
@@ -414,6 +486,7 @@ class Worker:
         self.number = number
         self.answers: Dict[Type[Any], Callable[[Any], Any]] = {
             protocol.Survey: survey,
+            protocol.InspectModule: inspect_module,
             protocol.CheckWeights: check_weights,
             protocol.PrepareModel: prepare_model,
             protocol.PrepareRun: self.prepare,

@@ -161,9 +161,13 @@ class Session:
         self.found = load_found(output)
 
     def _other_files(self, earlier: Settings) -> list[str]:
-        """Whether the checkpoint or the configuration is another than that of earlier settings."""
+        """Whether a file is another than that of earlier settings."""
         found = []
-        for name, option in (("weights_digest", "--weights"), ("config_digest", "--config-file")):
+        for name, option in (
+            ("weights_digest", "--weights"),
+            ("config_digest", "--config-file"),
+            ("module_digest", "--module"),
+        ):
             digests = (getattr(earlier, name), getattr(self.empty.settings, name))
             if None not in digests and digests[0] != digests[1]:
                 found.append(f"{option}: another file of the same name")
@@ -409,6 +413,10 @@ def settings(plan: Plan, options: argparse.Namespace) -> Settings:
         config_file=options.config_file and file_name(options.config_file),
         config_digest=_digest_of(plan.models[0]),
         opts=tuple(map(file_name, options.opts)),
+        module=options.module and file_name(options.module),
+        module_digest=plan.models[0].module and plan.models[0].module.digest,
+        fields=options.fields,
+        trust_module=options.trust_module,
         backend=tuple(choice.name for choice in plan.choices),
         precision=plan.precisions,
         device=plan.device,

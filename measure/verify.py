@@ -209,8 +209,8 @@ def verify(
     candidate: Sequence[Any],
     fields: Sequence[str],
     precision: str,
-    score_threshold: float = SCORE_THRESHOLD,
-    limit: int = LIMIT,
+    score_threshold: Optional[float] = SCORE_THRESHOLD,
+    limit: Optional[int] = LIMIT,
 ) -> Agreement:
     """Compares the flat tuples of two calls: see `split` and `compare`.
 
@@ -229,16 +229,16 @@ def compare(
     reference: Sequence[Detections],
     candidate: Sequence[Detections],
     precision: str,
-    score_threshold: float = SCORE_THRESHOLD,
-    limit: int = LIMIT,
+    score_threshold: Optional[float] = SCORE_THRESHOLD,
+    limit: Optional[int] = LIMIT,
 ) -> Agreement:
     """Whether the candidate finds what the reference found, image by image.
 
     Args:
         reference, candidate: the detections of every image of a call.
         precision: the candidate's, a key of `TOLERANCES`.
-        score_threshold: the score below which the detector lists nothing.
-        limit: the most detections it lists for an image.
+        score_threshold: the score below which the detector lists nothing; None: not known.
+        limit: the most detections it lists for an image; None: not known.
 
     Returns:
         the totals over the images, with the verdict of the worst of them.
@@ -263,16 +263,17 @@ def compare(
 
 
 def _list_flaw(
-    found: Detections, tolerance: Tolerance, score_threshold: float, limit: int
+    found: Detections, tolerance: Tolerance, score_threshold: Optional[float], limit: Optional[int]
 ) -> Optional[str]:
     """Why a list of detections is none that a detector gives, whatever it shows."""
     scores = found.scores
-    if len(scores) > limit:
+    if limit is not None and len(scores) > limit:
         return f"{len(scores)} detections where {limit} are the most"
     # An engine may compare before it rounds.
-    outside = scores[(scores < score_threshold * (1 - BFLOAT16_STEP)) | (scores > 1)]
+    least = score_threshold or 0.0
+    outside = scores[(scores < least * (1 - BFLOAT16_STEP)) | (scores > 1)]
     if len(outside):
-        return f"a score of {outside[0]:.3g}, where {score_threshold:g} to 1 are listed"
+        return f"a score of {outside[0]:.3g}, where {least:g} to 1 are listed"
     lowest = np.minimum.accumulate(scores)
     rises = scores - lowest
     if (rises > tolerance.order).any():
@@ -338,16 +339,19 @@ def _total(images: Sequence[Agreement]) -> Agreement:
     return Agreement(least.verdict, reason, bias=least.bias, **sums, **drifts)
 
 
-def _cut(reference: Detections, score_threshold: float, limit: int) -> float:
+def _cut(reference: Detections, score_threshold: Optional[float], limit: Optional[int]) -> float:
     """The score below which the reference lists nothing.
 
-    That is the score threshold or, where the limit was reached, the score of the last one. The
+    That is the score threshold or, where the limit was reached, the score of the last one. Where
+    these are not known it is not above the lowest score that is listed, and taken for that. The
     candidate's own last score has no say: an engine that fills the list with duplicates has a
     high one, and would excuse itself for all that it pushed out.
     """
-    if len(reference.scores) < limit:
-        return score_threshold
-    return max(score_threshold, float(reference.scores.min()))
+    least = score_threshold or 0.0
+    is_full = score_threshold is None or limit is None or len(reference.scores) >= limit
+    if not is_full or not len(reference.scores):
+        return least
+    return max(least, float(reference.scores.min()))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,18 @@ from results.record import Agreement, Cpu, Environment, Group, Results, Stages, 
 OBJECTS = 100
 # Settings that change what is measured, and how.
 DECISIVE_SETTINGS = (
-    *("model", "config_file", "opts", "backend", "environment", "precision", "device", "source"),
+    *(
+        "model",
+        "config_file",
+        "opts",
+        "module",
+        "fields",
+        "backend",
+        "environment",
+        "precision",
+        "device",
+        "source",
+    ),
     *("image", "image_size", "min_size", "max_size", "weights", "detections", "threads", "seed"),
     *("warmup", "iterations", "time_budget"),
     *("stages", "trace"),

@@ -94,6 +94,8 @@ class Settings:
 
     Attributes:
         config_digest: tells a configuration from another of the same name, its `opts` included.
+        module: a file that was exported elsewhere; `module_digest` tells it from others.
+        fields: names of the tensors that it gives, as far as they were named.
         weights_digest: tells a checkpoint file from another of the same name; None for weights that
             come from no file of the user's.
         environment: names of the environments that were given, as in `openvino@old`.
@@ -103,6 +105,10 @@ class Settings:
     config_file: Optional[str] = None
     config_digest: Optional[str] = None
     opts: Tuple[str, ...] = ()
+    module: Optional[str] = None
+    module_digest: Optional[str] = None
+    fields: Tuple[str, ...] = ()
+    trust_module: bool = False
     backend: Tuple[str, ...] = ()
     precision: Tuple[str, ...] = ()
     device: str = "cpu"
@@ -406,7 +412,8 @@ class Group:
     image follows, of the same rounds, in which a sample is the call for that image.
 
     Attributes:
-        model: test model.
+        model: test model, or model of the user's own.
+        export: how it was exported; of a file that was exported elsewhere, what it is.
         image: with several, the file name of the one that the group is about; None for all of them
             together, and where there is but one.
         objects: that synthetic weights were made to find.
@@ -425,7 +432,7 @@ class Group:
     """
 
     model: str
-    export: Literal["traced", "scripted"]
+    export: Literal["traced", "scripted", "torchscript", "exported", "compiled", "onnx"]
     precision: Precision
     images_per_call: int
     image_sizes: ImageSizes

@@ -24,7 +24,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 import tabulate
 
 from benchmark import BreakEven, Speedup, Statistics, StopRule, samples_to_bound
-from models import BLANK, MODELS, TUNING, TURNED
+from models import BLANK, MODELS, TUNING, TURNED, runner
 from results import published
 from results.facts import case, case_name, ceiling, missing_notes, weights_note, worst
 from results.record import (
@@ -33,7 +33,6 @@ from results.record import (
     Preparation,
     Results,
     Run,
-    SameAgainstSame,
     Stages,
     Stopped,
 )
@@ -335,7 +334,8 @@ def _model_notes(
     yield from _percentile_note(groups)
     yield from _check_note(groups[0])
     yield from _rounds_notes(results, groups)
-    yield from _ratio_notes(groups, "Torch fp32, same rounds", lambda run: run.speedup_over_fp32)
+    baseline = f"{runner(groups[0].export)} fp32, same rounds"
+    yield from _ratio_notes(groups, baseline, lambda run: run.speedup_over_fp32)
     yield from _ratio_notes(
         groups, "Torch of its own environment", lambda run: run.speedup_over_own_torch
     )
@@ -343,7 +343,7 @@ def _model_notes(
     yield from _recompilation_notes(groups)
     yield from _environment_notes(results, groups)
     if not groups[0].image:  # Torch was timed against itself on all images together.
-        yield from aa_note(results.aa)
+        yield from aa_note(results)
     yield from missing_notes(results)
     yield from dict.fromkeys(_weights_note(group) for group in groups if group.weights)
     if any(group.weights and group.weights.source == "synthetic" for group in groups):
@@ -377,23 +377,30 @@ def _check_note(group: Group) -> Iterator[str]:
     small, timed, large = (sizes.pop(name) for name in TUNING)
     others = [small, *filter(None, (sizes.pop(TURNED, None),)), large]
     blank = "; where it finds nothing, on a plain picture, too" if sizes.pop(BLANK, None) else ""
+    reference = f"{runner(group.export)} fp32"
     if sizes:
         several = ", ".join([timed, *sizes.values()])
         yield (
             f"timed on {1 + len(sizes)} images in turn ({several}), the mean of a round is what "
-            f"counts; Detections: against Torch fp32 on each, and at {_enumerated(others)}, the "
+            f"counts; Detections: against {reference} on each, and at {_enumerated(others)}, the "
             f"worst of all{blank}"
         )
     else:
-        at = [small, timed, *others[1:]]
+        at = list(dict.fromkeys((small, timed, *others[1:])))
+        worst = {
+            1: "",
+            2: ", the worse",
+            3: ", the worst of the three",
+            4: ", the worst of the four",
+        }
         yield (
-            f"timed at {timed}; Detections: against Torch fp32 at {_enumerated(at)}, the worst of "
-            f"the {'three' if len(at) == 3 else 'four'}{blank}"
+            f"timed at {timed}; Detections: against {reference} at {_enumerated(at)}"
+            f"{worst[len(at)]}{blank}"
         )
 
 
 def _enumerated(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} and {names[-1]}"
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _rounds_notes(results: Results, groups: Sequence[Group]) -> Iterator[str]:
@@ -454,12 +461,15 @@ def _environment_notes(results: Results, groups: Sequence[Group]) -> Iterator[st
     yield from dict.fromkeys(lines)
 
 
-def aa_note(aa: Optional[SameAgainstSame]) -> Iterator[str]:
+def aa_note(results: Results) -> Iterator[str]:
     """What difference the machine can resolve, if that was measured."""
+    aa = results.aa
     if aa is None or None in (aa.resolution, aa.speedup.low, aa.speedup.high):
         return
+    kinds = {group.model: group.export for group in results.groups}
+    baseline = runner(kinds.get(aa.model, ""))
     yield (
-        f"A/A, Torch against itself in two processes ({aa.model} {aa.precision}): "
+        f"A/A, {baseline} against itself in two processes ({aa.model} {aa.precision}): "
         f"{aa.speedup.ratio:.3f}x, {aa.speedup.low:.3f} to {aa.speedup.high:.3f}; differences "
         f"below {100 * aa.resolution:.1f}% cannot be told from noise here"
     )

@@ -1,0 +1,335 @@
+"""A detector from a file that it was exported to elsewhere, see `detectors.module_file`.
+
+The file is its own reference, run by PyTorch or ONNX Runtime. An engine that needs what the file
+does not have says so in its row.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any, Callable, Dict, List, Sequence, Tuple
+
+import numpy as np
+import torch
+import torchvision  # noqa: F401  A file may name its operators.
+from torch import Tensor, nn
+
+from configuration import Configuration
+from detectors.export import Export, score_threshold
+from errors import InputError, Unsupported, first_cause
+from models import OTHER_RUNNERS, Model, Module
+from results.environment import file_name
+
+# What a file is, for messages.
+KINDS = {
+    "torchscript": "TorchScript",
+    "exported": "a program of torch.export",
+    "compiled": "a package of AOTInductor",
+    "onnx": "an ONNX graph",
+}
+# Whatever else a file gives, these have to be among it.
+DETECTIONS = (
+    {"pred_boxes", "pred_classes", "scores"},
+    {"proposal_boxes", "objectness_logits"},
+    {"sem_seg"},
+)
+
+
+class ExportedElsewhere(Export):
+    """An export that is a file.
+
+    Raises:
+        errors.InputError: the file cannot be loaded, takes no image, or gives no detections.
+    """
+
+    def __init__(self, model: Model, tuning_inputs: Dict[str, Tuple[Tensor, ...]]) -> None:
+        if model.module is None:
+            raise TypeError("a model without a file")
+        self.module = model.module
+        super().__init__(model, Configuration(), _load(model.module), tuning_inputs)
+        own = model.configuration
+        self.score_threshold = None if own is None else score_threshold(own)
+        self.limit = None if own is None else own.test.detections_per_image
+        self.own_runner = OTHER_RUNNERS.get(self.kind)
+        self.onnx_file = self.module.path if self.kind == "onnx" else None
+        self.program = self.eager.program if isinstance(self.eager, _Program) else None
+        self.fields = self.module.fields or self._fields()
+
+    def _fields(self) -> Tuple[str, ...]:
+        named = getattr(self.eager, "names", ())
+        image = self.inputs[0]
+        try:
+            with torch.no_grad():
+                found = self.eager(image)
+        except Exception as error:
+            raise InputError(self.failure(image, error)) from None
+        return named or guess(found, image, self.name_of_file)
+
+    @property
+    def name_of_file(self) -> str:
+        """What messages call it."""
+        return f"--module {file_name(self.module.path)}"
+
+    def failure(self, image: Tensor, error: BaseException) -> str:
+        """What to say where the file cannot be run on an image."""
+        height, width = image.shape[-2:]
+        try:  # Where operations are counted, TorchScript loses the words.
+            with torch.no_grad():
+                self.eager(image)
+        except Exception as plain:
+            plain.__suppress_context__ = True
+            error = plain
+        return (
+            f"{self.name_of_file} cannot be run on an image of {height}x{width}: "
+            f"{first_cause(error)} (if it was made for one size, --image-size, --min-size and "
+            "--max-size are to be that one)"
+        )
+
+    @property
+    def compared_fields(self) -> Tuple[str, ...]:
+        """With the image's size, to which boxes refer, where the file does not give it."""
+        is_complete = "image_size" in self.fields or set(self.fields) == {"sem_seg"}
+        return self.fields if is_complete else (*self.fields, "image_size")
+
+    def completed(self, outputs: Sequence[Tensor], images: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The tensors that an image gave, and its size, see `compared_fields`."""
+        if len(self.compared_fields) == len(self.fields):
+            return outputs
+        (image,) = images
+        return (*outputs, torch.tensor(image.shape[-2:]))
+
+    def script_module(self) -> torch.jit.ScriptModule:
+        """The TorchScript of the file.
+
+        Raises:
+            errors.Unsupported: there is none.
+        """
+        if self.kind != "torchscript":
+            raise Unsupported(f"it takes TorchScript, and the file is {KINDS[self.kind]}")
+        if isinstance(self.eager, torch.jit.ScriptModule):
+            return self.eager
+        if self._script_module is None:
+            frozen = torch.jit.freeze(self.trace().eval())
+            # What goes into a dictionary comes out again: engines take none.
+            torch._C._jit_pass_inline(frozen.graph)
+            torch._C._jit_pass_peephole(frozen.graph)
+            torch._C._jit_pass_dce(frozen.graph)
+            self._script_module = frozen
+        return self._script_module
+
+    def python_module(self) -> nn.Module:
+        """The module as Python code: that of a program's graph.
+
+        Raises:
+            errors.Unsupported: there is none.
+        """
+        if self.kind != "exported":
+            raise Unsupported(f"it takes a Python module, and the file is {KINDS[self.kind]}")
+        return self.eager
+
+
+# Loading ---------------------------------------------------------------------------------------
+
+
+def _load(module: Module) -> nn.Module:
+    """The module of a file: it takes an image, and gives a flat tuple.
+
+    Raises:
+        errors.InputError: PyTorch or ONNX Runtime cannot load it.
+    """
+    load = {
+        "torchscript": _load_torchscript,
+        "exported": _Program,
+        "compiled": _Compiled,
+        "onnx": _Onnx,
+    }[module.kind]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TorchScript is deprecated.
+            return load(module.path)
+    except InputError:
+        raise
+    except Exception as error:
+        name = file_name(module.path)
+        raise InputError(f"--module {name} cannot be loaded: {first_cause(error)}") from None
+
+
+def _load_torchscript(path: str) -> nn.Module:
+    module = torch.jit.load(path, map_location="cpu")
+    arguments = module.forward.schema.arguments[1:]
+    required = [x for x in arguments if not x.has_default_value()]
+    kind = str(required[0].type) if len(required) == 1 else ""
+    if kind == "Tensor":
+        return module.eval() if getattr(module, "training", False) else module
+    if re.search(r"Dict[\[(]str, Tensor[\])]", kind):
+        return _OfDictionaries(module, in_tuple=kind.startswith("Tuple"))
+    takes = ", ".join(f"{x.name}: {x.type}" for x in arguments) or "nothing"
+    raise InputError(
+        f"--module {file_name(path)} takes {takes}: it is to take an image, or a list of "
+        "Detectron2's dictionaries with an image"
+    )
+
+
+class _AsExported(nn.Module):
+    """Runs a file, which is in the mode that it was exported in: some refuse to be told another."""
+
+    def train(self, mode: bool = True) -> _AsExported:
+        """Nothing changes."""
+        return self
+
+
+class _OfDictionaries(_AsExported):
+    """A scripted detector as Detectron2 exports it: dictionaries in, dictionaries of fields out."""
+
+    def __init__(self, module: torch.jit.ScriptModule, in_tuple: bool) -> None:
+        super().__init__()
+        self.module = module
+        self.in_tuple = in_tuple
+        self.names: Tuple[str, ...] = ()
+
+    def forward(self, image: Tensor) -> Tuple[Tensor, ...]:
+        call = [{"image": image}]
+        found = self.module(tuple(call) if self.in_tuple else call)[0]
+        # In the order of Detectron2's tracing.
+        self.names = self.names or tuple(sorted(found))
+        return tuple(found[name] for name in self.names)
+
+
+class _Program(_AsExported):
+    """A program of torch.export."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.program = torch.export.load(path)
+        self.module = self.program.module()
+
+    def forward(self, image: Tensor) -> Tuple[Tensor, ...]:
+        return _flat(self.module(image))
+
+
+class _Compiled(_AsExported):
+    """A package of AOTInductor."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.package = torch._inductor.aoti_load_package(path)
+
+    def forward(self, image: Tensor) -> Tuple[Tensor, ...]:
+        return _flat(self.package(image))
+
+
+class _Onnx(_AsExported):
+    """An ONNX graph on ONNX Runtime's own kernels for a CPU, with as many threads as PyTorch."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3  # Errors.
+        self.session = onnxruntime.InferenceSession(
+            path, options, providers=["CPUExecutionProvider"]
+        )
+        (self.input,) = self.session.get_inputs()
+        names = tuple(output.name for output in self.session.get_outputs())
+        self.names = names if any(x <= set(names) for x in DETECTIONS) else ()
+
+    def forward(self, image: Tensor) -> Tuple[Tensor, ...]:
+        given = {self.input.name: image.numpy().astype(onnx_type(self.input), copy=False)}
+        return tuple(torch.from_numpy(np.asarray(x)) for x in self.session.run(None, given))
+
+
+def onnx_type(port: Any) -> Any:
+    """The NumPy type of the images that a session takes."""
+    kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
+    if port.type not in kinds:
+        raise InputError(f"the ONNX graph takes {port.type}, where an image is given")
+    return kinds[port.type]
+
+
+def _flat(found: Any) -> Tuple[Tensor, ...]:
+    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+
+
+# Fields ----------------------------------------------------------------------------------------
+
+
+def guess(outputs: Any, image: Tensor, name: str) -> Tuple[str, ...]:
+    """Names of the tensors of a flat tuple, by their types and shapes.
+
+    Args:
+        outputs: what an image gave.
+        name: what messages call the file.
+
+    Raises:
+        errors.InputError: what it gives is no flat tuple, or cannot be told.
+    """
+    others = [x for x in _flat(outputs) if not isinstance(x, Tensor)]
+    if others:
+        raise InputError(
+            f"{name} gives a {type(others[0]).__name__}, where a tensor of detections is expected"
+        )
+    tensors = _flat(outputs)
+    named: Dict[int, str] = {}
+    for field, places in _candidates(tensors, image).items():
+        free = [place for place in places if place not in named]
+        if len(free) == 1:
+            named[free[0]] = field
+    if len(named) == len(tensors) and any(x <= set(named.values()) for x in DETECTIONS):
+        return tuple(named[place] for place in range(len(tensors)))
+    listed = ", ".join(
+        f"{named.get(place, '?')} ({_described(x)})" for place, x in enumerate(tensors)
+    )
+    raise InputError(
+        f"{name} gives tensors that are no detections by their types and shapes: "
+        f"{listed or 'none'}; --fields NAME,NAME,... names them all, as in "
+        "pred_boxes,pred_classes,scores,image_size"
+    )
+
+
+def _described(tensor: Tensor) -> str:
+    kind = str(tensor.dtype).replace("torch.", "")
+    return f"{kind} {'x'.join(map(str, tensor.shape)) or 'number'}"
+
+
+def _candidates(tensors: Sequence[Tensor], image: Tensor) -> Dict[str, List[int]]:
+    """Field -> the places that it may have; what is surest comes first."""
+
+    def where(is_one: Callable[[Tensor], bool]) -> List[int]:
+        return [place for place, tensor in enumerate(tensors) if is_one(tensor)]
+
+    boxes = where(lambda x: x.dim() == 2 and x.shape[1] in (4, 5) and x.is_floating_point())
+    count = len(tensors[boxes[0]]) if len(boxes) == 1 else -1
+
+    def of_each(*shape: int) -> Callable[[Tensor], bool]:
+        """Whether each detection has something of this shape; -1: of any length."""
+        return lambda x: (
+            x.dim() == 1 + len(shape)
+            and len(x) == count
+            and all(wanted in (-1, side) for wanted, side in zip(shape, x.shape[1:]))
+        )
+
+    is_listed = of_each()
+    sizes = where(lambda x: x.shape == (2,) and not x.is_floating_point())
+    sizes = sizes[-1:] if len(sizes) > 1 or count != 2 else []
+    classes = where(lambda x: is_listed(x) and not x.is_floating_point())
+    scores = where(lambda x: is_listed(x) and x.is_floating_point())
+    masks = where(lambda x: of_each(1, -1, -1)(x) or (of_each(-1, -1)(x) and x.dtype == torch.bool))
+    labels = where(
+        lambda x: x.dim() == 3 and x.shape[1:] == image.shape[1:] and x.is_floating_point()
+    )
+    classes = [place for place in classes if place not in sizes]
+    own = ("pred_boxes", "scores") if classes else ("proposal_boxes", "objectness_logits")
+    return {
+        "image_size": sizes,
+        own[0]: boxes,
+        own[1]: scores,
+        "pred_classes": classes,
+        "pred_masks": masks,
+        "pred_keypoints": where(of_each(-1, 3)),
+        "pred_keypoint_heatmaps": where(of_each(-1, -1, -1)),
+        "sem_seg": labels,
+    }

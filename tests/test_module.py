@@ -1,0 +1,554 @@
+"""A file that a detector was exported to elsewhere: what it is, what runs it, what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Callable, Dict, List, Tuple
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import arrays
+from test_cli import assert_refused, main  # noqa: F401
+from test_example import CONFIG, IMAGES, QUICK, detector  # noqa: F401
+from torch import Tensor, nn
+
+import run_blade
+from backends import base
+from detectors.build import build
+from detectors.exported import guess
+from detectors.inputs import View, inputs, read_image
+from detectors.module_file import inspect
+from errors import InputError, Unsupported
+from measure import plan
+from models import TUNING, Model, Module
+from results.file import load
+
+SIZE = (96, 128)
+
+
+class Spots(nn.Module):
+    """Finds where a picture has contrast: a detector that can be exported every way there is."""
+
+    def forward(self, image: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        gray = image.mean(0)[None, None]
+        contrast = (F.max_pool2d(gray, 9, stride=8) - F.avg_pool2d(gray, 9, stride=8))[0, 0] / 255
+        scores, places = contrast.flatten().topk(20)
+        columns = contrast.shape[1]
+        x, y = places % columns * 8, places // columns * 8
+        boxes = torch.stack([x, y, x + 9, y + 9], 1).float()
+        keep = scores > 0.05
+        return boxes[keep], (places % 3)[keep], scores[keep]
+
+
+class Sized(Spots):
+    """The same, as Detectron2's tracing leaves it: with the image's size."""
+
+    def forward(self, image: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        boxes, classes, scores = super().forward(image)
+        return boxes, classes, scores, torch._shape_as_tensor(image)[1:]
+
+
+class Scripted(nn.Module):
+    """The same, as Detectron2's scripting leaves it: dictionaries in and out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Spots()
+
+    def forward(self, inputs: Tuple[Dict[str, Tensor]]) -> List[Dict[str, Tensor]]:
+        boxes, classes, scores = self.model(inputs[0]["image"])
+        return [{"scores": scores, "pred_boxes": boxes, "pred_classes": classes}]
+
+
+class Fragile(Sized):
+    """Fails where nothing is found."""
+
+    def forward(self, image: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        boxes, classes, scores, size = super().forward(image)
+        return boxes + 0 * scores.max(), classes, scores, size
+
+
+@pytest.fixture(scope="module")
+def picture() -> Tensor:
+    return torch.from_numpy(read_image(None, SIZE))
+
+
+@pytest.fixture(scope="module")
+def calls(picture) -> Dict[str, Tuple[Tensor, ...]]:
+    return inputs([picture.numpy()], 1, 0, View())
+
+
+@pytest.fixture(scope="module")
+def files(picture, tmp_path_factory) -> Path:
+    """Files of every kind, and some that are none."""
+    folder = tmp_path_factory.mktemp("files")
+    for name, module in (("traced", Sized()), ("fragile", Fragile())):
+        torch.jit.trace(module, picture, check_trace=False).save(str(folder / f"{name}.ts"))
+    traced = torch.jit.trace(Sized(), picture, check_trace=False).eval()
+    torch.jit.freeze(traced).save(str(folder / "frozen.ts"))
+    torch.jit.script(Scripted()).save(str(folder / "scripted.ts"))
+    free = {1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
+    for name, shapes in (("exported", (free,)), ("fixed", None)):
+        program = torch.export.export(Spots(), (picture,), dynamic_shapes=shapes)
+        torch.export.save(program, folder / f"{name}.pt2")
+    for name, axes in (("graph", {"image": {1: "height", 2: "width"}}), ("fixed", {})):
+        torch.onnx.export(
+            Sized(),
+            (picture,),
+            str(folder / f"{name}.onnx"),
+            input_names=["image"],
+            dynamic_axes=axes,
+            opset_version=18,
+            dynamo=False,
+        )
+    torch.save(Spots().state_dict(), folder / "checkpoint.pth")
+    (folder / "text.ts").write_text("no module")
+    (folder / "text.onnx").write_text("no graph")
+    return folder
+
+
+def built(path: Path, calls: Dict[str, Tuple[Tensor, ...]], fields: Tuple[str, ...] = ()):
+    module = inspect(path, fields)
+    model = Model("spots", path.name, kind=module.kind, module=module)
+    return build(model, {}, "", {name: calls[name] for name in TUNING})
+
+
+# What a file is --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "size"),
+    [
+        ("traced.ts", "torchscript", None),
+        ("frozen.ts", "torchscript", None),
+        ("scripted.ts", "torchscript", None),
+        ("exported.pt2", "exported", None),
+        ("fixed.pt2", "exported", SIZE),
+        ("graph.onnx", "onnx", None),
+        ("fixed.onnx", "onnx", SIZE),
+    ],
+)
+def test_what_a_file_is(files, tmp_path, name, kind, size):
+    module = inspect(files / name)
+    assert (module.kind, module.size, module.path) == (kind, size, str(files / name))
+    # Its name tells of nothing but ONNX.
+    renamed = tmp_path / ("model.onnx" if kind == "onnx" else "model.bin")
+    shutil.copy(files / name, renamed)
+    again = inspect(renamed)
+    assert (again.kind, again.digest) == (kind, module.digest)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.ts", "--module missing.ts does not exist"),
+        ("", "is not a file"),
+        ("text.ts", "text.ts is neither TorchScript, nor of torch.export, nor .onnx"),
+        ("text.onnx", "text.onnx is no ONNX file"),
+        ("checkpoint.pth", "checkpoint.pth is a checkpoint, which has weights and no detector"),
+    ],
+)
+def test_what_is_no_module(files, name, message):
+    with pytest.raises(InputError, match=message):
+        inspect(files / name)
+
+
+def changed(path: Path, to: Path, change: Callable[[str, bytes], bytes]) -> Path:
+    """A copy of an archive with other contents; those that do not change stay."""
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(to, "w") as new:
+        for entry in old.infolist():
+            content = old.read(entry)
+            new.writestr(entry, change(entry.filename.partition("/")[2], content))
+    return to
+
+
+class Bomb:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def with_target(name: str, content: bytes) -> bytes:
+    return content.replace(b"torch.ops.aten.max_pool2d.default", b"torch.hub.load")
+
+
+def with_size(name: str, content: bytes) -> bytes:
+    if name != "models/model.json":
+        return content
+    document = json.loads(content)
+    values = document["graph_module"]["graph"]["tensor_values"].values()
+    sides = [side for value in values for side in value["sizes"] if "as_expr" in side]
+    sides[0]["as_expr"]["expr_str"] = "open('x', 'w')"
+    return json.dumps(document).encode()
+
+
+def with_pickle(name: str, content: bytes) -> bytes:
+    return content.replace(b'{"config": {}}', b'{"config": {"a": {"use_pickle": true}}}')
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_target, "names 'torch.hub.load' for an operator"),
+        (with_size, "has \"open\\('x', 'w'\\)\" for a size"),
+        (with_pickle, "holds pickles"),
+    ],
+)
+def test_a_program_of_torch_export_is_taken_as_data_only(files, tmp_path, change, message):
+    path = changed(files / "exported.pt2", tmp_path / "changed.pt2", change)
+    with pytest.raises(InputError, match=f"{message}, so that loading it could run anything"):
+        inspect(path)
+    assert inspect(path, is_trusted=True).kind == "exported"
+
+
+def test_nothing_of_a_program_is_run(files, tmp_path):
+    planted = tmp_path / "planted"
+    bomb = io.BytesIO()
+    torch.save((Bomb(planted),), bomb)
+    inside = changed(
+        files / "exported.pt2",
+        tmp_path / "bomb.pt2",
+        lambda name, content: bomb.getvalue() if "sample_inputs" in name else content,
+    )
+    with pytest.raises(InputError, match="holds pickles, so that loading it could run anything"):
+        inspect(inside)
+    native = tmp_path / "native.pt2"
+    shutil.copy(files / "exported.pt2", native)
+    with zipfile.ZipFile(native, "a") as archive:
+        archive.writestr("exported/data/aotinductor/model/code.so", pickle.dumps(Bomb(planted)))
+    with pytest.raises(InputError, match="holds native code, so that loading"):
+        inspect(native)
+    assert not planted.exists()
+    # PyTorch itself does run it.
+    with contextlib.suppress(Exception):
+        torch.export.load(inside)
+    assert planted.exists()
+
+
+def external(files: Path, to: Path, location: str) -> Path:
+    """An ONNX file whose largest constant lies in a file beside it."""
+    model = onnx.load(files / "graph.onnx")
+    weight = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [2], [1.0, 2.0])
+    weight.ClearField("float_data")
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value=location)
+    model.graph.initializer.append(weight)
+    onnx.save(model, to)
+    return to
+
+
+def test_weights_beside_an_onnx_file_stay_in_its_folder(files, tmp_path):
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    (tmp_path / "secret").write_bytes(bytes(8))
+    (inner / "weights").write_bytes(bytes(8))
+    module = inspect(external(files, inner / "a.onnx", "weights"))
+    (inner / "weights").write_bytes(b"other123")
+    assert inspect(inner / "a.onnx").digest != module.digest
+    (inner / "link").symlink_to(tmp_path / "secret")
+    for location in ("../secret", str(tmp_path / "secret"), "link"):
+        with pytest.raises(InputError, match="has weights outside its folder"):
+            inspect(external(files, inner / "b.onnx", location))
+    with pytest.raises(InputError, match="has weights in 'nowhere', which is missing"):
+        inspect(external(files, inner / "c.onnx", "nowhere"))
+
+
+# What runs it ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "of"),
+    [
+        ("traced.ts", Sized),
+        ("frozen.ts", Sized),
+        ("scripted.ts", Spots),
+        ("exported.pt2", Spots),
+        ("graph.onnx", Sized),
+    ],
+)
+def test_a_file_finds_what_its_module_found(files, calls, name, of):
+    export = built(files / name, calls)
+    assert (
+        export.fields
+        == ("pred_boxes", "pred_classes", "scores", "image_size")[: len(export.fields)]
+    )
+    assert len(export.fields) == (4 if of is Sized else 3)
+    assert export.compared_fields[-1] == "image_size"
+    for images in calls.values():
+        wanted = [*of()(*images), torch.tensor(images[0].shape[1:])][:4]
+        found = export.completed(export.eager(*images), images)
+        assert len(found) == len(wanted)
+        assert len(found[0]) > 5
+        for ours, theirs in zip(arrays(found), arrays(wanted)):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["fixed.pt2", "fixed.onnx"])
+def test_a_file_that_takes_one_size(files, picture, name):
+    export = built(files / name, dict.fromkeys(TUNING, (picture,)))
+    for ours, theirs in zip(arrays(export.eager(picture)), arrays(Spots()(picture))):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+
+
+NO_TORCHSCRIPT, NO_PYTHON = "it takes TorchScript, and", "it takes a Python module, and"
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "reason"),
+    [
+        ("traced.ts", "torchscript", None),
+        ("traced.ts", "openvino", None),
+        ("traced.ts", "onnxruntime", None),
+        ("traced.ts", "inductor", f"{NO_PYTHON} the file is TorchScript"),
+        ("frozen.ts", "torchscript", None),
+        ("frozen.ts", "openvino", None),
+        ("scripted.ts", "torchscript", None),
+        ("scripted.ts", "openvino", None),
+        ("scripted.ts", "onnxruntime", None),
+        ("exported.pt2", "torchscript", f"{NO_TORCHSCRIPT} the file is a program of torch.export"),
+        ("exported.pt2", "onnxruntime", f"{NO_TORCHSCRIPT} the file is a program of torch.export"),
+        ("graph.onnx", "openvino", None),
+        ("graph.onnx", "torchscript", f"{NO_TORCHSCRIPT} the file is an ONNX graph"),
+        ("graph.onnx", "inductor", f"{NO_PYTHON} the file is an ONNX graph"),
+        ("graph.onnx", "onnxruntime", "ONNX Runtime is the baseline of an ONNX file"),
+    ],
+)
+def test_an_engine_takes_a_file_or_says_why_not(files, calls, name, backend, reason):
+    export = built(files / name, calls)
+    engine = base.load(backend)
+    if reason is not None:
+        with pytest.raises(Unsupported, match=f"^{reason}$"):
+            engine.optimize(export, "fp32", "cpu")
+        return
+    optimized = engine.optimize(export, "fp32", "cpu")
+    for images in (calls[name] for name in TUNING):
+        for ours, theirs in zip(arrays(optimized.call(*images)), arrays(Sized()(*images))):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "label"), [("traced.ts", None), ("exported.pt2", None), ("graph.onnx", "ONNXRuntime")]
+)
+def test_what_runs_the_file_is_the_baseline(files, calls, name, label):
+    for precision in ("fp32", "bf16"):
+        optimized = base.load("torch").optimize(built(files / name, calls), precision, "cpu")
+        assert optimized.label == label
+        # ONNX Runtime knows nothing of autocast.
+        assert optimized.precision == (precision if label is None else "fp32")
+        assert len(optimized.call(*calls["opt"])[0]) > 5
+
+
+@pytest.mark.slow
+def test_a_package_of_aotinductor(files, picture, calls, tmp_path):
+    free = {1: torch.export.Dim("h", min=32, max=1024), 2: torch.export.Dim("w", min=32, max=1024)}
+    program = torch.export.export(Spots(), (picture,), dynamic_shapes=(free,))
+    path = tmp_path / "package.pt2"
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    with pytest.raises(InputError, match="holds native code"):
+        inspect(path)
+    module = inspect(path, is_trusted=True)
+    model = Model("spots", path.name, kind=module.kind, module=module)
+    export = build(model, {}, "", {name: calls[name] for name in TUNING})
+    assert (export.kind, export.own_runner) == ("compiled", "AOTInductor")
+    for images in calls.values():
+        for ours, theirs in zip(arrays(export.eager(*images)), arrays(Spots()(*images))):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    with pytest.raises(Unsupported, match="the file is a package of AOTInductor"):
+        base.load("openvino").optimize(export, "fp32", "cpu")
+
+
+# Fields ----------------------------------------------------------------------------------------
+
+IMAGE = torch.zeros(3, 40, 50)
+BOXES, SCORES, CLASSES = torch.zeros(7, 4), torch.zeros(7), torch.zeros(7, dtype=torch.int64)
+HW = torch.tensor([40, 50])
+
+
+@pytest.mark.parametrize(
+    ("outputs", "fields"),
+    [
+        ((BOXES, CLASSES, SCORES, HW), "pred_boxes pred_classes scores image_size"),
+        ((SCORES, CLASSES.int(), BOXES), "scores pred_classes pred_boxes"),
+        # Two detections: their classes look like a size.
+        ((BOXES[:2], CLASSES[:2], SCORES[:2], HW), "pred_boxes pred_classes scores image_size"),
+        ((BOXES[:2], CLASSES[:2], SCORES[:2]), "pred_boxes pred_classes scores"),
+        ((BOXES[:0], CLASSES[:0], SCORES[:0], HW), "pred_boxes pred_classes scores image_size"),
+        (
+            (BOXES, CLASSES, torch.zeros(7, 1, 28, 28), SCORES, HW),
+            "pred_boxes pred_classes pred_masks scores image_size",
+        ),
+        (
+            (BOXES, CLASSES, torch.zeros(7, 40, 50, dtype=torch.bool), SCORES, HW),
+            "pred_boxes pred_classes pred_masks scores image_size",
+        ),
+        (
+            (BOXES, CLASSES, torch.zeros(7, 17, 56, 56), torch.zeros(7, 17, 3), SCORES, HW),
+            "pred_boxes pred_classes pred_keypoint_heatmaps pred_keypoints scores image_size",
+        ),
+        ((torch.zeros(7, 5), CLASSES, SCORES, HW), "pred_boxes pred_classes scores image_size"),
+        ((SCORES, BOXES, HW), "objectness_logits proposal_boxes image_size"),
+        (torch.zeros(54, 40, 50), "sem_seg"),
+        (
+            (BOXES, CLASSES, SCORES, HW, torch.zeros(54, 40, 50)),
+            "pred_boxes pred_classes scores image_size sem_seg",
+        ),
+    ],
+)
+def test_fields_are_told_by_types_and_shapes(outputs, fields):
+    assert guess(outputs, IMAGE, "it") == tuple(fields.split())
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        # Which are the scores?
+        ((BOXES, CLASSES, SCORES, SCORES), r"\? \(float32 7\), \? \(float32 7\); --fields NAME"),
+        ((BOXES, CLASSES), r"proposal_boxes|pred_boxes \(float32 7x4\), pred_classes \(int64 7\);"),
+        ((torch.zeros(1, 7, 4), torch.zeros(1, 7)), r"\? \(float32 1x7x4\), \? \(float32 1x7\);"),
+        (torch.zeros(1000), r"\? \(float32 1000\);"),
+        ((), "types and shapes: none;"),
+        ({"boxes": BOXES}, "it gives a dict, where a tensor of detections is expected"),
+        ((BOXES, [SCORES]), "it gives a list, where"),
+    ],
+)
+def test_what_cannot_be_told_is_asked_for(outputs, message):
+    with pytest.raises(InputError, match=message):
+        guess(outputs, IMAGE, "it")
+
+
+# The command line ------------------------------------------------------------------------------
+
+
+def assert_refused_late(outcome, *words: str) -> None:
+    """The same as `assert_refused` where the file is run, before anything is measured."""
+    said = [line for line in outcome.err.splitlines() if not line.startswith("[")]
+    assert_refused(outcome._replace(err="\n".join(said) + "\n"), *words)
+
+
+def test_a_traced_detector_as_a_user_has_it(main, detector, tmp_path):  # noqa: F811
+    """Masks, resized images: the configuration says how they are seen."""
+    export, _ = detector
+    path, output = tmp_path / "model.ts", tmp_path / "output"
+    export.script_module().save(str(path))
+    asked = ["--module", path, "--config-file", CONFIG, "--image", IMAGES[0], *QUICK]
+    asked += ["--backend", "torchscript", "openvino", "--output", output]
+    outcome = main(*asked)
+    assert outcome.code == 0, outcome.err
+    assert "| Model(torchscript) " in outcome.out
+    results = load(output / "results.json")
+    (group,) = results.groups
+    assert [run.status for run in group.runs] == ["ok"] * 3
+    assert group.found > 5
+    assert group.model == tmp_path.name
+    assert set(group.image_sizes) == {"min", "opt", "max", "turned", "blank"}
+    assert (results.settings.module, results.settings.config_file) == ("model.ts", "config.yaml")
+    assert (group.weights.source, group.weights.file) == ("file", "model.ts")
+    assert (output / "report.html").exists()
+    # It is the file that counts, not its name.
+    torch.jit.freeze(export.script_module().eval()).save(str(path))
+    outcome = main(*asked)
+    assert_refused(outcome, "has results of another run (--module: another file of the same name)")
+
+
+def test_an_onnx_file_that_takes_one_size(main, files, tmp_path):  # noqa: F811
+    asked = ["--module", files / "fixed.onnx", *QUICK, "--backend", "openvino"]
+    outcome = main(*asked)
+    assert outcome.code == 0, outcome.err
+    assert "| Model(onnx) | Backend     |" in outcome.out
+    assert "| fixed       | ONNXRuntime | fp32 " in outcome.out
+    assert "timed at 96x128; Detections: against ONNXRuntime fp32 at 96x128; where" in outcome.out
+    outcome = main(*asked, "--max-size", "200x200")
+    assert_refused(outcome, "--max-size: fixed.onnx was made for images of 96x128 and no others")
+
+
+def test_a_file_that_fails_where_nothing_is_found(main, files):  # noqa: F811
+    outcome = main(
+        *("--module", files / "fragile.ts", *QUICK, "--backend", "torchscript"),
+        *("--image-size", "96x128"),
+    )
+    assert outcome.code == 1
+    assert "Torch fp32: while its detections were computed where nothing is to be found:" in (
+        outcome.out
+    )
+    row = next(line for line in outcome.out.splitlines() if "| TorchScript |" in line)
+    assert "match" in row
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--weights", "x.pth"], "--weights does not go with --module"),
+        (["--detections", "5"], "--detections does not go with --module"),
+        (["--source", "detectron2"], "--source does not go with --module"),
+        (["--opts", "A", "1"], "--opts goes with --config-file"),
+        (["--model", "testRetinaNet"], "say which models"),
+        (["--fields", "pred_boxes,,scores"], "'pred_boxes,,scores' are not different names"),
+        (["--fields", "a,a"], "'a,a' are not different names"),
+        (
+            ["--fields", "scores,pred_classes,pred_boxes,image_size"],
+            "gives no detections, taken for",
+        ),
+        (["--fields", "pred_boxes,scores"], "gives 4 tensors, and --fields names 2"),
+    ],
+)
+def test_what_does_not_go_with_a_file(main, files, tmp_path, options, message):  # noqa: F811
+    output = tmp_path / "output"
+    outcome = main("--module", files / "traced.ts", *QUICK, "--output", output, *options)
+    assert_refused_late(outcome, message)
+    assert not (output / "results.json").exists()
+
+
+def test_options_that_go_with_a_file_only(main):  # noqa: F811
+    for option in (["--fields", "scores"], ["--trust-module"]):
+        assert_refused(main("--model", "testRetinaNet", *option), "go with --module")
+
+
+def test_a_module_that_takes_no_image(main, tmp_path):  # noqa: F811
+    class Two(nn.Module):
+        def forward(self, first: Tensor, second: Tensor) -> Tensor:
+            return first + second
+
+    torch.jit.script(Two()).save(str(tmp_path / "two.ts"))
+    outcome = main("--module", tmp_path / "two.ts", *QUICK)
+    assert_refused_late(
+        outcome, "two.ts takes first: Tensor, second: Tensor: it is to take an image"
+    )
+
+
+def test_a_module_of_another_size_than_it_is_called_with(main, picture, tmp_path):  # noqa: F811
+    class Rigid(Sized):
+        def forward(self, image: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+            return super().forward(image + torch.zeros(3, *SIZE))
+
+    path = tmp_path / "rigid.ts"
+    torch.jit.trace(Rigid(), picture, check_trace=False).save(str(path))
+    outcome = main("--module", path, *QUICK, "--image-size", "96x128")
+    assert_refused_late(
+        outcome, "rigid.ts cannot be run on an image of", "--max-size are to be that one"
+    )
+    sizes = [f"--{name}-size=96x128" for name in ("image", "min", "max")]
+    outcome = main("--module", path, *QUICK, "--backend", "torchscript", *sizes)
+    assert outcome.code == 0, outcome.err
+
+
+def test_the_plan_knows_what_a_file_is(files, hosts, monkeypatch):
+    options = run_blade.parser().parse_args(["--module", str(files / "exported.pt2")])
+    model = plan.module_of(options, 1, hosts)
+    assert (model.name, model.kind, model.module.fields) == ("exported", "exported", ())
+    assert dataclasses.replace(model.module, path="") == Module(
+        "", "exported", inspect(files / "exported.pt2").digest
+    )
