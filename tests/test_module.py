@@ -321,6 +321,7 @@ NO_TORCHSCRIPT, NO_PYTHON = "it takes TorchScript, and", "it takes a Python modu
         ("scripted.ts", "onnxruntime", None),
         ("exported.pt2", "torchscript", f"{NO_TORCHSCRIPT} the file is a program of torch.export"),
         ("exported.pt2", "onnxruntime", f"{NO_TORCHSCRIPT} the file is a program of torch.export"),
+        ("exported.pt2", "openvino", None),
         ("graph.onnx", "openvino", None),
         ("graph.onnx", "torchscript", f"{NO_TORCHSCRIPT} the file is an ONNX graph"),
         ("graph.onnx", "inductor", f"{NO_PYTHON} the file is an ONNX graph"),
