@@ -365,9 +365,9 @@ def _changes(pair: Pair) -> Tuple[List[str], Tuple[str, ...]]:
 
 
 def _matched(run: Run) -> Dict[str, str]:
-    """Matched of expected detections at each size."""
+    """What agrees of what at each size: detections that match, labels of a map."""
     found = run.detections or {}
-    return {size: f"{known.matched}/{known.expected}" for size, known in found.items()}
+    return {size: known.counts for size, known in found.items()}
 
 
 def _ratios(pair: Pair) -> Tuple[Ratio, Optional[Ratio]]:

@@ -254,7 +254,13 @@ def sizes_plot(groups: Sequence[Group], name: str) -> Optional[Plot]:
 
 @dataclass(frozen=True)
 class Box:
-    """A detection in a picture, in pixels; its kind is `matched`, `lost` or `spurious`."""
+    """A detection in a picture, in pixels.
+
+    Attributes:
+        kind: `matched`, `lost` or `spurious`.
+        corners: of a rotated box, for SVG.
+        keypoints: for SVG: a path of points.
+    """
 
     x: float
     y: float
@@ -262,6 +268,8 @@ class Box:
     height: float
     kind: str
     title: str
+    corners: str = ""
+    keypoints: str = ""
 
 
 @dataclass(frozen=True)
@@ -270,6 +278,7 @@ class Drawing:
 
     Attributes:
         image: id of the image on the page; None where there is none.
+        labels: a semantic map, a PNG file in Base64; None where there is none.
     """
 
     width: int
@@ -277,11 +286,13 @@ class Drawing:
     image: Optional[str]
     boxes: List[Box]
     caption: str
+    labels: Optional[str] = None
 
     @property
     def description(self) -> str:
         """The words for those who cannot see it."""
-        return f"The image with boxes drawn on it. {self.caption}"
+        on_it = ["boxes"] * bool(self.boxes) + ["a map of labels"] * bool(self.labels)
+        return f"The image with {' and '.join(on_it) or 'nothing'} drawn on it. {self.caption}"
 
 
 def pictures(
@@ -299,18 +310,31 @@ def pictures(
     height, width = found.size or timed_size(groups[0])
     reference = found.reference[0]
     count = len(reference.scores)
-    caption = f"{runner(groups[0].export)} fp32, the reference: {count} detections"
-    drawn = [Drawing(width, height, image, _boxes(reference, ["matched"] * count), caption)]
+    boxes = _boxes(reference, ["matched"] * count)
+    caption = f"{runner(groups[0].export)} fp32, the reference: {_described(reference)}"
+    drawn = [Drawing(width, height, image, boxes, caption, reference.labels)]
     for precision, runs in found.runs.items():
         for label, (own, *_) in runs.items():
             kinds = ["matched" if agrees else "spurious" for agrees in own.agrees]
             boxes = _boxes(own, kinds) + _boxes(
                 _picked(reference, own.lost), ["lost"] * len(own.lost)
             )
-            caption = f"{label} {precision}: {kinds.count('matched')} agree, "
-            caption += f"{len(own.lost)} lost, {kinds.count('spurious')} spurious"
-            drawn.append(Drawing(width, height, image, boxes, caption))
+            counted = f"{kinds.count('matched')} agree, "
+            counted += f"{len(own.lost)} lost, {kinds.count('spurious')} spurious"
+            said = counted if boxes or own.labels is None else "its map"
+            drawn.append(
+                Drawing(width, height, image, boxes, f"{label} {precision}: {said}", own.labels)
+            )
     return drawn
+
+
+def _described(found: Drawn) -> str:
+    """What there is to see."""
+    count = len(found.scores)
+    if found.labels is not None and not count:
+        return "a map of labels"
+    # Of proposals, the best are drawn.
+    return f"the best {count} proposals" if -1 in found.classes else f"{count} detections"
 
 
 def timed_size(group: Group) -> Tuple[int, int]:
@@ -320,10 +344,12 @@ def timed_size(group: Group) -> Tuple[int, int]:
 
 
 def _picked(found: Drawn, places: Sequence[int]) -> Drawn:
+    lists = {name: value for name, value in vars(found).items() if isinstance(value, tuple)}
     return Drawn(
-        boxes=tuple(found.boxes[place] for place in places),
-        scores=tuple(found.scores[place] for place in places),
-        classes=tuple(found.classes[place] for place in places),
+        **{
+            name: tuple(each[place] for place in places) if each else ()
+            for name, each in lists.items()
+        }
     )
 
 
@@ -332,10 +358,21 @@ def _boxes(found: Drawn, kinds: Sequence[str]) -> List[Box]:
     return [
         Box(
             *(x1, y1, max(0, x2 - x1), max(0, y2 - y1), kind),
-            title=f"class {label}, score {score:.2f}, {kind}",
+            title=f"{_called(label)} {score:.2f}, {kind}",
+            corners=" ".join(map(str, found.corners[place])) if found.corners else "",
+            keypoints=_path(found.keypoints[place]) if found.keypoints else "",
         )
-        for (x1, y1, x2, y2), score, label, kind in lines
+        for place, ((x1, y1, x2, y2), score, label, kind) in enumerate(lines)
     ]
+
+
+def _called(label: int) -> str:
+    return "proposal, logit" if label < 0 else f"class {label}, score"
+
+
+def _path(points: Sequence[Tuple[float, float]]) -> str:
+    """A path of lines without a length, which round ends make points of."""
+    return "".join(f"M{x} {y}h0" for x, y in points)
 
 
 # The page --------------------------------------------------------------------------------------

@@ -49,7 +49,6 @@ def build_detector(
     config: Configuration,
     postprocess: bool,
     initialize: bool = True,
-    without_detections: bool = False,
 ) -> nn.Module:
     """The detector of a configuration, in eval mode, with untrained weights.
 
@@ -58,17 +57,10 @@ def build_detector(
         postprocess: clip the boxes to the image and paste the masks into it.
         initialize: give the parameters PyTorch's random values. Where all of them are overwritten
             anyway, False saves nine tenths of the time: they hold whatever the memory holds.
-        without_detections: take also what has no detections in its outputs (`NO_DETECTIONS`). By
-            default it is refused, as outputs are compared by their detections.
 
     Raises:
         errors.InputError: it asks for what there is no network for, or contradicts itself.
     """
-    architecture = config.model.meta_architecture
-    if architecture in NO_DETECTIONS and not without_detections:
-        raise InputError(
-            f"MODEL.META_ARCHITECTURE is {architecture!r}, which has no detections to compare"
-        )
     if initialize:
         return _built(config, postprocess).eval()
     with _uninitialized():
@@ -560,7 +552,7 @@ ARCHITECTURES: Dict[str, Callable[[Configuration, bool], nn.Module]] = {
     "ProposalNetwork": _proposal_network,
     "SemanticSegmentor": _semantic_segmentor,
 }
-# Architectures that find no objects -> what the flat tuple has instead.
+# Architectures that have no classes of objects -> what the flat tuple has.
 NO_DETECTIONS = {
     "ProposalNetwork": ("objectness_logits", "proposal_boxes", "image_size"),
     "SemanticSegmentor": ("sem_seg",),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from configuration import Configuration
-from detectors.config import fields
+from detectors.config import NO_DETECTIONS, fields
 from detectors.instances import Instances, flatten
 from models import Model
 
@@ -68,8 +68,10 @@ class Export:
         other_inputs: images of calls that are timed besides `opt`, for backends that compile when
             they first see a size.
         fields: names of the tensors that the flat tuple has for each image.
-        score_threshold: detections score more; None where that is not known, as of a file.
-        limit: of detections in an image, or None.
+        score_threshold: detections score more; None: there is no threshold, or it is not known, as of
+            a file.
+        limit: of detections, or proposals, in an image; None where nothing is listed, or it is not
+            known.
         own_runner: what runs `eager`, if PyTorch's operators do not, which autocast reaches.
         onnx_file: the ONNX graph that it is, or None.
         program: the program of torch.export that it is, or None.
@@ -94,7 +96,7 @@ class Export:
         self.kind = model.kind
         self.fields = fields(configuration, model.postprocess)
         self.score_threshold = score_threshold(configuration)
-        self.limit = configuration.test.detections_per_image
+        self.limit = limit(configuration)
         self.eager = eager
         self.tuning_inputs = tuning_inputs
         self._script_module: Optional[torch.jit.ScriptModule] = None
@@ -136,8 +138,20 @@ class Export:
         return script(self.eager)
 
 
-def score_threshold(configuration: Configuration) -> float:
-    """What detections score more than."""
+def score_threshold(configuration: Configuration) -> Optional[float]:
+    """What detections score more than; None: proposals have any logit, and maps list nothing."""
     model = configuration.model
+    if model.meta_architecture in NO_DETECTIONS:
+        return None
     is_retinanet = model.meta_architecture == "RetinaNet"
     return (model.retinanet if is_retinanet else model.roi_heads).score_thresh_test
+
+
+def limit(configuration: Configuration) -> Optional[int]:
+    """The most that is listed for an image; None for maps, which list nothing."""
+    model = configuration.model
+    if model.meta_architecture == "ProposalNetwork":
+        return int(model.rpn.post_nms_topk_test)
+    if model.meta_architecture in NO_DETECTIONS:
+        return None
+    return int(configuration.test.detections_per_image)

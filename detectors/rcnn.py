@@ -61,7 +61,7 @@ class GeneralizedRCNN(nn.Module):
             features: of the backbone, N x C x H x W each.
             sizes: height and width of each image.
         """
-        proposals = self.proposal_generator(features, sizes)
+        proposals = [boxes for boxes, _ in self.proposal_generator(features, sizes)]
         results = self.roi_heads(features, proposals, sizes)
         if self.postprocess:
             return [postprocess(x) for x in results]
@@ -98,7 +98,7 @@ class ProposalNetwork(nn.Module):
         """
         sizes = [image_size(image) for image in images]
         batch = batch_images(images, self.pixel_mean, self.pixel_std, self.size_divisibility)
-        scored = self.proposal_generator.scored(self.backbone(batch), sizes)
+        scored = self.proposal_generator(self.backbone(batch), sizes)
         proposals: List[Proposals] = []
         for size, (boxes, logits) in zip(sizes, scored):
             proposals.append(Proposals(size, boxes, logits))

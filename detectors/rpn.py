@@ -82,14 +82,7 @@ class RPN(nn.Module):
         self.rpn_head = RPNHead(in_channels, anchor_generator.num_anchors, config.conv_dims)
         self.anchor_generator = anchor_generator
 
-    def forward(self, features: List[Tensor], sizes: List[Tensor]) -> List[Tensor]:
-        """Returns the proposals for each image, R x 4, best objectness first.
-
-        Args: as for `scored`.
-        """
-        return [boxes for boxes, _ in self.scored(features, sizes)]
-
-    def scored(self, features: List[Tensor], sizes: List[Tensor]) -> List[Tuple[Tensor, Tensor]]:
+    def forward(self, features: List[Tensor], sizes: List[Tensor]) -> List[Tuple[Tensor, Tensor]]:
         """Returns the proposals for each image, R x 4, and their logits, R, the best first.
 
         Args:

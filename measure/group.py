@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,6 +15,7 @@ import benchmark
 from benchmark import RunFailed, StopRule
 from errors import InputError, Unsupported
 from measure import protocol, quiet, verify
+from measure.drawing import drawn_runs
 from measure.plan import Choice, Plan
 from measure.progress import Progress
 from measure.worker import CALL_LIMIT_S, PREPARE_LIMIT_S, Command, Hosts, Worker, scratch_folder
@@ -26,7 +26,6 @@ from results.file import write_text
 from results.record import (
     Agreement,
     Coverage,
-    Drawn,
     DrawnRun,
     GpuState,
     Group,
@@ -80,6 +79,11 @@ class PreparedModel:
         """What the model is called."""
         return self.model.name
 
+    @property
+    def not_compared(self) -> tuple[str, ...]:
+        """Names of what it gives besides, and nobody knows how to compare."""
+        return verify.not_compared(self.reference["opt"], self.facts.fields)
+
 
 def prepare_model(
     model: Model, objects: int, plan: Plan, hosts: Hosts, folder: Path, progress: Progress
@@ -116,7 +120,10 @@ def prepare_model(
     if model.module is not None:  # From here on, nobody guesses.
         model = replace(model, module=replace(model.module, fields=answer.given))
     reference = {key: load_outputs(folder / f"reference-{key}.npz") for key in answer.sizes}
-    return PreparedModel(model, objects, folder, answer, reference)
+    prepared = PreparedModel(model, objects, folder, answer, reference)
+    if prepared.not_compared:
+        progress.say(f"{model.name}: not compared: {', '.join(prepared.not_compared)}")
+    return prepared
 
 
 def load_outputs(path: Path) -> list[np.ndarray]:
@@ -539,7 +546,7 @@ class Measurement:
             run.agreements[name] = verify.verify(*both, *listed)
             if name in known.timed:
                 place = known.timed.index(name)
-                run.found[name] = _drawn(*both, self.plan.pictures[place].shape[-2:])
+                run.found[name] = drawn_runs(*both, self.plan.pictures[place].shape[-2:])
         worst = facts.worst(run.agreements)
         if worst.is_wrong:
             run.status, run.reason = "mismatch", worst.reason
@@ -607,7 +614,7 @@ class Measurement:
             runs=tuple(self.record(run, inputs, place) for run in self.runs),
             image=image,
             objects=self.model.objects,
-            found=sum(len(image.scores) for images in found for image in images),
+            found=_count([image for images in found for image in images]),
             flops=None if None in flops else sum(flops) // len(flops),
             image_digest=" ".join(known.image_digests[name] for name in timed),
             weights=known.weights,
@@ -617,6 +624,7 @@ class Measurement:
             machine=self.machine if together else None,
             gpu=tuple(self.gpu) if together else (),
             fp32_samples_s=tuple(self.samples(FP32, place)),
+            not_compared=self.model.not_compared,
         )
 
     def samples(self, key: str, place: int | None = None) -> list[float]:
@@ -701,6 +709,13 @@ class Measurement:
         return benchmark.break_even(*samples, extra_s, images, self.plan.seed)
 
 
+def _count(found: Sequence[verify.Detections]) -> int | None:
+    """Detections in all images; None of a model that lists nothing."""
+    if found and not any(image.has_objects for image in found):
+        return None
+    return sum(len(image.scores) for image in found)
+
+
 def _start(hosts: Hosts, run: Running, plan: Plan) -> Worker:
     """A worker for a run.
 
@@ -755,42 +770,6 @@ def _status_of(run: Running, agreements: dict[str, Agreement]) -> tuple[str, str
         return run.status, run.reason
     worst = facts.worst(agreements)
     return ("mismatch", worst.reason) if worst.is_wrong else ("ok", None)
-
-
-def _drawn(
-    reference: Sequence[Any],
-    found: Sequence[Any],
-    names: Sequence[str],
-    precision: str,
-    size: Sequence[int],
-) -> tuple[DrawnRun, ...]:
-    """What was found in each image, see `drawn`; nothing where it is malformed."""
-    with suppress(ValueError):
-        images = verify.find(reference, found, names, precision)
-        return tuple(
-            DrawnRun(
-                **vars(drawn(image.detections, size)),
-                agrees=tuple(image.agrees.tolist()),
-                lost=tuple(image.lost.tolist()),
-            )
-            for image in images
-        )
-    return ()
-
-
-def drawn(detections: verify.Detections, size: Sequence[int]) -> Drawn:
-    """What was found, for drawing it: boxes in tenths of a pixel, scores to four digits.
-
-    Args:
-        size: height and width of the image that it is drawn on, which the detector's may be another
-            size of.
-    """
-    scale = np.array(size[::-1]) / detections.image_size[::-1]
-    return Drawn(
-        boxes=tuple(map(tuple, (detections.boxes * np.tile(scale, 2)).round(1).tolist())),
-        scores=tuple(detections.scores.round(4).tolist()),
-        classes=tuple(detections.classes.tolist()),
-    )
 
 
 def failed_group(model: Model, objects: int, precision: str, plan: Plan, reason: str) -> Group:

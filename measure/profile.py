@@ -19,6 +19,7 @@ from results.record import Stages
 # in which a detector calls what it has of them.
 PARTS = {
     "backbone": "backbone",
+    "sem_seg_head": "head",
     "proposal_generator": "proposals",
     "head": "head",
     "roi_heads": "roi_heads",

@@ -139,8 +139,8 @@ class ModelFacts:
         flops: timed input -> of a call; None where PyTorch does not count them.
         image_digests: timed input -> what tells its images from others.
         fields: names of the tensors of one image in a flat tuple.
-        score_threshold: detections score more; None where that is not known.
-        limit: of detections in an image, or None.
+        score_threshold: detections score more; None: there is no threshold, or it is not known.
+        limit: of detections in an image; None: there is none, or it is not known.
         given: the same of what a file of the user's gives, which may lack the image's size.
         blank_failure: why a file of the user's fails on a plain picture, or None.
     """

@@ -161,6 +161,9 @@ def _blank(export: Any, plain: Iterable[Tuple[Any, ...]]) -> Optional[Tuple[Any,
     """The first of some calls in which nothing is found, and what it gives; None: there is none."""
     from backends.torch import call_and_count
 
+    # A proposal network always proposes something, and a map labels each pixel of any picture.
+    if "scores" not in export.fields:
+        return None
     for call in plain:
         found, _ = call_and_count(export.eager, call)
         if not any(len(found[at]) for at in _places("scores", export.fields, found)):

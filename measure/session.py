@@ -17,7 +17,8 @@ from detectors import inputs, zoo
 from errors import InputError
 from measure import group as groups
 from measure import protocol
-from measure.group import PreparedModel, drawn, image_names, reference_detections
+from measure.drawing import drawn
+from measure.group import PreparedModel, image_names, reference_detections
 from measure.plan import Plan, environments, make_plan, survey_of
 from measure.progress import Progress
 from measure.worker import Command, Hosts, remove_left_behind, scratch_folder

@@ -1,17 +1,22 @@
 """Do two sets of detections agree: is the fast engine still right?
 
-It knows nothing of models, backends or PyTorch: it compares flat tuples of NumPy arrays, the
-detections of one image after another, with those of a reference.
+It knows nothing of models, backends or PyTorch: it compares flat tuples of NumPy arrays, what was
+found in one image after another, with those of a reference. Objects are paired by their boxes, and
+what else there is of them is compared pair by pair; maps of labels are compared pixel by pixel.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from measure import geometry
+from measure.detections import Detections, Malformed, by, split
+from measure.tolerances import TOLERANCES, Tolerance
 from results.facts import rank
 from results.record import Agreement
 
@@ -28,180 +33,14 @@ EXCUSED_LEAST = 2
 # A detection with a better one of its class on the same place is what non-maximum suppression, at
 # an IoU of 0.5, leaves out: rounding does not excuse it from here on.
 DUPLICATE_IOU = 0.6
+# Proposals are suppressed at 0.7, and those of one feature map do not suppress those of another.
+DUPLICATE_PROPOSAL_IOU = 0.95
 # Share of a number by which bfloat16 rounds it at most.
 BFLOAT16_STEP = 2**-8
 # With fewer detections, that they all agree says next to nothing.
 LEAST_TO_TELL = 5
-
-
-class Malformed(ValueError):
-    """An output that is not what detections look like; the message says in what way."""
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """How far a healthy engine may be from the reference at some precision.
-
-    Attributes:
-        iou: the least overlap of a pair of boxes.
-        mask_iou: the least overlap of their masks, binarised at 0.5.
-        score: the largest difference of their scores.
-        share: the share of detections that must have a partner. It is not 1, because at low
-            precision a detection may cross a threshold inside the network (proposals kept,
-            non-maximum suppression) and take its neighbours along.
-        cut_margin: how close to the cut, on either side, a score must lie for rounding to decide
-            whether the detection is listed. Far narrower than `score`: near the cut scores are low,
-            and the sigmoid or softmax is flat there.
-        order: by how much a score may exceed that of a detection before it.
-        shift_px, shift_share: how far off the median of each of the four coordinates may be, in
-            pixels and as a share of the mean width or height of a box, whichever is more.
-        score_shift: how far off the median of the scores may be.
-        median_box, median_score, median_mask: the largest median of 1 - IoU of the boxes, of the
-            differences of scores, of 1 - IoU of the masks. Rounding leaves a few far off and most
-            close; where boxes jitter or scores come in coarse steps, all are off.
-    """
-
-    iou: float
-    mask_iou: float
-    score: float
-    share: float
-    cut_margin: float
-    order: float
-    shift_px: float
-    shift_share: float
-    score_shift: float
-    median_box: float
-    median_score: float
-    median_mask: float
-
-
-# About twice what healthy engines were measured to need at bf16, on all seven test models and two
-# trained detectors, and at int8, on those that are quantized in a minute: docs/performance.md,
-# tools/measure_bounds.py. Single pairs may be worse, see `share`. fp32 is wider than what a CPU
-# needs, 1e-5: on a GPU PyTorch's convolutions round to TF32, which has two bits more than bf16.
-_SIXTEEN_BITS = Tolerance(
-    iou=0.8,
-    mask_iou=0.7,
-    score=0.15,
-    share=0.85,
-    cut_margin=0.03,
-    order=0.005,
-    shift_px=0.25,
-    shift_share=0.0035,
-    score_shift=0.0125,
-    median_box=0.026,
-    median_score=0.042,
-    median_mask=0.09,
-)
-TOLERANCES: Dict[str, Tolerance] = {
-    "fp32": Tolerance(
-        iou=0.97,
-        mask_iou=0.95,
-        score=0.01,
-        share=0.99,
-        cut_margin=1e-3,
-        order=1e-3,
-        shift_px=0.1,
-        shift_share=0.001,
-        score_shift=0.002,
-        median_box=0.005,
-        median_score=0.003,
-        median_mask=0.005,
-    ),
-    "fp16": _SIXTEEN_BITS,
-    "bf16": _SIXTEEN_BITS,
-    "int8": Tolerance(
-        iou=0.75,
-        mask_iou=0.7,
-        score=0.2,
-        share=0.9,
-        cut_margin=0.05,
-        order=0.01,
-        shift_px=1.6,
-        shift_share=0.0115,
-        score_shift=0.065,
-        median_box=0.13,
-        median_score=0.08,
-        median_mask=0.08,
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Detections:
-    """What was found in one image, N objects.
-
-    Attributes:
-        boxes: N x 4, XYXY in pixels.
-        scores: N.
-        classes: N integers.
-        image_size: height and width that the boxes refer to, in pixels.
-        masks: N x 1 x S x S probabilities within the boxes, or N x H x W bool in the image, or
-            None for a detector without masks.
-    """
-
-    boxes: np.ndarray
-    scores: np.ndarray
-    classes: np.ndarray
-    image_size: Tuple[int, int]
-    masks: Optional[np.ndarray] = None
-
-
-def split(outputs: Sequence[Any], fields: Sequence[str]) -> List[Detections]:
-    """The detections of every image of a call, from its flat tuple.
-
-    Args:
-        outputs: arrays, `fields` of the first image, then those of the next.
-        fields: Detectron2's names of an image's tensors: `pred_boxes`, `scores`, `pred_classes`
-            and `image_size`, perhaps `pred_masks`; others are passed over.
-
-    Raises:
-        Malformed: the tuple does not hold detections.
-    """
-    if not isinstance(outputs, (tuple, list)):
-        raise Malformed(f"a {type(outputs).__name__} instead of a tuple of tensors")
-    if not outputs or len(outputs) % len(fields):
-        raise Malformed(f"{len(outputs)} tensors, where an image has {len(fields)}")
-    for value in outputs:
-        if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub":
-            raise Malformed(f"a {type(value).__name__} where a tensor should be")
-    starts = range(0, len(outputs), len(fields))
-    return [_detections(dict(zip(fields, outputs[at : at + len(fields)]))) for at in starts]
-
-
-def _detections(arrays: Dict[str, np.ndarray]) -> Detections:
-    boxes, scores, classes = arrays["pred_boxes"], arrays["scores"], arrays["pred_classes"]
-    masks, image_size = arrays.get("pred_masks"), arrays["image_size"]
-    count = len(scores) if scores.ndim == 1 else -1
-    _require(count >= 0, "scores", scores, "one dimension")
-    _require(boxes.shape == (count, 4), "pred_boxes", boxes, f"{count} x 4")
-    _require(classes.shape == (count,), "pred_classes", classes, f"{count}")
-    _require(image_size.shape == (2,), "image_size", image_size, "2")
-    if masks is not None:
-        right = masks.ndim in (3, 4) and len(masks) == count
-        _require(right, "pred_masks", masks, f"{count} masks")
-    for name, array in arrays.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise Malformed(f"{name} holds NaN or infinity")
-    if (classes != np.floor(classes)).any():
-        raise Malformed("pred_classes holds fractions")
-    return Detections(
-        boxes=boxes.astype(np.float64),
-        scores=scores.astype(np.float64),
-        classes=classes.astype(np.int64),
-        image_size=(int(image_size[0]), int(image_size[1])),
-        masks=masks,
-    )
-
-
-def _require(right: bool, name: str, array: np.ndarray, wanted: str) -> None:
-    if not right:
-        shape = _shape(array.shape) or "a single number"
-        raise Malformed(f"{name} is {shape} where {wanted} was expected")
-
-
-def _shape(lengths: Sequence[int]) -> str:
-    return " x ".join(str(length) for length in lengths)
+# Pixels so close to another label tell of a map that is shifted, however large its regions are.
+BORDER_PX = 8
 
 
 def verify(
@@ -237,8 +76,8 @@ def compare(
     Args:
         reference, candidate: the detections of every image of a call.
         precision: the candidate's, a key of `TOLERANCES`.
-        score_threshold: the score below which the detector lists nothing; None: not known.
-        limit: the most detections it lists for an image; None: not known.
+        score_threshold: the score below which the detector lists nothing; None: there is none.
+        limit: the most detections it lists for an image; None: there is none.
 
     Returns:
         the totals over the images, with the verdict of the worst of them.
@@ -250,39 +89,73 @@ def compare(
     tolerance = TOLERANCES[precision]
     images = []
     for expected, found in zip(reference, candidate):
-        flaw = _list_flaw(found, tolerance, score_threshold, limit)
+        unit = _unit(expected)
+        expected, found = (
+            replace(x, scores=x.scores / unit, score_unit=unit) for x in (expected, found)
+        )
+        flaw = _list_flaw(expected, found, tolerance, score_threshold, limit)
         if flaw is not None:
             images.append(Agreement("error", flaw, len(expected.scores)))
             continue
         cut = _cut(expected, score_threshold, limit)
         images.append(_compare_image(expected, found, tolerance, cut))
     total = images[0] if len(images) == 1 else _total(images)
-    if total.verdict == "match" and total.expected < LEAST_TO_TELL:
+    if total.verdict == "match" and total.has_objects and total.expected < LEAST_TO_TELL:
         return replace(total, verdict="too few")
     return total
 
 
+def not_compared(outputs: Sequence[Any], fields: Sequence[str]) -> Tuple[str, ...]:
+    """Names of the fields of a reference of which nobody knows how to compare them."""
+    try:
+        images = split(outputs, fields)
+    except Malformed:  # That is told elsewhere.
+        return ()
+    return tuple(dict.fromkeys(name for image in images for name in image.not_compared))
+
+
+def _unit(reference: Detections) -> float:
+    """What scores are divided by, so that one tolerance does for all.
+
+    Logits have no range. Theirs is taken for that of a uniform distribution that varies as much.
+    """
+    if not reference.are_proposals or len(reference.scores) < 2:
+        return 1.0
+    return float(reference.scores.std() * 12**0.5) or 1.0
+
+
 def _list_flaw(
-    found: Detections, tolerance: Tolerance, score_threshold: Optional[float], limit: Optional[int]
+    reference: Detections,
+    found: Detections,
+    tolerance: Tolerance,
+    score_threshold: Optional[float],
+    limit: Optional[int],
 ) -> Optional[str]:
     """Why a list of detections is none that a detector gives, whatever it shows."""
     scores = found.scores
     if limit is not None and len(scores) > limit:
         return f"{len(scores)} detections where {limit} are the most"
-    # An engine may compare before it rounds.
-    least = score_threshold or 0.0
-    outside = scores[(scores < least * (1 - BFLOAT16_STEP)) | (scores > 1)]
-    if len(outside):
-        return f"a score of {outside[0]:.3g}, where {least:g} to 1 are listed"
-    lowest = np.minimum.accumulate(scores)
-    rises = scores - lowest
-    if (rises > tolerance.order).any():
+    if score_threshold is not None:
+        # An engine may compare before it rounds.
+        outside = scores[(scores < score_threshold * (1 - BFLOAT16_STEP)) | (scores > 1)]
+        if len(outside):
+            return f"a score of {outside[0]:.3g}, where {score_threshold:g} to 1 are listed"
+    rises = _rises(scores)
+    # Where the reference is in no order, there is none to keep.
+    if (rises > tolerance.order).any() and (_rises(reference.scores) <= tolerance.order).all():
+        scores, rises = scores * found.score_unit, rises * found.score_unit
         place = int(rises.argmax())
+        lowest = np.minimum.accumulate(scores)
         return (
             f"the detections are not in the order of their scores: {lowest[place]:.3g} stands "
             f"before {scores[place]:.3g}"
         )
     return None
+
+
+def _rises(scores: np.ndarray) -> np.ndarray:
+    """By how much each score exceeds one before it."""
+    return scores - np.minimum.accumulate(scores)
 
 
 @dataclass(frozen=True)
@@ -313,12 +186,21 @@ def find(
         raise Malformed(f"the detections of {len(found)} images instead of {len(expected)}")
     images = []
     for one, other in zip(expected, found):
-        pairs = _pair(one, other, TOLERANCES[precision])
+        unit = _unit(one)
+        scaled = (replace(x, scores=x.scores / unit) for x in (one, other))
+        pairs = _pair(*scaled, TOLERANCES[precision])
         agrees = np.zeros(len(other.scores), dtype=bool)
         agrees[pairs.candidate[pairs.agree]] = True
         lost = np.setdiff1d(np.arange(len(one.scores)), pairs.reference[pairs.agree])
         images.append(Found(other, agrees, lost))
     return images
+
+
+# What an `Agreement` has of the worst of several images, and which that is.
+DRIFTS: Dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(("box_drift", "score_drift", "mask_drift", "keypoint_drift"), max),
+    "labels": min,
+}
 
 
 def _total(images: Sequence[Agreement]) -> Agreement:
@@ -329,29 +211,34 @@ def _total(images: Sequence[Agreement]) -> Agreement:
         for name in ("expected", "matched", "lost", "spurious", "exempt")
     }
     drifts = {
-        name: max(
+        name: worse(
             (getattr(image, name) for image in images if getattr(image, name) is not None),
             default=None,
         )
-        for name in ("box_drift", "score_drift", "mask_drift")
+        for name, worse in DRIFTS.items()
     }
     reason = least.reason and f"image {number}: {least.reason}"
-    return Agreement(least.verdict, reason, bias=least.bias, **sums, **drifts)
+    return Agreement(
+        least.verdict,
+        reason,
+        bias=least.bias,
+        has_objects=any(image.has_objects for image in images),
+        **sums,
+        **drifts,
+    )
 
 
 def _cut(reference: Detections, score_threshold: Optional[float], limit: Optional[int]) -> float:
     """The score below which the reference lists nothing.
 
     That is the score threshold or, where the limit was reached, the score of the last one. Where
-    these are not known it is not above the lowest score that is listed, and taken for that. The
-    candidate's own last score has no say: an engine that fills the list with duplicates has a
+    the limit is not known, it may have been. The candidate's own last score has no say: an engine that fills the list with duplicates has a
     high one, and would excuse itself for all that it pushed out.
     """
-    least = score_threshold or 0.0
-    is_full = score_threshold is None or limit is None or len(reference.scores) >= limit
-    if not is_full or not len(reference.scores):
-        return least
-    return max(least, float(reference.scores.min()))
+    lowest = -math.inf if score_threshold is None else score_threshold
+    if not len(reference.scores) or (limit is not None and len(reference.scores) < limit):
+        return lowest
+    return max(lowest, float(reference.scores.min()))
 
 
 @dataclass(frozen=True)
@@ -360,10 +247,13 @@ class _Pairs:
 
     reference: np.ndarray
     candidate: np.ndarray
-    boxes: np.ndarray  # M x 4, candidate - reference
+    boxes: np.ndarray  # M x 4 or M x 5, candidate - reference
     scores: np.ndarray  # M, candidate - reference
     box_iou: np.ndarray  # M
     mask_iou: Optional[np.ndarray]  # M
+    keypoints: Optional[np.ndarray]  # M x K x 2, candidate - reference, in pixels
+    oks: Optional[np.ndarray]  # M
+    others: Dict[str, np.ndarray]  # name -> M, medians of the differences over the spread
     agree: np.ndarray  # M, bool
     causes: Dict[str, int]  # in what the others differ, and how many of them
 
@@ -371,10 +261,26 @@ class _Pairs:
 def _compare_image(
     reference: Detections, candidate: Detections, tolerance: Tolerance, cut: float
 ) -> Agreement:
-    expected, found = len(reference.scores), len(candidate.scores)
     incomparable = _incomparable(reference, candidate)
     if incomparable is not None:
         return incomparable
+    found = Agreement("match", has_objects=reference.has_objects)
+    if reference.has_objects:
+        found = _compare_objects(reference, candidate, tolerance, cut)
+    if reference.sem_seg is None or candidate.sem_seg is None:
+        return found
+    share, problem, tells = _compare_maps(reference.sem_seg, candidate.sem_seg, tolerance)
+    found = replace(found, labels=share)
+    if problem is not None:
+        reasons = [found.reason] * found.is_wrong + [problem]
+        return replace(found, verdict="mismatch", reason="; ".join(reasons))
+    return found if tells or found.has_objects else replace(found, verdict="too few")
+
+
+def _compare_objects(
+    reference: Detections, candidate: Detections, tolerance: Tolerance, cut: float
+) -> Agreement:
+    expected, found = len(reference.scores), len(candidate.scores)
     pairs = _pair(reference, candidate, tolerance)
     matched = int(pairs.agree.sum())
     margin = tolerance.cut_margin
@@ -391,6 +297,7 @@ def _compare_image(
         problems.append(f"{twice} detections are there twice")
     problems += _shifts(reference, pairs, tolerance)
     excused = f"left out of account, being so close to the score cut: {absent + extra}"
+    score_drift = _largest(pairs.scores)
     return Agreement(
         verdict="mismatch" if problems else "match",
         reason="; ".join(problems) or (excused if absent + extra else ""),
@@ -399,11 +306,38 @@ def _compare_image(
         lost=lost,
         spurious=spurious,
         exempt=absent + extra,
-        box_drift=_largest(pairs.boxes),
-        score_drift=_largest(pairs.scores),
+        box_drift=_largest(pairs.boxes[:, :4]),
+        score_drift=None if score_drift is None else score_drift * reference.score_unit,
         mask_drift=None if pairs.mask_iou is None else _largest(1 - pairs.mask_iou),
+        keypoint_drift=None if pairs.oks is None else _largest(1 - pairs.oks),
         bias=tuple(np.median(pairs.boxes, axis=0).tolist()) if len(pairs.boxes) else None,
     )
+
+
+def _compare_maps(
+    reference: np.ndarray, candidate: np.ndarray, tolerance: Tolerance
+) -> Tuple[float, Optional[str], bool]:
+    """How well two maps of logits, K x H x W, agree.
+
+    Returns:
+        the share of the pixels with the same label, what is wrong, and whether there is more than
+        one label to tell it by.
+    """
+    labels = reference.argmax(axis=0)
+    same = labels == candidate.argmax(axis=0)
+    borders = geometry.near_borders(labels, BORDER_PX)
+    share, least = float(same.mean()), tolerance.labels
+    if share < least:
+        return share, f"{share:.2%} of the labels agree, where {least:.0%} have to", True
+    near = float(same[borders].mean()) if borders.any() else 1.0
+    if near < tolerance.border_labels:
+        return (
+            share,
+            f"within {BORDER_PX} pixels of the borders {near:.2%} of the labels agree, where "
+            f"{tolerance.border_labels:.0%} have to",
+            True,
+        )
+    return share, None, bool(borders.any())
 
 
 def _loss(expected: int, lost: int, spurious: int, causes: Dict[str, int]) -> str:
@@ -414,16 +348,35 @@ def _loss(expected: int, lost: int, spurious: int, causes: Dict[str, int]) -> st
 
 def _incomparable(reference: Detections, candidate: Detections) -> Optional[Agreement]:
     expected, found = len(reference.scores), len(candidate.scores)
-    if candidate.image_size != reference.image_size:
+    maps = [side.sem_seg for side in (candidate, reference) if side.sem_seg is not None]
+    if len(maps) == 2 and maps[0].shape != maps[1].shape:
+        reason = f"the map is {by(maps[0].shape)} instead of {by(maps[1].shape)}"
+    elif candidate.image_size != reference.image_size:
         sizes = ["x".join(map(str, side.image_size)) for side in (candidate, reference)]
         reason = f"the detections are for an image of {sizes[0]} instead of {sizes[1]}"
-        return Agreement("mismatch", reason, expected, lost=expected, spurious=found)
+    else:
+        return _other_shapes(reference, candidate)
+    wrong = {"lost": expected, "spurious": found, "has_objects": reference.has_objects}
+    return Agreement("mismatch", reason, expected, labels=0.0 if maps else None, **wrong)
+
+
+def _other_shapes(reference: Detections, candidate: Detections) -> Optional[Agreement]:
+    """What is of one object must have the same shape on both sides."""
     shapes = [
-        "absent" if side.masks is None else _shape(side.masks.shape[1:])
+        {
+            "numbers of a box": side.boxes,
+            "masks": side.masks,
+            "keypoints": side.keypoints,
+            **side.others,
+        }
         for side in (candidate, reference)
     ]
-    if shapes[0] != shapes[1]:
-        return Agreement("error", f"masks are {shapes[0]} instead of {shapes[1]}", expected)
+    for name in {**shapes[1], **shapes[0]}:
+        arrays = [shape.get(name) for shape in shapes]
+        found, wanted = ("absent" if x is None else by(x.shape[1:]) for x in arrays)
+        if found != wanted:
+            reason = f"{name} are {found} instead of {wanted}"
+            return Agreement("error", reason, len(reference.scores))
     return None
 
 
@@ -433,59 +386,56 @@ def _pair(reference: Detections, candidate: Detections, tolerance: Tolerance) ->
     Pairs that agree go first: between two boxes on one object it takes the one with the score.
     """
     same_class = reference.classes[:, None] == candidate.classes[None, :]
-    overlap = _box_iou(reference.boxes, candidate.boxes) * same_class
+    overlap = geometry.overlaps(reference.boxes, candidate.boxes) * same_class
     score_gap = np.abs(reference.scores[:, None] - candidate.scores[None, :])
     same_box, same_score = overlap >= tolerance.iou, score_gap <= tolerance.score
     rows, columns = linear_sum_assignment(overlap + (same_box & same_score), maximize=True)
     kept = overlap[rows, columns] >= SAME_OBJECT_IOU
     rows, columns = rows[kept], columns[kept]
     same = {"box": same_box[rows, columns], "score": same_score[rows, columns]}
-    mask_iou = None
+    mask_iou = keypoints = oks = None
     if reference.masks is not None and candidate.masks is not None:
-        mask_iou = _mask_iou(reference.masks, candidate.masks, rows, columns)
+        mask_iou = geometry.mask_iou(reference.masks, candidate.masks, rows, columns)
         same["mask"] = mask_iou >= tolerance.mask_iou
+    if reference.keypoints is not None and candidate.keypoints is not None:
+        poses = reference.keypoints[rows, :, :2], candidate.keypoints[columns, :, :2]
+        keypoints = poses[1] - poses[0]
+        oks = geometry.oks(*poses, geometry.areas(reference.boxes[rows]))
+        same["pose"] = oks >= tolerance.oks
+    boxes = candidate.boxes[columns] - reference.boxes[rows]
+    if boxes.shape[1] == 5:  # Angles: half a turn more is 180 degrees, and a whole one nothing.
+        boxes[:, 4] = (boxes[:, 4] + 180) % 360 - 180
     return _Pairs(
         reference=rows,
         candidate=columns,
-        boxes=candidate.boxes[columns] - reference.boxes[rows],
+        boxes=boxes,
         scores=candidate.scores[columns] - reference.scores[rows],
         box_iou=overlap[rows, columns],
         mask_iou=mask_iou,
+        keypoints=keypoints,
+        oks=oks,
+        others={
+            name: _relative(values, values[rows], candidate.others[name][columns])
+            for name, values in reference.others.items()
+            if name in candidate.others
+        },
         agree=np.all(list(same.values()), axis=0),
         causes={name: int((~right).sum()) for name, right in same.items() if not right.all()},
     )
 
 
-def _box_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """IoU of N x 4 and M x 4 boxes, N x M.
+def _relative(values: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """M medians of how far the values of pairs differ, as a share of how far all of them vary.
 
-    A pixel has an extent: boxes are widened by half of one to each side, lest a sliver at the
-    border of the image, clipped to no width at all, overlaps with nothing, not even with itself.
+    Args:
+        values: N x anything, of the reference.
+        one, other: M x anything.
     """
-    widen = np.array([-0.5, -0.5, 0.5, 0.5])
-    first, second = first + widen, second + widen
-    corners = np.maximum(first[:, None, :2], second[:, :2])
-    sides = np.minimum(first[:, None, 2:], second[:, 2:]) - corners
-    overlap = sides.clip(min=0).prod(axis=2)
-    union = _areas(first)[:, None] + _areas(second) - overlap
-    # Of boxes that are turned inside out, the union may be nothing.
-    return np.divide(overlap, union, out=np.zeros_like(union), where=union != 0)
-
-
-def _areas(boxes: np.ndarray) -> np.ndarray:
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-
-
-def _mask_iou(
-    first: np.ndarray, second: np.ndarray, rows: np.ndarray, columns: np.ndarray
-) -> np.ndarray:
-    """IoU of each pair of masks, binarised at 0.5; two that are empty are equal."""
-    overlaps = []
-    for row, column in zip(rows, columns):
-        one, other = first[row] > 0.5, second[column] > 0.5
-        union = np.count_nonzero(one | other)
-        overlaps.append(np.count_nonzero(one & other) / union if union else 1.0)
-    return np.array(overlaps)
+    if not one.size:
+        return np.zeros(0)
+    one, other = (x.astype(np.float64).reshape(len(x), -1) for x in (one, other))
+    spread = float(values.astype(np.float64).std()) or float(np.abs(one).max()) or 1.0
+    return np.median(np.abs(one - other), axis=1) / spread
 
 
 def _near_the_cut(
@@ -504,13 +454,14 @@ def _allowed(expected: int) -> int:
 
 def _is_duplicate(side: Detections) -> np.ndarray:
     """N, bool: whether one of its class that is listed before it lies on the same place."""
-    overlap = _box_iou(side.boxes, side.boxes)
+    overlap = geometry.overlaps(side.boxes, side.boxes)
+    least = DUPLICATE_PROPOSAL_IOU if side.are_proposals else DUPLICATE_IOU
     same_class = side.classes[:, None] == side.classes[None, :]
     # By score, and of equal ones by place: a list may have one and the same twice.
     order = np.lexsort((np.arange(len(side.scores)), -side.scores))
     rank_of = np.argsort(order)
     is_better = rank_of[None, :] < rank_of[:, None]
-    return (same_class & is_better & (overlap >= DUPLICATE_IOU)).any(axis=1)
+    return (same_class & is_better & (overlap >= least)).any(axis=1)
 
 
 def _shifts(reference: Detections, pairs: _Pairs, tolerance: Tolerance) -> List[str]:
@@ -522,38 +473,55 @@ def _shifts(reference: Detections, pairs: _Pairs, tolerance: Tolerance) -> List[
     """
     if not len(pairs.boxes):
         return []
-    boxes = reference.boxes[pairs.reference]
-    sides = np.tile((boxes[:, 2:] - boxes[:, :2]).mean(axis=0), 2)
-    bound_px = np.maximum(tolerance.shift_px, tolerance.shift_share * sides)
+    sides = geometry.sides(reference.boxes[pairs.reference]).mean(axis=0)
+    bounds = np.maximum(tolerance.shift_px, tolerance.shift_share * np.tile(sides, 2))
+    if pairs.boxes.shape[1] == 5:  # A degree moves the corners of a box by a hundredth of it.
+        bounds = np.append(bounds, tolerance.shift_px)
     problems = []
-    if (np.abs(np.median(pairs.boxes, axis=0)) > _bound(pairs.boxes, bound_px)).any():
+    if (np.abs(np.median(pairs.boxes, axis=0)) > _bound(pairs.boxes, bounds)).any():
         shifts = ", ".join(f"{shift:+.1f}" for shift in np.median(pairs.boxes, axis=0))
-        problems.append(f"boxes are off by ({shifts}) pixels in the median")
+        problems.append(f"boxes are off by ({shifts}) {_units(pairs.boxes)} in the median")
+    if pairs.keypoints is not None and pairs.keypoints.size:
+        moved = pairs.keypoints.reshape(-1, 2)
+        if (np.abs(np.median(moved, axis=0)) > _bound(moved, bounds[:2])).any():
+            shifts = ", ".join(f"{shift:+.1f}" for shift in np.median(moved, axis=0))
+            problems.append(f"keypoints are off by ({shifts}) pixels in the median")
     shift = float(np.median(pairs.scores))
     if abs(shift) > _bound(pairs.scores, tolerance.score_shift):
-        problems.append(f"scores are off by {shift:+.3f} in the median")
-    return problems + _unrest(pairs, tolerance)
+        problems.append(f"scores are off by {shift * reference.score_unit:+.3f} in the median")
+    return problems + _unrest(reference, pairs, tolerance)
 
 
-def _unrest(pairs: _Pairs, tolerance: Tolerance) -> List[str]:
-    """What is wrong with most boxes, scores or masks, in whatever direction.
+def _units(boxes: np.ndarray) -> str:
+    return "pixels and degrees" if boxes.shape[1] == 5 else "pixels"
+
+
+def _unrest(reference: Detections, pairs: _Pairs, tolerance: Tolerance) -> List[str]:
+    """What is wrong with most of the pairs, in whatever direction.
 
     The bounds were measured on 50 to 100 pairs; the median of fewer scatters more.
     """
     if not len(pairs.scores):
         return []
     scatter = max(1.0, (50 / len(pairs.scores)) ** 0.5)
+    unit = reference.score_unit
+    scores = np.abs(pairs.scores)
     differences = [
-        ("boxes", 1 - pairs.box_iou, tolerance.median_box, "{:.1%} of their area"),
-        ("scores", np.abs(pairs.scores), tolerance.median_score, "{:.3f} one way or the other"),
+        ("boxes", 1 - pairs.box_iou, tolerance.median_box, "{:.1%} of their area", 1.0),
+        ("scores", scores, tolerance.median_score, "{:.3f} one way or the other", unit),
     ]
     if pairs.mask_iou is not None:
         bound = tolerance.median_mask
-        differences.append(("masks", 1 - pairs.mask_iou, bound, "{:.1%} of their area"))
+        differences.append(("masks", 1 - pairs.mask_iou, bound, "{:.1%} of their area", 1.0))
+    if pairs.oks is not None:
+        bound = tolerance.median_oks
+        differences.append(("keypoints", 1 - pairs.oks, bound, "{:.3f} of their OKS", 1.0))
+    for name, values in pairs.others.items():
+        differences.append((name, values, tolerance.median_other, "{:.1%} of their spread", 1.0))
     return [
-        f"{name} are off by {text.format(np.median(values))} in the median"
-        for name, values, bound, text in differences
-        if np.median(values) > scatter * bound
+        f"{name} are off by {text.format(np.median(values) * scale)} in the median"
+        for name, values, bound, text, scale in differences
+        if len(values) and np.median(values) > scatter * bound
     ]
 
 

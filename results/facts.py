@@ -56,11 +56,11 @@ def case_name(of: Case) -> str:
 def rank(agreement: Agreement) -> Tuple[int, float]:
     """How well detections agree: the verdict counts before the share that matches."""
     share = agreement.matched / max(1, agreement.expected, agreement.matched + agreement.spurious)
-    nothing_asked = agreement.expected == 0 and agreement.spurious == 0
-    return (
-        ("error", "mismatch", "match", "too few").index(agreement.verdict),
-        1.0 if nothing_asked else share,
-    )
+    if agreement.expected == 0 and agreement.spurious == 0:
+        share = 1.0  # Nothing was asked.
+    if agreement.labels is not None:
+        share = min(share, agreement.labels)
+    return ("error", "mismatch", "match", "too few").index(agreement.verdict), share
 
 
 def worst(agreements: Mapping[str, Agreement]) -> Agreement:

@@ -7,6 +7,7 @@ ignored, so that a newer minor version may add some.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import fcntl
 import inspect
@@ -333,13 +334,25 @@ def _picture_flaw(picture: Picture) -> Optional[str]:
         return "a run has no images"
     for image in (*picture.reference, *(image for images in found for image in images)):
         lists = [image.boxes, image.scores, image.classes, *_agrees(image)]
+        lists += [each for each in (image.corners, image.keypoints) if each]
         if len(set(map(len, lists))) > 1:
             return "lists of one image differ in length"
+        if any(len(each) != 8 for each in image.corners):
+            return "a rotated box has not four corners"
+        if image.labels is not None and not _is_png(image.labels):
+            return "`labels` is no PNG file"
     pairs = (pair for images in found for pair in zip(images, picture.reference))
     for image, reference in pairs:
         if not all(0 <= index < len(reference.scores) for index in image.lost):
             return "`lost` names a detection that the reference does not have"
     return None
+
+
+def _is_png(text: str) -> bool:
+    try:
+        return base64.b64decode(text, validate=True).startswith(b"\x89PNG\r\n\x1a\n")
+    except ValueError:
+        return False
 
 
 def _agrees(image: Any) -> List[Sequence[bool]]:

@@ -10,6 +10,7 @@ most.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Dict, Literal, Optional, Tuple
 
@@ -236,9 +237,14 @@ class Agreement:
         exempt: those, of either side, that have no partner and lie so close to the cut that it does
             not count. expected = matched + lost + the reference's share of these.
         box_drift: largest difference of a coordinate, in pixels; score_drift: of scores;
-            mask_drift: largest 1 - IoU of masks; over pairs that show the same object, whether they
-            agree or not. None where there are no such pairs (or no masks).
-        bias: median signed difference of x1, y1, x2, y2 over those pairs, in pixels.
+            mask_drift: largest 1 - IoU of masks; keypoint_drift: largest 1 - OKS (object keypoint
+            similarity) of keypoints; over pairs that show the same object, whether they agree or
+            not. None where there are no such pairs (or no masks, no keypoints).
+        bias: median signed difference of x1, y1, x2, y2 over those pairs, in pixels; of rotated
+            boxes, of x and y of the center, width, height, and the angle in degrees.
+        labels: share of the pixels of a semantic map that have the reference's label, 0 to 1; None
+            where there is no map.
+        has_objects: False where the detector gives a semantic map and lists nothing.
     """
 
     verdict: Literal["match", "mismatch", "error", "too few"]
@@ -251,7 +257,10 @@ class Agreement:
     box_drift: Optional[float] = None
     score_drift: Optional[float] = None
     mask_drift: Optional[float] = None
-    bias: Optional[Tuple[float, float, float, float]] = None
+    bias: Optional[Tuple[float, ...]] = None
+    keypoint_drift: Optional[float] = None
+    labels: Optional[float] = None
+    has_objects: bool = True
 
     @property
     def is_wrong(self) -> bool:
@@ -262,17 +271,26 @@ class Agreement:
     def text(self) -> str:
         """What the table says: `100/100 match`, `MISMATCH 3/100`, `ERROR`, `1/1 too few to tell`.
 
-        Where detections that should not be there are the greater part of the trouble, their
-        number follows: `MISMATCH 100/100 +250`.
+        Of a semantic map it is a share, `99.98% match`, and of both, `100/100, 99.98% match`. Where
+        detections that should not be there are the greater part of the trouble, their number
+        follows: `MISMATCH 100/100 +250`.
         """
         if self.verdict == "error":
             return "ERROR"
         if self.verdict == "match":
-            return f"{self.matched}/{self.expected} match"
+            return f"{self.counts} match"
         if self.verdict == "too few":
-            return f"{self.matched}/{self.expected} too few to tell"
+            return f"{self.counts} too few to tell"
         surplus = f" +{self.spurious}" if self.spurious > self.lost else ""
-        return f"MISMATCH {self.matched}/{self.expected}{surplus}"
+        return f"MISMATCH {self.counts}{surplus}"
+
+    @property
+    def counts(self) -> str:
+        """What agrees of what: `99/100`, of a semantic map `99.98%`, which is never rounded up."""
+        counts = [f"{self.matched}/{self.expected}"] if self.has_objects else []
+        if self.labels is not None:
+            counts.append(f"{math.floor(10_000 * self.labels) / 100:.2f}%")
+        return ", ".join(counts)
 
 
 @dataclass(frozen=True)
@@ -417,7 +435,8 @@ class Group:
         image: with several, the file name of the one that the group is about; None for all of them
             together, and where there is but one.
         objects: that synthetic weights were made to find.
-        found: detections of the reference at `opt`, of all images of the call.
+        found: detections of the reference at `opt`, of all images of the call; None where the
+            detector gives a semantic map and lists nothing.
         image_sizes: of every input; timed is `opt`, and `image 2` and so on. `blank` is a picture
             in which nothing is found, if there was one.
         flops: of a call at `opt`: two for each multiply-add of a convolution or matrix product, as
@@ -428,6 +447,7 @@ class Group:
         budget_s: seconds of timed rounds after which they end; None: no limit.
         gpu: before and after the rounds.
         fp32_samples_s: of Torch at fp32, which took part in the rounds of a lower precision.
+        not_compared: names of what the detector gives besides, and nobody knows how to compare.
         runs: the baseline first.
     """
 
@@ -451,6 +471,7 @@ class Group:
     machine: Optional[Machine] = None
     gpu: Tuple[GpuState, ...] = ()
     fp32_samples_s: Tuple[float, ...] = ()
+    not_compared: Tuple[str, ...] = ()
 
     @property
     def baseline(self) -> Run:
@@ -506,11 +527,23 @@ class Results:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Detections of one image, for drawing them: boxes are x1, y1, x2, y2 in pixels."""
+    """What was found in one image, for drawing it.
+
+    Attributes:
+        boxes: x1, y1, x2, y2 in pixels; what a rotated box lies in.
+        scores: of proposals, logits.
+        classes: -1 for proposals, which have none.
+        corners: of rotated boxes: x and y of the four, one after the other; else empty.
+        keypoints: x and y of each keypoint of each detection; empty where there are none.
+        labels: a semantic map: a PNG file with a color for each label, as Base64.
+    """
 
     boxes: Tuple[Tuple[float, float, float, float], ...]
     scores: Tuple[float, ...]
     classes: Tuple[int, ...]
+    corners: Tuple[Tuple[float, ...], ...] = ()
+    keypoints: Tuple[Tuple[Tuple[float, float], ...], ...] = ()
+    labels: Optional[str] = None
 
 
 @dataclass(frozen=True)

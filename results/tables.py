@@ -333,6 +333,9 @@ def _model_notes(
     """What a reader of a test model's table has to know, the statuses of its rows apart."""
     yield from _percentile_note(groups)
     yield from _check_note(groups[0])
+    names = dict.fromkeys(name for group in groups for name in group.not_compared)
+    if names:
+        yield f"not compared, as it is not known what they are: {', '.join(names)}"
     yield from _rounds_notes(results, groups)
     baseline = f"{runner(groups[0].export)} fp32, same rounds"
     yield from _ratio_notes(groups, baseline, lambda run: run.speedup_over_fp32)

@@ -44,7 +44,7 @@ NAN = float("nan")
 @functools.lru_cache(maxsize=1)
 def detector_of(name: str) -> torch.nn.Module:
     postprocess = parts.PARTS[name][0] == parts.RETINANET
-    detector = build_detector(parts.configuration_of(name), postprocess, without_detections=True)
+    detector = build_detector(parts.configuration_of(name), postprocess)
     load_into(detector, parts.weights_of(detector.state_dict()), "seeded weights")
     return detector.requires_grad_(False)
 
@@ -234,18 +234,12 @@ def test_every_other_configuration_of_the_zoo_is_built(name):
     if name.startswith("Base"):
         narrow.update({"MODEL.ROI_HEADS.NUM_CLASSES": 3})
     config = from_settings({**zoo_settings(name), **narrow})
-    build_detector(config, True, initialize=False, without_detections=True)
+    build_detector(config, True, initialize=False)
 
 
 def test_what_is_not_built_is_refused_by_name():
     with pytest.raises(InputError, match=r"^MODEL\.LOAD_PROPOSALS"):
         build_detector(read_configuration(NOT_BUILT), True)
-
-
-@pytest.mark.parametrize("name", ["proposal_network", "semantic"])
-def test_what_has_no_detections_has_to_be_asked_for(name):
-    with pytest.raises(InputError, match=r"^MODEL\.META_ARCHITECTURE is .* no detections"):
-        build_detector(parts.configuration_of(name), True)
 
 
 # What is refused -------------------------------------------------------------------------------
@@ -401,7 +395,7 @@ def test_what_there_is_no_network_for(base, settings, said):
 
 def build(base: str, settings: Dict[str, Any]) -> None:
     config = from_settings({**zoo_settings(BASES[base]), **parts.SMALL, **settings})
-    build_detector(config, True, initialize=False, without_detections=True)
+    build_detector(config, True, initialize=False)
 
 
 def refusal(base: str, settings: Dict[str, Any]) -> str:

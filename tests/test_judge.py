@@ -22,7 +22,7 @@ from backends import base
 from detectors.build import fields_of
 from detectors.export import Export
 from errors import Unsupported
-from measure import verify
+from measure import geometry, verify
 from measure.verify import TOLERANCES, Detections, Tolerance
 from models import MODELS
 from results import facts
@@ -174,7 +174,7 @@ def boxes_that_jitter(image: Detections, tolerance: Tolerance) -> Detections:
         return image.boxes + share * sides * signs
 
     def loss(share: float) -> float:
-        overlap = np.diag(verify._box_iou(image.boxes, jittered(share)))
+        overlap = np.diag(geometry.overlaps(image.boxes, jittered(share)))
         return float(np.median(1 - overlap))
 
     shares = np.geomspace(1e-5, 0.4, 200)

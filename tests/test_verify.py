@@ -11,7 +11,7 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from measure import verify
+from measure import geometry, verify
 from measure.verify import Detections
 from results import facts
 from results.record import Agreement
@@ -23,7 +23,7 @@ SEEDS = range(5)
 
 
 def iou(first, second):
-    return verify._box_iou(first[None], second[None])[0, 0]
+    return geometry.overlaps(first[None], second[None])[0, 0]
 
 
 @functools.lru_cache(maxsize=None)
@@ -520,13 +520,13 @@ def test_overlaps_are_torchvisions(seed):
     wanted = box_iou(*wide).numpy()
     assert np.isfinite(wanted).all()
     assert (wanted > 0).sum() > 50
-    np.testing.assert_allclose(verify._box_iou(first, second), wanted, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(geometry.overlaps(first, second), wanted, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("counts", [(0, 0), (0, 3), (3, 0)])
 def test_overlaps_of_no_boxes(counts):
     boxes = random_boxes(np.random.default_rng(0), 3)
-    assert verify._box_iou(boxes[: counts[0]], boxes[: counts[1]]).shape == counts
+    assert geometry.overlaps(boxes[: counts[0]], boxes[: counts[1]]).shape == counts
 
 
 def test_boxes_turned_inside_out_overlap_with_nothing():
@@ -649,9 +649,9 @@ MALFORMED = {
     "nan score": (changed(3, with_one(float("nan"))), "scores holds NaN or infinity"),
     "nan mask": (changed(2, with_one(float("nan"))), "pred_masks holds NaN or infinity"),
     "boxes flat": (changed(0, np.ravel), "pred_boxes is 28 where 7 x 4 was expected"),
-    "boxes of five": (
-        changed(0, lambda boxes: np.concatenate([boxes, boxes[:, :1]], 1)),
-        "pred_boxes is 7 x 5 where 7 x 4 was expected",
+    "boxes of six": (
+        changed(0, lambda boxes: np.concatenate([boxes, boxes[:, :2]], 1)),
+        "pred_boxes is 7 x 6 where 7 x 4 was expected",
     ),
     "a score short": (
         changed(3, lambda scores: scores[:-1]),

@@ -1,0 +1,121 @@
+"""How far a healthy engine may be from the reference, at each precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Dict
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a healthy engine may be from the reference at some precision.
+
+    Attributes:
+        iou: the least overlap of a pair of boxes.
+        mask_iou: the least overlap of their masks, binarised at 0.5.
+        score: the largest difference of their scores.
+        share: the share of detections that must have a partner. It is not 1, because at low
+            precision a detection may cross a threshold inside the network (proposals kept,
+            non-maximum suppression) and take its neighbours along.
+        cut_margin: how close to the cut, on either side, a score must lie for rounding to decide
+            whether the detection is listed. Far narrower than `score`: near the cut scores are low,
+            and the sigmoid or softmax is flat there.
+        order: by how much a score may exceed that of a detection before it.
+        shift_px, shift_share: how far off the median of each of the four coordinates may be, in
+            pixels and as a share of the mean width or height of a box, whichever is more.
+        score_shift: how far off the median of the scores may be.
+        median_box, median_score, median_mask: the largest median of 1 - IoU of the boxes, of the
+            differences of scores, of 1 - IoU of the masks. Rounding leaves a few far off and most
+            close; where boxes jitter or scores come in coarse steps, all are off.
+        oks: the least object keypoint similarity of a pair, see `geometry.oks`.
+        median_oks: the largest median of 1 - OKS.
+        labels: the share of the pixels of a map that must have the reference's label.
+        border_labels: the same of those that are close to another label.
+        median_other: the largest median of how far off the values of a field are of which nothing
+            is known, as a share of their standard deviation.
+    """
+
+    iou: float
+    mask_iou: float
+    score: float
+    share: float
+    cut_margin: float
+    order: float
+    shift_px: float
+    shift_share: float
+    score_shift: float
+    median_box: float
+    median_score: float
+    median_mask: float
+    oks: float
+    median_oks: float
+    labels: float
+    border_labels: float
+    median_other: float
+
+
+# About twice what healthy engines were measured to need at bf16, on all seven test models and two
+# trained detectors, and at int8, on those that are quantized in a minute: docs/performance.md,
+# tools/measure_bounds.py. Single pairs may be worse, see `share`. fp32 is wider than what a CPU
+# needs, 1e-5: on a GPU PyTorch's convolutions round to TF32, which has two bits more than bf16.
+_SIXTEEN_BITS = Tolerance(
+    iou=0.8,
+    mask_iou=0.7,
+    score=0.15,
+    share=0.85,
+    cut_margin=0.03,
+    order=0.005,
+    shift_px=0.25,
+    shift_share=0.0035,
+    score_shift=0.0125,
+    median_box=0.026,
+    median_score=0.042,
+    median_mask=0.09,
+    oks=0.5,
+    median_oks=0.1,
+    labels=0.95,
+    border_labels=0.9,
+    median_other=0.05,
+)
+TOLERANCES: Dict[str, Tolerance] = {
+    "fp32": Tolerance(
+        iou=0.97,
+        mask_iou=0.95,
+        score=0.01,
+        share=0.99,
+        cut_margin=1e-3,
+        order=1e-3,
+        shift_px=0.1,
+        shift_share=0.001,
+        score_shift=0.002,
+        median_box=0.005,
+        median_score=0.003,
+        median_mask=0.005,
+        oks=0.9,
+        median_oks=0.01,
+        labels=0.99,
+        border_labels=0.98,
+        median_other=0.005,
+    ),
+    "fp16": _SIXTEEN_BITS,
+    "bf16": _SIXTEEN_BITS,
+    "int8": Tolerance(
+        iou=0.75,
+        mask_iou=0.7,
+        score=0.2,
+        share=0.9,
+        cut_margin=0.05,
+        order=0.01,
+        shift_px=1.6,
+        shift_share=0.0115,
+        score_shift=0.065,
+        median_box=0.13,
+        median_score=0.08,
+        median_mask=0.08,
+        oks=0.4,
+        median_oks=0.2,
+        labels=0.9,
+        border_labels=0.8,
+        median_other=0.2,
+    ),
+}
