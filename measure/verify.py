@@ -41,6 +41,8 @@ BFLOAT16_STEP = 2**-8
 LEAST_TO_TELL = 5
 # Pixels so close to another label tell of a map that is shifted, however large its regions are.
 BORDER_PX = 8
+# A box that is clipped to less, at the border of the image, has no pose that could be told.
+SLIVER_PX = 2
 
 
 def verify(
@@ -89,10 +91,7 @@ def compare(
     tolerance = TOLERANCES[precision]
     images = []
     for expected, found in zip(reference, candidate):
-        unit = _unit(expected)
-        expected, found = (
-            replace(x, scores=x.scores / unit, score_unit=unit) for x in (expected, found)
-        )
+        expected, found = _in_units(expected, found)
         flaw = _list_flaw(expected, found, tolerance, score_threshold, limit)
         if flaw is not None:
             images.append(Agreement("error", flaw, len(expected.scores)))
@@ -114,14 +113,18 @@ def not_compared(outputs: Sequence[Any], fields: Sequence[str]) -> Tuple[str, ..
     return tuple(dict.fromkeys(name for image in images for name in image.not_compared))
 
 
-def _unit(reference: Detections) -> float:
-    """What scores are divided by, so that one tolerance does for all.
+def _in_units(reference: Detections, candidate: Detections) -> Tuple[Detections, Detections]:
+    """The same with logits divided by their range, so that they are held to what scores are.
 
-    Logits have no range. Theirs is taken for that of a uniform distribution that varies as much.
+    Theirs is taken for that of a uniform distribution which varies as much.
     """
     if not reference.are_proposals or len(reference.scores) < 2:
-        return 1.0
-    return float(reference.scores.std() * 12**0.5) or 1.0
+        return reference, candidate
+    unit = float(reference.scores.std() * 12**0.5) or 1.0
+    one, other = (
+        replace(x, scores=x.scores / unit, score_unit=unit) for x in (reference, candidate)
+    )
+    return one, other
 
 
 def _list_flaw(
@@ -186,9 +189,7 @@ def find(
         raise Malformed(f"the detections of {len(found)} images instead of {len(expected)}")
     images = []
     for one, other in zip(expected, found):
-        unit = _unit(one)
-        scaled = (replace(x, scores=x.scores / unit) for x in (one, other))
-        pairs = _pair(*scaled, TOLERANCES[precision])
+        pairs = _pair(*_in_units(one, other), TOLERANCES[precision])
         agrees = np.zeros(len(other.scores), dtype=bool)
         agrees[pairs.candidate[pairs.agree]] = True
         lost = np.setdiff1d(np.arange(len(one.scores)), pairs.reference[pairs.agree])
@@ -290,7 +291,8 @@ def _compare_objects(
         absent = 0  # What a blind engine misses is never excused.
     lost, spurious = expected - matched - absent, found - matched - extra
     problems = []
-    if matched < tolerance.share * max(matched + lost, matched + spurious):
+    share = tolerance.proposal_share if reference.are_proposals else tolerance.share
+    if matched < share * max(matched + lost, matched + spurious):
         problems.append(_loss(expected, lost, spurious, pairs.causes))
     twice = int(_is_duplicate(candidate).sum()) - int(_is_duplicate(reference).sum())
     if twice > _allowed(expected):
@@ -400,7 +402,9 @@ def _pair(reference: Detections, candidate: Detections, tolerance: Tolerance) ->
     if reference.keypoints is not None and candidate.keypoints is not None:
         poses = reference.keypoints[rows, :, :2], candidate.keypoints[columns, :, :2]
         keypoints = poses[1] - poses[0]
-        oks = geometry.oks(*poses, geometry.areas(reference.boxes[rows]))
+        paired = reference.boxes[rows]
+        oks = geometry.oks(*poses, geometry.areas(paired))
+        oks[geometry.sides(paired).min(axis=1) < SLIVER_PX] = 1
         same["pose"] = oks >= tolerance.oks
     boxes = candidate.boxes[columns] - reference.boxes[rows]
     if boxes.shape[1] == 5:  # Angles: half a turn more is 180 degrees, and a whole one nothing.
@@ -414,14 +418,29 @@ def _pair(reference: Detections, candidate: Detections, tolerance: Tolerance) ->
         mask_iou=mask_iou,
         keypoints=keypoints,
         oks=oks,
-        others={
-            name: _relative(values, values[rows], candidate.others[name][columns])
-            for name, values in reference.others.items()
-            if name in candidate.others
-        },
+        others=_others(reference, candidate, rows, columns),
         agree=np.all(list(same.values()), axis=0),
         causes={name: int((~right).sum()) for name, right in same.items() if not right.all()},
     )
+
+
+def _others(
+    reference: Detections, candidate: Detections, rows: np.ndarray, columns: np.ndarray
+) -> Dict[str, np.ndarray]:
+    """What differs in the scores of keypoints, and in fields of which nothing is known.
+
+    Returns:
+        name -> M differences, see `_relative`.
+    """
+    both = [dict(side.others) for side in (reference, candidate)]
+    for side, values in zip((reference, candidate), both):
+        if side.keypoints is not None:
+            values["scores of keypoints"] = side.keypoints[:, :, 2]
+    return {
+        name: _relative(values, values[rows], both[1][name][columns])
+        for name, values in both[0].items()
+        if name in both[1]
+    }
 
 
 def _relative(values: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:

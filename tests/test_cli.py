@@ -606,8 +606,8 @@ OBVIOUS = {
     "Group": {"export", "images_per_call", "stopped", "stages", "machine"},
     "SameAgainstSame": {"model", "precision", "speedup"},
     "Results": {"environment", "settings", "tool", "schema"},
-    "Drawn": {"scores", "classes"},
-    "DrawnRun": {"boxes", "scores", "classes"},
+    # Those of `Drawn` are told there.
+    "DrawnRun": {"boxes", "scores", "classes", "corners", "keypoints", "labels"},
 }
 
 
