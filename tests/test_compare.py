@@ -519,6 +519,15 @@ def test_fewer_detections_are_shown(command):
     assert "| detections at opt: 100/100 before, 97/100 after |" in printed.out
 
 
+def test_labels_of_a_map_are_shown(command):
+    before, after = measured(0), measured(1)
+    for document, share in ((before, 0.99996), (after, 0.5)):
+        found = {**agreement(0, 0), "labels": share, "has_objects": False}
+        document["groups"][0]["runs"][1]["detections"] = {"opt": found}
+    _, printed = command(before, after)
+    assert "| detections at opt: 99.99% before, 50.00% after |" in printed.out
+
+
 def test_the_order_of_the_sizes_is_no_change(command):
     before, after = measured(0), measured(1)
     found = {size: agreement(9, 9) for size in ("min", "opt", "max")}

@@ -343,6 +343,13 @@ def test_one_label_everywhere_tells_nothing():
     assert agreement_of(of_map(one_class), of_map(one_class), "fp32").verdict == "too few"
 
 
+def test_another_label_everywhere_is_a_mismatch():
+    """There is no border in it that could tell."""
+    logits = map_of_one_label(a_map(0))
+    agreement = agreement_of(of_map(logits), of_map(labels_off_by_one(logits)), "int8")
+    assert agreement.text == "MISMATCH 0.00%"
+
+
 def test_a_map_of_another_size_is_a_mismatch():
     logits = a_map(0)
     for other in (logits[:, ::2, ::2], logits[:5]):

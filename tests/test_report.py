@@ -284,6 +284,51 @@ def test_a_result_file_of_the_wrong_shape(folder, capsys, damage, words):
     assert not (folder / "report.html").exists()
 
 
+# The least that begins as a PNG file does.
+PNG = "iVBORw0KGgo="
+
+
+def test_what_else_was_found_is_drawn():
+    found = make_found()
+    picture = found["testRetinaNet"]
+    run = picture["runs"]["fp32"]["OpenVINO"][0]
+    poses = [[[3.0, 4.0], [5.5, 6.0]], [[7.0, 8.0], [9.0, 9.5]]]
+    for each in (picture["reference"][0], run):
+        each["keypoints"] = poses
+        each["labels"] = PNG
+    run["corners"] = [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.5], [0.0] * 8]
+    text = report.page(records(make_results()), pictures(found), {})
+    assert text.count(f'href="data:image/png;base64,{PNG}"') == 2
+    # Those of the reference, of the run, and one that is lost.
+    assert text.count('d="M3.0 4.0h0M5.5 6.0h0"') == 2
+    assert text.count('d="M7.0 8.0h0M9.0 9.5h0"') == 3
+    assert text.count('<polygon points="1.0 2.0 3.0 4.0 5.0 6.0 7.0 8.5"') == 1
+    assert "The image with boxes and a map of labels drawn on it." in text
+
+
+def test_a_map_alone_is_drawn():
+    found = make_found()
+    nothing = {"boxes": [], "scores": [], "classes": [], "labels": PNG}
+    picture = found["testRetinaNet"]
+    picture["reference"] = [nothing]
+    picture["runs"] = {"fp32": {"OpenVINO": [{**nothing, "agrees": [], "lost": []}]}}
+    text = report.page(records(make_results()), pictures(found), {})
+    assert "Torch fp32, the reference: a map of labels" in text
+    assert "OpenVINO fp32: its map" in text
+    assert "0 agree" not in text
+
+
+def test_proposals_have_no_class():
+    found = make_found()
+    picture = found["testRetinaNet"]
+    for each in (picture["reference"][0], picture["runs"]["fp32"]["OpenVINO"][0]):
+        each.update({"classes": [-1, -1], "scores": [4.25, -3.0]})
+    text = report.page(records(make_results()), pictures(found), {})
+    assert "the reference: the best 2 proposals" in text
+    assert "proposal, logit -3.00, lost" in text
+    assert "class -1" not in text
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -298,6 +343,13 @@ def test_a_result_file_of_the_wrong_shape(folder, capsys, damage, words):
         ({"lost": ["x"]}, "got `str` - at `$[...].runs[...][...][0].lost[0]`"),
         ({"scores": [float("nan"), 0.5]}, "is not JSON"),
         ({"scores": [1e300, 0.5]}, "too large a number"),
+        ({"corners": [[1.0] * 8]}, "differ in length"),
+        ({"corners": [[1.0] * 8, [1.0] * 7]}, "a rotated box has not four corners"),
+        ({"keypoints": [[[1.0, 2.0]]]}, "differ in length"),
+        ({"keypoints": [[[1.0]], []]}, "Expected `array` of length 2, got 1"),
+        ({"labels": "x"}, "`labels` is no PNG file"),
+        ({"labels": "Ij48c2NyaXB0Pg=="}, "`labels` is no PNG file"),
+        ({"labels": 'iVBORw0KGgo="/><script>'}, "`labels` is no PNG file"),
     ],
 )
 def test_detections_of_the_wrong_shape(folder, capsys, change, words):

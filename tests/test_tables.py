@@ -248,6 +248,41 @@ def test_the_worst_of_the_sizes_is_shown():
     assert [row[-1] for row in rows] == ["98/100 match", "MISMATCH 99/100"]
 
 
+def test_what_else_there_is_has_its_words():
+    found = [
+        Agreement("match", expected=9, matched=9, labels=0.99996),
+        Agreement("mismatch", expected=9, matched=7, lost=2, labels=1.0),
+        Agreement("match", labels=1.0, has_objects=False),
+        Agreement("mismatch", labels=0.4321, has_objects=False),
+    ]
+    both = group(*(run(str(at), detections={"opt": x}) for at, x in enumerate(found)))
+    assert [row[-1] for row in tables.model_table(results(both), [both]).rows] == [
+        "9/9, 99.99% match",
+        "MISMATCH 7/9, 100.00%",
+        "100.00% match",
+        "MISMATCH 43.21%",
+    ]
+
+
+def test_the_map_that_agrees_least_is_shown():
+    maps = {
+        size: Agreement("match", labels=share, has_objects=False)
+        for size, share in (("min", 1.0), ("opt", 0.97), ("max", 0.99))
+    }
+    both = group(run("A", detections=maps))
+    assert tables.model_table(results(both), [both]).rows[0][-1] == "97.00% match"
+
+
+def test_what_is_not_compared_is_said():
+    both = group(run("Torch"), not_compared=("panoptic_seg", "depth"))
+    notes = tables.model_table(results(both), [both]).notes
+    assert "not compared, as it is not known what they are: panoptic_seg, depth" in notes
+    assert not any(
+        "not compared" in note
+        for note in tables.model_table(results(group(run("Torch"))), [group(run("Torch"))]).notes
+    )
+
+
 @pytest.mark.parametrize(
     ("speedup", "text"),
     [
