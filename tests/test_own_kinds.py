@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -16,12 +17,16 @@ import yaml
 from PIL import Image
 from seeded_weights import seeded_image
 from test_cli import main  # noqa: F401
+from test_group import make_plan
 
 import report
+from benchmark import StopRule
 from detectors.build import build
 from detectors.config import build_detector
 from detectors.zoo_configurations import zoo_settings
 from measure import drawing
+from measure import group as groups
+from measure.progress import Progress
 from models import Model
 from results.file import load, load_found
 
@@ -121,6 +126,26 @@ def check_drawn(name: str, found) -> None:
     for (own,) in runs.values():
         assert all(own.agrees)
         assert own.lost == ()
+
+
+def test_a_map_that_is_upside_down_costs_its_row(files, hosts, tmp_path):
+    """The reference is changed, which to the comparison is the same as a wrong engine."""
+    weights = str(files("semantic")[3])
+    configuration = parts.configuration_of("semantic")
+    model = Model("semantic", "semantic.yaml", configuration=configuration)
+    plan = make_plan(models=(model,), weights=weights, rule=StopRule.fixed(1))
+    prepared = groups.prepare_model(model, 100, plan, hosts, tmp_path, Progress())
+    assert set(prepared.facts.sizes) == {"min", "opt", "max"}
+    assert (prepared.facts.score_threshold, prepared.facts.limit) == (None, None)
+    wrong = dict(prepared.reference)
+    wrong["max"] = [wrong["max"][0][:, ::-1]]
+    wrong_model = dataclasses.replace(prepared, reference=wrong)
+    measured = groups.measure_group(wrong_model, "fp32", plan, hosts, Progress())
+    _, torchscript = measured.groups[0].runs
+    assert torchscript.status == "mismatch"
+    assert re.match(r"at max: \d\d\.\d\d% of the labels agree", torchscript.reason)
+    verdicts = {size: found.verdict for size, found in torchscript.detections.items()}
+    assert verdicts == {"min": "match", "opt": "match", "max": "mismatch"}
 
 
 @pytest.mark.parametrize(
