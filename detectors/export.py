@@ -68,8 +68,8 @@ class Export:
         other_inputs: images of calls that are timed besides `opt`, for backends that compile when
             they first see a size.
         fields: names of the tensors that the flat tuple has for each image.
-        score_threshold: detections score more; None: there is no threshold, or it is not known, as of
-            a file.
+        score_threshold: detections score more; None: there is no threshold, or, of a file, it is
+            not known.
         limit: of detections, or proposals, in an image; None where nothing is listed, or it is not
             known.
         own_runner: what runs `eager`, if PyTorch's operators do not, which autocast reaches.

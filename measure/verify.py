@@ -233,8 +233,9 @@ def _cut(reference: Detections, score_threshold: Optional[float], limit: Optiona
     """The score below which the reference lists nothing.
 
     That is the score threshold or, where the limit was reached, the score of the last one. Where
-    the limit is not known, it may have been. The candidate's own last score has no say: an engine that fills the list with duplicates has a
-    high one, and would excuse itself for all that it pushed out.
+    the limit is not known, it may have been. The candidate's own last score has no say: an engine
+    that fills the list with duplicates has a high one, and would excuse itself for all that it
+    pushed out.
     """
     lowest = -math.inf if score_threshold is None else score_threshold
     if not len(reference.scores) or (limit is not None and len(reference.scores) < limit):
