@@ -603,7 +603,7 @@ OBVIOUS = {
         *("name", "driver", "memory_mb", "max_sm_clock_mhz", "sm_clock_mhz", "memory_clock_mhz"),
         "temperature_c",
     },
-    "Group": {"export", "images_per_call", "stopped", "stages", "machine"},
+    "Group": {"images_per_call", "stopped", "stages", "machine"},
     "SameAgainstSame": {"model", "precision", "speedup"},
     "Results": {"environment", "settings", "tool", "schema"},
     # Those of `Drawn` are told there.
