@@ -226,12 +226,13 @@ def test_nothing_of_a_program_is_run(files, tmp_path):
     )
     with pytest.raises(InputError, match="holds pickles, so that loading it could run anything"):
         inspect(inside)
-    native = tmp_path / "native.pt2"
-    shutil.copy(files / "exported.pt2", native)
-    with zipfile.ZipFile(native, "a") as archive:
-        archive.writestr("exported/data/aotinductor/model/code.so", pickle.dumps(Bomb(planted)))
-    with pytest.raises(InputError, match="holds native code, so that loading"):
-        inspect(native)
+    for place in ("data/aotinductor/model/code.so", "extra/code.so"):
+        native = tmp_path / "native.pt2"
+        shutil.copy(files / "exported.pt2", native)
+        with zipfile.ZipFile(native, "a") as archive:
+            archive.writestr(f"exported/{place}", pickle.dumps(Bomb(planted)))
+        with pytest.raises(InputError, match="holds native code, so that loading"):
+            inspect(native)
     assert not planted.exists()
     # PyTorch itself does run it.
     with contextlib.suppress(Exception):
