@@ -2,102 +2,23 @@
 
 A pickle is a program: loading one with `pickle.load` runs whatever it imports. Nothing here does.
 What `torch.save` wrote goes through `torch.load(weights_only=True)`, any other pickle through an
-unpickler that knows a fixed list of harmless constructors.
+unpickler that knows a fixed list of names: see `detectors.unpickling`.
 """
 
-import _codecs
-import collections
 import pickle
 import re
 import tarfile
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ContextManager, Dict, List, Tuple, Union
+from typing import Any, ContextManager, Dict, List, Union
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from detectors import unpickling
 from detectors.mismatch import explain
+from detectors.unpickling import ImportRefused
 from errors import InputError
-
-
-class _ImportRefused(pickle.UnpicklingError):
-    """A checkpoint names something to import that is not on the list."""
-
-
-def _numpy_constructors() -> Dict[Tuple[str, str], Any]:
-    # Asked from NumPy itself: the functions moved from numpy.core to numpy._core in 2.0.
-    reconstruct = np.empty(0).__reduce__()[0]
-    scalar = np.float32(0).__reduce__()[0]
-    from_buffer = np.empty(1).__reduce_ex__(5)[0]
-    admitted: Dict[Tuple[str, str], Any] = {
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-    }
-    for core in ("numpy.core", "numpy._core"):
-        admitted[f"{core}.multiarray", "_reconstruct"] = reconstruct
-        admitted[f"{core}.multiarray", "scalar"] = scalar
-        admitted[f"{core}.numeric", "_frombuffer"] = from_buffer
-    return admitted
-
-
-# What a pickle may name. Nothing is ever imported by name: it is looked up here or refused.
-_ADMITTED: Dict[Tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    # How protocols up to 2 spell the bytes of an array.
-    ("_codecs", "encode"): _codecs.encode,
-    **{
-        (module, container.__name__): container
-        for module in ("builtins", "__builtin__")
-        for container in (set, frozenset, bytearray)
-    },
-    **_numpy_constructors(),
-}
-
-
-class _DataUnpickler(pickle.Unpickler):
-    """Unpickles NumPy arrays and plain containers; refuses to import anything else."""
-
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        try:
-            return _ADMITTED[module_name, global_name]
-        except KeyError:
-            raise _ImportRefused(f"{module_name}.{global_name}") from None
-
-
-# What names the tensors in a file of `torch.save`. Its storages PyTorch looks up itself.
-_ADMITTED_TENSORS: Dict[Tuple[str, str], Any] = {
-    ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
-    ("torch", "Size"): torch.Size,
-    ("torch", "device"): torch.device,
-    **{
-        ("torch", name): value
-        for name, value in vars(torch).items()
-        if isinstance(value, torch.dtype)
-    },
-}
-
-
-class _TensorUnpickler(_DataUnpickler):
-    """Takes tensors, too: for a PyTorch that cannot be told to take the scalars of NumPy."""
-
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        try:
-            return _ADMITTED_TENSORS[module_name, global_name]
-        except KeyError:
-            return super().find_class(module_name, global_name)
-
-
-# What `torch.load` asks of a pickle module.
-_OF_TENSORS = SimpleNamespace(
-    __name__="tensors",
-    Unpickler=_TensorUnpickler,
-    load=lambda file, **rest: _TensorUnpickler(file, **rest).load(),
-)
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -128,9 +49,8 @@ def _admitted_to_torch() -> ContextManager[Any]:
 
     Trainers keep such beside the weights, in the state of a scheduler for example.
     """
-    named = [(value, ".".join(name)) for name, value in _numpy_constructors().items()]
-    kinds = {type(np.dtype(code)) for code in np.typecodes["All"] if code != "O"}
-    return torch.serialization.safe_globals([*named, *kinds])
+    named = [(value, ".".join(name)) for name, value in unpickling.NUMPY.items()]
+    return torch.serialization.safe_globals(named)
 
 
 def _read_torch(path: Path) -> Any:
@@ -140,21 +60,20 @@ def _read_torch(path: Path) -> Any:
         raise pickle.UnpicklingError("not a state dict")
     try:
         if not _CAN_ADMIT:
-            return torch.load(path, map_location="cpu", pickle_module=_OF_TENSORS)
+            return torch.load(path, map_location="cpu", pickle_module=unpickling.OF_TENSORS)
         with _admitted_to_torch():
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # "Unsupported class x.y" (PyTorch 2.0), "Unsupported global: GLOBAL x.y" (later).
         refused = re.search(r"(?:GLOBAL|Unsupported class) (\w[\w.]*\w)", str(error))
         if refused:
-            raise _ImportRefused(refused.group(1)) from error
+            raise ImportRefused(refused.group(1)) from error
         raise
 
 
 def _read_pickle(path: Path) -> Any:
     with open(path, "rb") as file:
-        # latin1: the zoo has files that Python 2 wrote.
-        return _DataUnpickler(file, encoding="latin1").load()
+        return unpickling.load(file)
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -206,9 +125,9 @@ def _tensors(document: Any) -> Dict[str, Tensor]:
     """The tensors of a state dict, bare or in one of `_PLACES`, without `_PREFIXES`."""
     state: Dict[str, Tensor] = {}
     for key, value in _unwrapped(document).items():
-        if isinstance(value, np.ndarray) and value.dtype.kind in "bif":
-            # astype copies, because an array over a pickle's bytes is read-only.
-            value = torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
+        array = value.known() if isinstance(value, unpickling.Array) else None
+        if array is not None and array.dtype.kind in "bif":
+            value = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
         if isinstance(key, str) and isinstance(value, Tensor):
             state[key] = value.detach()
     if any(key.startswith("module.") for key in state):
@@ -253,7 +172,7 @@ def read(path: Union[str, Path]) -> Dict[str, Tensor]:
         state = _tensors(_document(path))
     except InputError:
         raise
-    except _ImportRefused as error:
+    except ImportRefused as error:
         raise InputError(
             f"checkpoint {path} was not loaded: it tries to import {str(error)[:80]!r}, "
             "and a checkpoint may hold arrays and plain containers only"
@@ -342,6 +261,15 @@ def _shown(key: str) -> str:
     return key if key.isprintable() and len(key) <= 120 else ascii(key)[:120]
 
 
+def _is_real(tensor: Tensor) -> bool:
+    """Whether there are real numbers in it. Of those of 4 bits PyTorch only keeps the bits."""
+    try:
+        tensor.reshape(-1)[:1].float()
+    except RuntimeError:
+        return False
+    return tensor.is_floating_point()
+
+
 def load_into(model: nn.Module, state: Dict[str, Tensor], source: str) -> None:
     """Loads a state dict into a model: every key and every shape has to fit.
 
@@ -368,7 +296,7 @@ def load_into(model: nn.Module, state: Dict[str, Tensor], source: str) -> None:
         }
         raise InputError(f"checkpoint {source} {explain(compared, state, '; '.join(differences))}")
     for key, value in state.items():
-        if own[key].is_floating_point() and not value.is_floating_point():
+        if own[key].is_floating_point() and not _is_real(value):
             raise InputError(
                 f"checkpoint {source} has {value.dtype} in {key}, where real numbers belong: "
                 "quantized weights are not known here"

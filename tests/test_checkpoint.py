@@ -4,9 +4,11 @@ import collections
 import io
 import os
 import pickle
+import subprocess
 import sys
 import tarfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -368,6 +370,131 @@ def test_object_arrays_bring_nothing_in(tmp_path):
     assert not marker.exists()
 
 
+# Damage that a library in C may not survive: in processes of their own.
+
+READING = """
+import resource, sys
+from detectors import checkpoint
+from errors import InputError
+checkpoint._CAN_ADMIT &= sys.argv[1] == "now"
+for path in sys.argv[2:]:
+    try:
+        print(sorted(checkpoint.read(path)))
+    except InputError as error:
+        print("refused:", error)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def read_apart(paths, which="now"):
+    """What comes of reading files in another process, line by line, and the MiB that it took."""
+    command = [sys.executable, "-c", READING, which, *map(str, paths)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    *lines, peak = done.stdout.splitlines()
+    return lines, int(peak)
+
+
+class Stated:
+    """An array whose type has a state of the attacker's."""
+
+    def __init__(self, code, state):
+        self.code, self.state = code, state
+
+    def __reduce__(self):
+        return np.dtype, (self.code, False, True), self.state
+
+
+class Filled:
+    """An array of some type, over bytes that count up."""
+
+    def __init__(self, kind, shape):
+        self.kind, self.shape = kind, shape
+
+    def __reduce__(self):
+        begin = np.empty(0).__reduce__()
+        return (*begin[:2], (1, self.shape, self.kind, False, bytes(range(64))))
+
+
+STATES = {
+    # NumPy 2.4 reads places that are not there, and the process ends.
+    "short": Stated("f4", (3, "<", None, -1, -1, 0)),
+    # Their numbers are addresses of objects then.
+    "objects": Stated("f8", (3, "<", None, None, None, -1, -1, 63)),
+    "fields": Stated("V8", (3, "|", None, ("a",), {"a": (np.dtype("f8"), 0)}, 8, 1, 16)),
+    "long": Stated("S8", (3, "|", None, None, None, 2**31 - 1, 1, 0)),
+    "nothing": Stated("f4", None),
+    "no type": "f4",
+}
+
+
+@pytest.mark.parametrize("which", ["now", "before PyTorch 2.6"])
+def test_no_state_of_an_array_reaches_numpy(tmp_path, state, which):
+    paths = []
+    for name, kind in STATES.items():
+        bad = {"bad": Filled(kind, (8,)), "huge": Filled(np.dtype("f4"), (2**40, 2**40))}
+        paths.append(write_pickle(tmp_path / f"{name}.pkl", {"good": np.ones(2), **bad}))
+        paths.append(tmp_path / f"{name}.pth")
+        torch.save({"model": state, "scheduler": {"a": bad["bad"]}}, str(paths[-1]))
+    lines, peak = read_apart(paths, which)
+    assert len(lines) == 2 * len(STATES)
+    # Nobody asks what a scheduler keeps.
+    assert lines[1::2] == [str(sorted(state))] * len(STATES)
+    assert all("is truncated or is not a checkpoint" in line for line in lines[::2])
+    assert peak < 2000
+
+
+def test_sizes_that_are_claimed_make_no_room(tmp_path):
+    claims = {
+        # An array of bytes: by its length, and by a function of a number.
+        "bytes": b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"abc.",
+        "call": b"\x80\x02c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R.",
+        # The place of an object among those that are remembered.
+        "place": b"\x80\x04Nr\xff\xff\xff\x3f.",
+        "text": b"\x80\x04X\xff\xff\xff\x7fabc.",
+    }
+    for name, content in claims.items():
+        (tmp_path / name).write_bytes(content)
+    lines, peak = read_apart([tmp_path / name for name in claims])
+    assert [line.startswith("refused: checkpoint") for line in lines] == [True] * len(claims)
+    assert peak < 1000
+
+
+def mutated(content, generator):
+    """Bytes that were changed, taken out, put in or moved in a few places."""
+    changed = bytearray(content)
+    for place in generator.integers(len(content), size=generator.integers(1, 5)):
+        other = int(generator.integers(len(content)))
+        noise = generator.integers(256, size=3, dtype=np.uint8).tobytes()
+        kind = generator.integers(4)
+        end = place + (0, 2, 1, 4)[kind]
+        changed[place:end] = (noise, b"", noise[:1], content[other : other + 4])[kind]
+    return bytes(changed)
+
+
+def test_mutated_files_are_read_or_refused(tmp_path):
+    generator = np.random.default_rng(0)
+    known = {
+        "weight": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "step": np.float64(2.5),
+        "names": np.array(["x", "yy"]),
+    }
+    contents = [pickle.dumps({"model": known, "seen": {1}}, protocol) for protocol in (0, 2, 4, 5)]
+    buffer = io.BytesIO()
+    document = {"model": {"weight": torch.ones(2, 3)}, "scheduler": known}
+    torch.save(document, buffer, _use_new_zipfile_serialization=False)
+    contents.append(buffer.getvalue())
+    paths = [tmp_path / f"{number}" for number in range(300)]
+    for number, path in enumerate(paths):
+        path.write_bytes(mutated(contents[number % len(contents)], generator))
+    lines, _ = read_apart(paths)
+    assert len(lines) == len(paths)
+    refused = [line for line in lines if line.startswith("refused: checkpoint ")]
+    assert len(refused) > 100
+    assert all(line.startswith("['") for line in set(lines) - set(refused))
+
+
 FORMATS = ["model.pkl", "model.pth", "old.pth", "model.safetensors"]
 
 
@@ -465,6 +592,15 @@ def test_tensors_that_are_no_plain_arrays(tmp_path, weight):
 def test_numbers_of_another_kind_are_no_weights(state, kind):
     state["conv.weight"] = state["conv.weight"].to(kind)
     with pytest.raises(InputError, match=rf"has {kind} in conv\.weight, where real numbers belong"):
+        checkpoint.load_into(Net(), state, "x.pth")
+
+
+@pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this PyTorch has none")
+def test_numbers_of_4_bits_are_no_weights(state):
+    state["conv.weight"] = torch.zeros(4, 2, 3, 3, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    with pytest.raises(
+        InputError, match=r"has torch\.float4_e2m1fn_x2 in conv\.weight, where real"
+    ):
         checkpoint.load_into(Net(), state, "x.pth")
 
 
