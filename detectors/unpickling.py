@@ -70,7 +70,7 @@ class Array:
         """The array, a copy; None where it has no numbers or text.
 
         Raises:
-            pickle.UnpicklingError: its bytes do not fit its shape.
+            pickle.UnpicklingError, ValueError: it has no shape, or its bytes do not fit that.
         """
         state = getattr(self, "state", None)
         if not isinstance(state, tuple) or len(state) not in (4, 5):
@@ -82,11 +82,6 @@ class Array:
             return None
         if not isinstance(shape, tuple) or not all(type(x) is int and x >= 0 for x in shape):
             raise pickle.UnpicklingError("an array of no shape")
-        size = kind.itemsize
-        for side in shape:
-            size *= side
-        if size != len(content):
-            raise pickle.UnpicklingError("an array of another size")
         order = "F" if is_fortran else "C"
         return np.frombuffer(bytearray(content), kind).reshape(shape, order=order)
 
