@@ -3,10 +3,10 @@
 It imports nothing heavy, for `--help`.
 """
 
-from dataclasses import dataclass
-from typing import Dict, Iterable, List, Optional, Tuple
+from dataclasses import dataclass, field
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
-from configuration import Configuration
+from configuration import Configuration, Input
 
 VERSION = "0.1.0"
 
@@ -41,6 +41,24 @@ class Module:
 
 
 @dataclass(frozen=True)
+class Detectron2Model:
+    """A model of the user's own that the installed Detectron2 builds.
+
+    Attributes:
+        name: of the user's file, for messages.
+        settings: keys and their values: numbers, texts, None for no value, and tuples of these.
+            Of a YAML file and what overrides it; of a program, what overrides it.
+        program: path of a LazyConfig file, which is run; None for YAML.
+        input: how images are made ready for it, as the worker has found out.
+    """
+
+    name: str
+    settings: Tuple[Tuple[str, Any], ...] = ()
+    program: Optional[str] = None
+    input: Input = field(default_factory=Input)
+
+
+@dataclass(frozen=True)
 class Model:
     """One of the seven test models, or a model of the user's own.
 
@@ -52,6 +70,7 @@ class Model:
         postprocess: whether boxes are clipped and masks pasted into the image.
         configuration: of a model of the user's own; None: that of the model zoo, or not known, of a
             file.
+        detectron2: of a model of the user's own that Detectron2 builds, in place of it.
         module: the file that it is; None where it is built.
     """
 
@@ -61,7 +80,14 @@ class Model:
     images_per_call: int = 1
     postprocess: bool = False
     configuration: Optional[Configuration] = None
+    detectron2: Optional[Detectron2Model] = None
     module: Optional[Module] = None
+
+    @property
+    def input(self) -> Optional[Input]:
+        """How images are made ready for a model of the user's own; None: for a test model."""
+        own = self.configuration or self.detectron2
+        return own and own.input
 
 
 _CASCADE = "Misc/cascade_mask_rcnn_R_50_FPN_3x"

@@ -85,7 +85,14 @@ def parser() -> argparse.ArgumentParser:
         "--source",
         choices=("auto", "bundled", "detectron2"),
         default="auto",
-        help="where the detectors come from (default: detectron2 where it is installed)",
+        help="where the detectors come from (default: detectron2 where it is installed; of a model "
+        "of your own bundled)",
+    )
+    add(
+        "--trust-config",
+        action="store_true",
+        help="run the LazyConfig file (.py) that --config-file names, which is a program; needs "
+        "--source detectron2",
     )
     add(
         "--image",

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configuration import Configuration
+from configuration import Configuration, Input
 from detectors.checkpoint import load_into, read
 from detectors.config import build_detector
 from detectors.export import Export, ScriptableBoxDetector, TraceableDetector, fields
@@ -19,7 +19,7 @@ from detectors.inputs import digest
 from detectors.zoo import NAMED_WEIGHTS, CheckpointUnavailable, zoo_checkpoint
 from detectors.zoo_configurations import zoo_configuration
 from errors import InputError
-from models import TUNING, Model
+from models import TUNING, Detectron2Model, Model
 from results.environment import file_name
 from results.record import Weights
 
@@ -46,6 +46,8 @@ def build(
         from detectors.exported import ExportedElsewhere
 
         return ExportedElsewhere(model, tuning_inputs)
+    if model.detectron2 is not None:
+        source = resolve_source("detectron2")
     if source == "detectron2":
         from detectors.from_detectron2 import Detectron2Export
 
@@ -107,6 +109,18 @@ def resolve_source(source: str) -> str:
     if source == "detectron2":
         raise InputError(reason)
     return "bundled"
+
+
+def detectron2_input(own: Detectron2Model) -> Tuple[Input, Optional[str]]:
+    """How a model that Detectron2 builds wants its images; and what was assumed of it, or None.
+
+    Raises:
+        errors.InputError: Detectron2 is not usable, or does not know what its configuration says.
+    """
+    resolve_source("detectron2")
+    from detectors.detectron2_configuration import input_of
+
+    return input_of(own)
 
 
 # Weights ---------------------------------------------------------------------------------------
@@ -198,6 +212,14 @@ def check_weights(models: Iterable[Model], weights: str) -> None:
     if weights in NAMED_WEIGHTS:
         return
     state = read(weights)
+    own = [model.detectron2 for model in models if model.detectron2 is not None]
+    if own:
+        resolve_source("detectron2")
+        from detectors import from_detectron2
+
+        for each in own:
+            from_detectron2.check_weights(each, state, weights)
+        return
     for configuration in {model.config: configuration_of(model) for model in models}.values():
         detector = build_detector(configuration, False, initialize=False)
         load_into(detector, state, weights)

@@ -40,7 +40,10 @@ LONGEST_SHOWN = 300
 ZOO_PREFIX = "detectron2://"
 # What Detectron2's files have said since 2019, where they say it.
 VERSION = 2
-WAY_OUT = "the bundled detectors cannot be built from it"
+WAY_OUT = (
+    "the bundled detectors cannot be built from it (--source detectron2 takes what an installed "
+    "Detectron2 can build)"
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Setting:
 
 # Key -> its setting.
 Settings = dict[str, Setting]
+# Keys and their values, as they are told to a worker.
+Pairs = tuple[tuple[str, Any], ...]
 # The value of a node without keys in a file.
 NO_KEYS: dict[Any, Any] = {}
 
@@ -72,13 +77,66 @@ def read_configuration(path: str, overrides: Sequence[str] = ()) -> Configuratio
     Raises:
         errors.InputError: it cannot be read, would run code, or has a key that is not understood.
     """
+    return configured(_all_settings(path, overrides))
+
+
+def _all_settings(path: str, overrides: Sequence[str]) -> Settings:
     try:
         settings = _settings(path, (), _Budget())
     except OSError as error:
         told = f"{_line(str(error.filename or path))} cannot be read: {error.strerror}"
         raise InputError(f"configuration {told}") from None
     settings.update(_overrides(overrides))
-    return configured(settings)
+    return settings
+
+
+def read_settings(path: str, overrides: Sequence[str] = ()) -> Pairs:
+    """Reads a configuration file for Detectron2, which knows what its keys mean.
+
+    Args:
+        path, overrides: as for `read_configuration`.
+
+    Returns:
+        keys and their values: numbers, texts, tuples of these, and None for no value.
+
+    Raises:
+        errors.InputError: it cannot be read, or would run code.
+    """
+    pairs = []
+    for key, setting in _all_settings(path, overrides).items():
+        if key == "VERSION":
+            _check_version(setting)
+        else:
+            pairs.append((key, _plain(key, setting)))
+    return tuple(pairs)
+
+
+def read_program(path: str, overrides: Sequence[str] = ()) -> Pairs:
+    """Makes sure that a LazyConfig file is there, and reads what overrides it. It is not run.
+
+    Args:
+        overrides: texts of the form `model.head.num_classes=3`.
+
+    Raises:
+        errors.InputError: there is no such file, or one of the texts is not of that form.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"there is no configuration file {_line(path)}")
+    pairs = []
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator or not all(part.isidentifier() for part in key.split(".")):
+            raise InputError(
+                f"--opts {_line(text)}: a LazyConfig file takes texts like train.device=cpu"
+            )
+        setting = Setting(_literal(value), f"--opts {key}")
+        pairs.append((key, _plain(key, setting)))
+    return tuple(pairs)
+
+
+def is_program(path: str) -> bool:
+    """Whether a configuration file is a LazyConfig: a program."""
+    return Path(path).suffix == ".py"
 
 
 def configured(settings: Settings) -> Configuration:
@@ -141,6 +199,31 @@ def _converted(key: str, setting: Setting, hint: Any) -> Any:
         except msgspec.ValidationError as error:
             wrong = str(error)
     raise InputError(f"{setting.origin}: {key} is {_shown(setting.value)}: {wrong}")
+
+
+def _plain(key: str, setting: Setting) -> Any:
+    """A value that can be told to a worker: lists become tuples.
+
+    Raises:
+        errors.InputError: it is a date, for example.
+    """
+    parts = _parts(setting.value, _Budget(), setting.origin)
+    wrong = next(filter(None, map(_wrong, parts)), None)
+    try:
+        value = None if setting.value is NO_KEYS else _as_tuples(setting.value)
+    except TypeError as error:
+        wrong = wrong or str(error)
+    if wrong is not None:
+        raise InputError(f"{setting.origin}: {_line(key)} is {_shown(setting.value)}: {wrong}")
+    return value
+
+
+def _as_tuples(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_as_tuples(each) for each in value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"{type(value).__name__} is neither a number nor a text, nor a list of these")
 
 
 def _wrong(value: Any) -> str | None:
@@ -218,10 +301,11 @@ def _settings(path: str, above: tuple[str, ...], budget: _Budget) -> Settings:
             return _of_zoo(name)
         based = f", which {_line(above[-1])} is based on," if above else ""
         raise InputError(f"there is no configuration file {shown}{based} nor one of the model zoo")
-    if file.suffix == ".py":
+    if is_program(path):
+        way_out = "" if above else ", or take --source detectron2 --trust-config, which runs it"
         raise InputError(
             f"{shown} is a program, as LazyConfig files are, and is not run: "
-            "give the configuration as YAML"
+            f"give the configuration as YAML{way_out}"
         )
     place = str(file.resolve())
     if place in above:

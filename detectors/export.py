@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,14 @@ from configuration import Configuration
 from detectors.config import NO_DETECTIONS, fields
 from detectors.instances import Instances, flatten
 from models import Model
+
+
+class Outcome(NamedTuple):
+    """What is known of what a detector finds: see the attributes of `Export`."""
+
+    fields: Tuple[str, ...]
+    score_threshold: float
+    limit: int
 
 
 def script(module: nn.Module) -> torch.jit.ScriptModule:
@@ -87,16 +95,16 @@ class Export:
     def __init__(
         self,
         model: Model,
-        configuration: Configuration,
+        configuration: Union[Configuration, Outcome],
         eager: nn.Module,
         tuning_inputs: Dict[str, Tuple[Tensor, ...]],
     ) -> None:
+        if isinstance(configuration, Configuration):
+            configuration = outcome(configuration, model.postprocess)
         self.model = model
         self.name = model.name
         self.kind = model.kind
-        self.fields = fields(configuration, model.postprocess)
-        self.score_threshold = score_threshold(configuration)
-        self.limit = limit(configuration)
+        self.fields, self.score_threshold, self.limit = configuration
         self.eager = eager
         self.tuning_inputs = tuning_inputs
         self._script_module: Optional[torch.jit.ScriptModule] = None
@@ -136,6 +144,13 @@ class Export:
 
     def _script(self) -> torch.jit.ScriptModule:
         return script(self.eager)
+
+
+def outcome(configuration: Configuration, postprocess: bool) -> Outcome:
+    """What is known of what the detector of a configuration finds."""
+    return Outcome(
+        fields(configuration, postprocess), score_threshold(configuration), limit(configuration)
+    )
 
 
 def score_threshold(configuration: Configuration) -> Optional[float]:

@@ -30,14 +30,18 @@ def batch_images(images: List[Tensor], mean: Tensor, std: Tensor, size_divisibil
     Returns:
         N x 3 x H' x W'.
     """
-    normalized = [(image - mean) / std for image in images]
+    return pad_images([(image - mean) / std for image in images], size_divisibility)
+
+
+def pad_images(images: List[Tensor], size_divisibility: int) -> Tensor:
+    """Pads images as `batch_images` does, and stacks them."""
     if len(images) == 1:
-        return _pad_to_multiple(normalized[0], size_divisibility).unsqueeze(0)
+        return _pad_to_multiple(images[0], size_divisibility).unsqueeze(0)
     largest = image_size(images[0])
     for image in images[1:]:
         largest = torch.maximum(largest, image_size(image))
     # Padding to the largest size first leaves one number per side to round up.
-    batch = torch.stack([_pad_to(image, largest) for image in normalized])
+    batch = torch.stack([_pad_to(image, largest) for image in images])
     return _pad_to_multiple(batch, size_divisibility)
 
 

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,12 @@ from backends import base
 from backends.base import Backend
 from benchmark import RunFailed, StopRule, WarmUp
 from detectors import inputs, zoo
-from detectors.config_file import read_configuration
+from detectors.config_file import is_program, read_configuration, read_program, read_settings
 from detectors.inputs import View
 from errors import InputError
 from measure import protocol
 from measure.worker import READY_LIMIT_S, Command, Hosts, Worker
-from models import MODELS, Model
+from models import MODELS, Detectron2Model, Model
 from results.environment import cpu_flags, file_name, free_memory_mb, has_native_bf16, usable_cores
 from results.facts import OBJECTS
 from results.file import prepare_directory
@@ -170,8 +170,9 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
     if options.threads is not None and options.threads > cores:
         raise InputError(f"--threads {options.threads}: only {cores} cores can be used here")
     threads = options.threads or cores
+    assumed = None
     if options.module is None:
-        models = models_of(options)
+        models, assumed = _with_input(models_of(options), threads, hosts)
     else:
         hosts.start()
         models = (module_of(options, threads, hosts),)
@@ -226,7 +227,7 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
         environments=in_others,
         left_out=left_out,
         without=without,
-        note=note,
+        note="; ".join(filter(None, (assumed, note))) or None,
     )
 
 
@@ -236,6 +237,13 @@ def models_of(options: argparse.Namespace) -> tuple[Model, ...]:
     Raises:
         errors.InputError: its configuration cannot be had, or there are no weights for it.
     """
+    if options.trust_config and (
+        options.source != "detectron2" or not is_program(options.config_file or "")
+    ):
+        raise InputError(
+            "--trust-config goes with --source detectron2 and a LazyConfig file (.py): "
+            "nothing else is run"
+        )
     if options.config_file is None:
         for name in ("opts", "min_size", "max_size"):
             if getattr(options, name):
@@ -244,7 +252,11 @@ def models_of(options: argparse.Namespace) -> tuple[Model, ...]:
         return tuple(
             MODELS[name] for name in (MODELS if options.all else dict.fromkeys(options.model))
         )
-    configuration = read_configuration(options.config_file, options.opts)
+    configuration = own = None
+    if options.source == "detectron2":
+        own = _of_detectron2(options)
+    else:
+        configuration = read_configuration(options.config_file, options.opts)
     if options.weights in zoo.NAMED_WEIGHTS:
         raise InputError("--config-file needs the model's --weights FILE")
     return (
@@ -252,8 +264,10 @@ def models_of(options: argparse.Namespace) -> tuple[Model, ...]:
             # Detectron2's trainer leaves `config.yaml` in a folder that someone has given a name.
             name=_own_name(Path(options.config_file), "config"),
             config=file_name(options.config_file),
-            postprocess=configuration.model.meta_architecture == "RetinaNet",
+            postprocess=configuration is not None
+            and configuration.model.meta_architecture == "RetinaNet",
             configuration=configuration,
+            detectron2=own,
         ),
     )
 
@@ -279,6 +293,7 @@ def module_of(options: argparse.Namespace, threads: int, hosts: Hosts) -> Model:
         ("--weights", options.weights != "auto"),
         ("--detections", options.detections != (OBJECTS,)),
         ("--source", options.source == "detectron2"),
+        ("--trust-config", options.trust_config),
     ):
         if is_named:
             raise InputError(f"{name} does not go with --module, which has its weights in it")
@@ -302,6 +317,40 @@ def module_of(options: argparse.Namespace, threads: int, hosts: Hosts) -> Model:
     )
 
 
+def _of_detectron2(options: argparse.Namespace) -> Detectron2Model:
+    """The model of the user's own that Detectron2 builds.
+
+    Raises:
+        errors.InputError: its configuration cannot be read, or is a program that is not trusted.
+    """
+    path, name = options.config_file, file_name(options.config_file)
+    if not is_program(path):
+        return Detectron2Model(name, read_settings(path, options.opts))
+    settings = read_program(path, options.opts)
+    if not options.trust_config:
+        raise InputError(
+            f"{name} is a program, as LazyConfig files are, and would be run: --trust-config says "
+            "that you know what it does"
+        )
+    return Detectron2Model(name, settings, str(Path(path).resolve()))
+
+
+def _with_input(
+    models: tuple[Model, ...], threads: int, hosts: Hosts
+) -> tuple[tuple[Model, ...], str | None]:
+    """The models, of which Detectron2 tells how it wants images; and what was assumed of that.
+
+    Raises:
+        errors.InputError: Detectron2 is not usable, or does not know what a configuration says.
+    """
+    own = models[0].detectron2
+    if own is None:
+        return models, None
+    with worker_for(hosts, Command.own(), threads) as worker:
+        answer = worker.ask(protocol.ReadInput(own), READY_LIMIT_S)
+    return (replace(models[0], detectron2=replace(own, input=answer.input)),), answer.assumed
+
+
 def _view(options: argparse.Namespace, model: Model) -> View:
     """How images are made ready for a model.
 
@@ -310,9 +359,9 @@ def _view(options: argparse.Namespace, model: Model) -> View:
     """
     if model.module is not None and model.module.size is not None:
         return _fixed_view(options, model, model.module.size)
-    if model.configuration is None:
+    images = model.input
+    if images is None:
         return View(options.image_size, smallest=options.min_size, largest=options.max_size)
-    images = model.configuration.input
     view = View(
         size=options.image_size,
         shortest=0 if options.image_size else images.min_size_test,
@@ -346,18 +395,10 @@ def _fixed_view(options: argparse.Namespace, model: Model, size: inputs.Size) ->
 
 
 def _source(options: argparse.Namespace) -> str:
-    """Where detectors come from: Detectron2 is not asked for a model of the user's own.
-
-    Raises:
-        errors.InputError: it is, by name.
-    """
-    if options.module is not None:
+    """Where detectors come from: those of the user's own from Detectron2 only where it is asked."""
+    if options.config_file is not None and options.source == "auto":
         return "bundled"
-    if options.config_file is None:
-        return str(options.source)
-    if options.source == "detectron2":
-        raise InputError("--config-file is built from the bundled detectors only, so far")
-    return "bundled"
+    return "bundled" if options.module is not None else str(options.source)
 
 
 def check_room(

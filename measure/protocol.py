@@ -32,8 +32,9 @@ from typing import (
 )
 
 from benchmark import WarmUp
+from configuration import Input
 from detectors.inputs import View
-from models import Model, Module
+from models import Detectron2Model, Model, Module
 from results.record import Coverage, GpuState, ImageSizes, Preparation, Stages, Weights
 
 PROTOCOL = 1
@@ -241,6 +242,18 @@ class CpuTime:
     seconds: float
 
 
+@dataclass(frozen=True)
+class InputOf:
+    """How a model wants its images.
+
+    Attributes:
+        assumed: what its configuration does not say, in a sentence; None: it says it all.
+    """
+
+    input: Input
+    assumed: Optional[str] = None
+
+
 # Requests to a host ----------------------------------------------------------------------------
 
 
@@ -307,6 +320,14 @@ class InspectModule(Request[Inspected]):
     path: str
     fields: Tuple[str, ...]
     is_trusted: bool
+
+
+@dataclass(frozen=True)
+class ReadInput(Request[InputOf]):
+    """How does a model that Detectron2 builds want its images?"""
+
+    answer: ClassVar = InputOf
+    model: Detectron2Model
 
 
 @dataclass(frozen=True)
@@ -471,18 +492,9 @@ class MeasurePeak(Request[Peak]):
 REQUESTS: Dict[str, Type[Request[Any]]] = {
     kind.__name__: kind
     for kind in (
-        *(Start, Kill, Stop, Survey, InspectModule, CheckWeights, PrepareModel, PrepareRun, Warm),
-        *(
-            TimedCalls,
-            Detect,
-            TimeStages,
-            Trace,
-            ReadMemory,
-            ReadCoverage,
-            ReadArtifact,
-            ReadPrecision,
-        ),
-        *(ReadGpu, ReadCpuTime, MeasurePeak),
+        *(Start, Kill, Stop, Survey, InspectModule, ReadInput, CheckWeights, PrepareModel),
+        *(PrepareRun, Warm, TimedCalls, Detect, TimeStages, Trace, ReadMemory, ReadCoverage),
+        *(ReadArtifact, ReadPrecision, ReadGpu, ReadCpuTime, MeasurePeak),
     )
 }
 

@@ -92,6 +92,17 @@ def inspect_module(request: protocol.InspectModule) -> protocol.Inspected:
     return protocol.Inspected(inspect(Path(request.path), request.fields, request.is_trusted))
 
 
+def read_input(request: protocol.ReadInput) -> protocol.InputOf:
+    """How a model that Detectron2 builds wants its images.
+
+    Raises:
+        errors.InputError: Detectron2 is not usable, or does not know what its configuration says.
+    """
+    from detectors.build import detectron2_input
+
+    return protocol.InputOf(*detectron2_input(request.model))
+
+
 def check_weights(request: protocol.CheckWeights) -> protocol.Done:
     """Reads a checkpoint, and loads it into each architecture.
 
@@ -491,6 +502,7 @@ class Worker:
             protocol.Survey: survey,
             protocol.InspectModule: inspect_module,
             protocol.CheckWeights: check_weights,
+            protocol.ReadInput: read_input,
             protocol.PrepareModel: prepare_model,
             protocol.PrepareRun: self.prepare,
             protocol.ReadGpu: read_gpu,

@@ -422,6 +422,7 @@ def settings(plan: Plan, options: argparse.Namespace) -> Settings:
         precision=plan.precisions,
         device=plan.device,
         source=plan.source,
+        trust_config=options.trust_config,
         image=tuple(file_name(image) for image in plan.images),
         image_size=options.image_size,
         min_size=options.min_size,
@@ -451,9 +452,10 @@ def settings(plan: Plan, options: argparse.Namespace) -> Settings:
 
 def _digest_of(model: Model) -> str | None:
     """Tells the configuration of a model of the user's own from others."""
-    if model.configuration is None:
+    own = model.configuration or model.detectron2
+    if own is None:
         return None
-    text = json.dumps(asdict(model.configuration), sort_keys=True)
+    text = json.dumps(asdict(own), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

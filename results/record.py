@@ -114,6 +114,7 @@ class Settings:
     precision: Tuple[str, ...] = ()
     device: str = "cpu"
     source: str = "bundled"
+    trust_config: bool = False
     image: Tuple[str, ...] = ()
     image_size: Optional[Tuple[int, int]] = None
     min_size: Optional[Tuple[int, int]] = None
