@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 # Lines in which OpenVINO tells where something went wrong, not what.
 _PLACE = re.compile(r"Exception from|Check '")
 _FRONT_END = "[PyTorch Frontend]"
+# In front of what it has no rule for.
+_ITEM = "-- "
 
 
 class InputError(Exception):
@@ -50,5 +52,7 @@ def first_cause(error: BaseException) -> str:
     for line in lines:
         if line.startswith(_FRONT_END):
             return line[len(_FRONT_END) :].strip()
+        if line.startswith(_ITEM):
+            return f"{kind}: {line[len(_ITEM) :]}"
     told = [line for line in lines if not _PLACE.match(line)]
     return f"{kind}: {(told or lines)[0]}"

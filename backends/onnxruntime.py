@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from detectors.export import Export
 
 OPSET = 18
+# The first that has deformable convolutions.
+OPSET_OF_DEFORM_CONV = 19
 TENSORRT, CUDA, CPU = (f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CPU"))
 # Operators that do floating-point operations to speak of, fused ones included.
 HEAVY = re.compile(r"(Conv|ConvTranspose|Gemm|MatMul)$")
@@ -119,8 +121,12 @@ def convert(module: Any, export: Export) -> bytes:
 
     names = _input_names(export)
     file = io.BytesIO()
-    parsed = torch.onnx.symbolic_helper.parse_args("v", "i", "v", "v", "f", "i")(_group_norm)
-    torch.onnx.register_custom_op_symbolic("aten::group_norm", parsed, OPSET)
+    parse, register = torch.onnx.symbolic_helper.parse_args, torch.onnx.register_custom_op_symbolic
+    parsed = parse("v", "i", "v", "v", "f", "i")(_group_norm)
+    register("aten::group_norm", parsed, OPSET)
+    deform = "torchvision::deform_conv2d"
+    register(deform, parse(*"vvvvviiiiiiiib")(_deform_conv), OPSET_OF_DEFORM_CONV)
+    opset = OPSET_OF_DEFORM_CONV if deform in str(module.inlined_graph) else OPSET
     try:
         torch.onnx.export(
             module,
@@ -128,7 +134,7 @@ def convert(module: Any, export: Export) -> bytes:
             file,
             input_names=names,
             dynamic_axes={name: {1: f"{name}_height", 2: f"{name}_width"} for name in names},
-            opset_version=OPSET,
+            opset_version=opset,
             dynamo=False,
         )
     except Exception as error:
@@ -136,6 +142,36 @@ def convert(module: Any, export: Export) -> bytes:
             f"PyTorch cannot export the module to ONNX: {first_cause(error)}"
         ) from error
     return file.getvalue()
+
+
+def _deform_conv(
+    graph: Any,
+    x: Any,
+    weight: Any,
+    offset: Any,
+    mask: Any,
+    bias: Any,
+    stride_y: int,
+    stride_x: int,
+    top: int,
+    left: int,
+    dilation_y: int,
+    dilation_x: int,
+    groups: int,
+    offset_groups: int,
+    use_mask: bool,
+) -> Any:
+    """torchvision's deformable convolution, of which PyTorch's exporter does not know."""
+    return graph.op(
+        "DeformConv",
+        *(x, weight, offset, bias),
+        *((mask,) if use_mask else ()),
+        strides_i=[stride_y, stride_x],
+        pads_i=[top, left, top, left],
+        dilations_i=[dilation_y, dilation_x],
+        group_i=groups,
+        offset_group_i=offset_groups,
+    )
 
 
 def _group_norm(

@@ -95,7 +95,7 @@ def _set(config: CfgNode, key: str, value: Any, name: str) -> None:
         known = known and isinstance(node, CfgNode) and parent in node
         node = node[parent] if known else None
     if not known or not isinstance(node, CfgNode) or last not in node:
-        raise InputError(f"{name}: {key} is not known to the installed Detectron2 either")
+        raise InputError(f"{name}: {key} is not known to the installed Detectron2")
     if isinstance(node[last], CfgNode):
         if value is None:  # A node without keys.
             return

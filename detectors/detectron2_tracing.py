@@ -30,7 +30,7 @@ _pad_as_detectron2_does = ImageList.from_tensors
 def replaced_while_tracing() -> Iterator[None]:
     """While it lasts, Detectron2's detectors are ready to be traced."""
     with ExitStack() as stack:
-        for module, name, value in _REPLACEMENTS:
+        for module, name, value in REPLACEMENTS:
             stack.enter_context(_replaced(import_module(f"detectron2.{module}"), name, value))
         stack.enter_context(_replaced(ImageList, "from_tensors", staticmethod(_from_tensors)))
         yield
@@ -97,7 +97,7 @@ def _sem_seg_postprocess(logits: Tensor, size: Any, height: Any, width: Any) -> 
 
 
 # Module of Detectron2, name in it, what stands in.
-_REPLACEMENTS: Sequence[Tuple[str, str, Any]] = (
+REPLACEMENTS: Sequence[Tuple[str, str, Any]] = (
     ("layers.nms", "box_ops", box_ops),
     ("modeling.roi_heads.keypoint_head", "keypoint_rcnn_inference", _keypoint_rcnn_inference),
     ("layers.deform_conv", "deform_conv", _deform_conv),

@@ -134,6 +134,10 @@ def prepare_model(request: protocol.PrepareModel) -> protocol.ModelFacts:
     weights = build.find_weights(model, request.weights, calls, request.detections, request.seed)
     _save_arrays(folder / "state.npz", _arrays(weights.state))
     export = build.build(model, weights.state, weights.name, calls, request.source)
+    if "scores" not in export.fields:
+        raise InputError(
+            f"{model.config} gives {', '.join(export.fields)}: these are no detections to compare"
+        )
     flops = {}
     for name, call in calls.items():
         with _told(export, call):

@@ -8,8 +8,9 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from backends import base
 from benchmark import RunFailed
@@ -451,12 +452,19 @@ def settings(plan: Plan, options: argparse.Namespace) -> Settings:
 
 
 def _digest_of(model: Model) -> str | None:
-    """Tells the configuration of a model of the user's own from others."""
-    own = model.configuration or model.detectron2
+    """Tells the configuration of a model of the user's own from others.
+
+    Of a program that is its text, and not what it imports.
+    """
+    own: Any = model.configuration or model.detectron2
     if own is None:
         return None
-    text = json.dumps(asdict(own), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    text = b""
+    if model.detectron2 is not None and model.detectron2.program is not None:
+        text = Path(model.detectron2.program).read_bytes()
+        own = replace(model.detectron2, program=None)
+    text += json.dumps(asdict(own), sort_keys=True).encode()
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def exit_code(of: Sequence[Group], fail_on: Sequence[str]) -> int:

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 from configuration import IGNORED, Configuration, keys
-from detectors.config_file import LARGEST_FILE, MOST_FILES, read_configuration
+from detectors.config_file import (
+    LARGEST_FILE,
+    MOST_FILES,
+    read_configuration,
+    read_program,
+    read_settings,
+)
 from detectors.zoo_configurations import KNOWN_EXPRESSIONS, ZOO, zoo_configuration
 from errors import InputError
 
@@ -396,3 +402,59 @@ def test_python_does_not_warn_of_what_is_read(written, recwarn):
     assert "is '1if 1else 2': Expected `float`" in refused(path)
     assert "Expected `float`" in refused(path, "MODEL.RPN.NMS_THRESH", r"'\d'")
     assert not recwarn.list
+
+
+# For Detectron2 --------------------------------------------------------------------------------
+
+
+def test_settings_for_detectron2_are_data(written):
+    """Keys that the bundled detectors do not know are passed on, as are values of any type."""
+    written("MODEL: {POINT_HEAD: {NUM_FC: 3, NAME: X}, RPN: {}}\nVERSION: 2", "base.yaml")
+    path = written("_BASE_: base.yaml\nMODEL: {POINT_HEAD: {NAME: null, SIZES: [[1, 2], [3.5]]}}")
+    assert read_settings(path, ["MODEL.POINT_HEAD.ON", "True", "A.B", "(1, [2])"]) == (
+        ("MODEL.POINT_HEAD.NUM_FC", 3),
+        ("MODEL.POINT_HEAD.NAME", None),
+        ("MODEL.RPN", None),
+        ("MODEL.POINT_HEAD.SIZES", ((1, 2), (3.5,))),
+        ("MODEL.POINT_HEAD.ON", True),
+        ("A.B", (1, (2,))),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("VERSION: 1", "has to be the number 2"),
+        ("A: 2020-01-01", "A is datetime.date(2020, 1, 1): date is neither"),
+        ("A: !!binary QQ==", "bytes is neither a number nor a text"),
+        ("A: [[1, .nan]]", "a number has to be finite"),
+        ("A: !!set {1, 2}", "a set has no order"),
+        ("A: [{B: 1}]", "dict is neither a number nor a text"),
+        ("A: !!python/name:os.system x", "asks to run Python code in line 1"),
+    ],
+)
+def test_settings_that_detectron2_does_not_get(written, text, said):
+    with pytest.raises(InputError, match=r"^[^\n]*$") as error:
+        read_settings(written(text))
+    assert said in str(error.value)
+
+
+def test_values_that_override_a_program(written):
+    path = written("1 / 0", "config.py")
+    texts = ["model.num_classes=3", "model.sizes=[[1], [2]]", "a.b=x=y"]
+    assert read_program(path, texts) == (
+        ("model.num_classes", 3),
+        ("model.sizes", ((1,), (2,))),
+        ("a.b", "x=y"),
+    )
+    for text in ("model", "model..a=1", "=1", "model.a b=1"):
+        with pytest.raises(InputError, match="a LazyConfig file takes texts like"):
+            read_program(path, [text])
+    with pytest.raises(InputError, match="there is no configuration file"):
+        read_program(path + "x.py")
+
+
+def test_a_program_as_a_base_has_no_way_out(written):
+    written("1 / 0", "base.py")
+    assert "--trust-config" not in refused(written("_BASE_: base.py"))
+    assert refused(written("_BASE_: base.py")).endswith("give the configuration as YAML")

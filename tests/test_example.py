@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import arrays
-from test_cli import assert_refused, main  # noqa: F401
+from test_cli import assert_refused, main, no_host  # noqa: F401
 
 import run_blade
-from detectors.build import build
+from detectors.build import build, detectron2_unavailable
 from detectors.checkpoint import read
 from detectors.config_file import read_configuration
 from detectors.inputs import View, inputs, read_image
@@ -150,7 +150,9 @@ def test_sizes_of_ones_own(main):  # noqa: F811
         ([*OWN, "--min-size", "200x200"], ["resized to 160x200", "--min-size and --max-size"]),
         ([*OWN, "--max-size", "64x64"], ["no image fits between 120x120 and 64x64"]),
         ([*OWN, "--detections", "5"], ["--detections makes synthetic weights"]),
-        ([*OWN, "--source", "detectron2"], ["--config-file is built from the bundled detectors"]),
+        ([*OWN, "--trust-config"], ["--trust-config goes with --source detectron2 and a Lazy"]),
+        (["--all", "--source", "detectron2", "--trust-config"], ["--trust-config goes with"]),
+        ([*OWN, "--source", "detectron2", "--trust-config"], ["nothing else is run"]),
         (["--model", "testRetinaNet", "--max-size", "64x64"], ["--max-size goes with --config"]),
         (["--all", "--opts", "MODEL.MASK_ON", "True"], ["--opts goes with --config-file"]),
     ],
@@ -164,12 +166,63 @@ def test_what_is_refused(main, tmp_path, arguments, words):  # noqa: F811
 
 
 @pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["is a program", "is not run", "take --source detectron2 --trust-config"]),
+        (["--source", "bundled"], ["is a program", "is not run"]),
+        (["--source", "detectron2"], ["is a program", "would be run: --trust-config says"]),
+        (["--trust-config"], ["--trust-config goes with --source detectron2"]),
+        (
+            ["--source", "detectron2", "--trust-config", "--opts", "model.depth", "3"],
+            ["--opts model.depth: a LazyConfig file takes texts like"],
+        ),
+    ],
+)
+def test_a_program_is_run_only_where_that_is_said(main, tmp_path, no_host, arguments, words):  # noqa: F811
+    marker, program = tmp_path / "marker", tmp_path / "config.py"
+    program.write_text(f"open({str(marker)!r}, 'w')")
+    outcome = main("--config-file", program, "--weights", WEIGHTS, *arguments)
+    assert_refused(outcome, *words)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.system", "!!python/object/new:os.mkdir"])
+def test_unsafe_yaml_is_refused_for_detectron2_too(main, tmp_path, no_host, tag):  # noqa: F811
+    marker, config = tmp_path / "marker", tmp_path / "config.yaml"
+    config.write_text(f"MODEL:\n  WEIGHTS: {tag} ['mkdir {marker}']\n")
+    asked = ["--config-file", config, "--weights", WEIGHTS, "--source", "detectron2"]
+    assert_refused(main(*asked), "asks to run Python code in line 2", "which is not done")
+    assert not marker.exists()
+
+
+@pytest.mark.skipif(detectron2_unavailable() is None, reason="Detectron2 is installed here")
+@pytest.mark.parametrize("is_program", [False, True])
+def test_without_detectron2(main, tmp_path, is_program):  # noqa: F811
+    asked = ["--config-file", CONFIG, "--weights", WEIGHTS, "--source", "detectron2"]
+    if is_program:
+        program = tmp_path / "config.py"
+        program.write_text("model = None")
+        asked = [asked[0], program, *asked[2:], "--trust-config"]
+    outcome = main(*asked, "--output", tmp_path / "output")
+    assert_refused(outcome, "detectron2 is not usable here", "--source bundled")
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_key_that_is_not_known_names_the_way_out(main):  # noqa: F811
+    outcome = main(*OWN, "--opts", "MODEL.POINT_HEAD.NUM_FC", "3")
+    assert_refused(outcome, "MODEL.POINT_HEAD.NUM_FC is not known", "--source detectron2 takes")
+
+
+@pytest.mark.parametrize(
     ("keys", "words"),
     [
         (["MODEL.ROI_HEADS.NUM_CLASSES", "4"], ["of 3 classes, not of 4"]),
         (["MODEL.RESNETS.DEPTH", "101"], ["res4"]),
         (["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "[[1.0]]"], ["rpn_head"]),
-        (["MODEL.META_ARCHITECTURE", "FCOS"], ["META_ARCHITECTURE is 'FCOS'"]),
+        (
+            ["MODEL.META_ARCHITECTURE", "FCOS"],
+            ["META_ARCHITECTURE is 'FCOS'", "--source detectron2"],
+        ),
         (["MODEL.MASK_ON", "False"], ["mask_head"]),
     ],
 )

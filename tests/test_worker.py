@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from benchmark import RunFailed, WarmUp
+from configuration import Input
 from detectors.build import fields_of
 from detectors.inputs import View
 from detectors.zoo_configurations import zoo_configuration
@@ -27,7 +28,7 @@ from errors import InputError, first_cause
 from measure import protocol, run, worker
 from measure.group import load_outputs
 from measure.worker import Command, Host, Hosts, Worker
-from models import MODELS, Model
+from models import MODELS, Detectron2Model, Model
 
 ROOT = Path(__file__).resolve().parent.parent
 ENDLESS = protocol.Warm.by(WarmUp.fixed(10**9))
@@ -649,7 +650,9 @@ def test_requests_survive_the_way():
     own = Model(
         "m", "c.yaml", configuration=zoo_configuration("Misc/cascade_mask_rcnn_R_50_FPN_3x")
     )
-    for model in (own, MODELS["testRetinaNet"]):
+    settings = (("MODEL.MASK_ON", True), ("MODEL.RPN", None), ("MODEL.RPN.NMS_THRESH", 0.7))
+    theirs = Detectron2Model("c.py", settings, "/c.py", Input(96, 160, "RGB"))
+    for model in (own, Model("m", "c.py", detectron2=theirs), MODELS["testRetinaNet"]):
         asked = protocol.PrepareModel(model, "s", "w", ("a", "b"), View((1, 2)), 3, 4, "f")
         line = json.dumps({"ask": "PrepareModel", "with": dataclasses.asdict(asked)})
         assert protocol.request(json.loads(line)) == asked
