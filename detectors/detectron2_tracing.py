@@ -8,7 +8,6 @@ replacements computes the same, up to rounding:
   autocast, so that it would meet boxes and scores of different precisions.
 - Keypoints from heatmaps, for which Detectron2 scripts a loop that neither OpenVINO nor ONNX takes.
 - Deformable convolutions: engines know torchvision's operator, and not Detectron2's.
-- The resizing of a semantic map to the size that it has already.
 """
 
 from contextlib import ExitStack, contextmanager
@@ -92,15 +91,10 @@ def _modulated_deform_conv(
     return deform_conv2d(x, offset, weight, bias, stride, padding, dilation, mask)
 
 
-def _sem_seg_postprocess(logits: Tensor, size: Any, height: Any, width: Any) -> Tensor:
-    return logits[:, : size[0], : size[1]]
-
-
 # Module of Detectron2, name in it, what stands in.
 REPLACEMENTS: Sequence[Tuple[str, str, Any]] = (
     ("layers.nms", "box_ops", box_ops),
     ("modeling.roi_heads.keypoint_head", "keypoint_rcnn_inference", _keypoint_rcnn_inference),
     ("layers.deform_conv", "deform_conv", _deform_conv),
     ("layers.deform_conv", "modulated_deform_conv", _modulated_deform_conv),
-    ("modeling.meta_arch.semantic_seg", "sem_seg_postprocess", _sem_seg_postprocess),
 )

@@ -14,9 +14,11 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Callable, Dict, List, Sequence, Set, Tuple
 
+import parts
 import pytest
 import torch
 from conftest import arrays, needs_bf16, small_export
+from seeded_weights import seeded_image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,12 +28,13 @@ from backends.base import Backend, Optimized, check_sizes
 from backends.torch import autocast, count_flops, effective_precision
 from configuration import from_settings
 from detectors.build import build, on_device
+from detectors.config import build_detector
 from detectors.export import Export
 from detectors.images import batch_images, image_size
-from detectors.zoo_configurations import zoo_configuration
+from detectors.zoo_configurations import zoo_configuration, zoo_settings
 from errors import InputError, Unsupported, first_cause
 from measure import verify
-from models import MODELS
+from models import MODELS, Model
 from results.record import Agreement, Coverage
 
 ROOT = Path(base.__file__).parent.parent
@@ -809,6 +812,33 @@ def test_the_whole_model_is_padded_as_eager_is(source):
     images = [images_of(size)[0] for size in PADDED]
     assert [eager_padded_size(export, detector, image) for image in images] == list(PADDED.values())
     assert openvino_padded_sizes(export, images) == list(PADDED.values())
+
+
+@needs_onnxruntime
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("modulated", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_deformable_convolutions_in_onnx(modulated, groups):
+    name = "deformable"
+    settings = {
+        **zoo_settings(parts.PARTS[name][0]),
+        **parts.settings_of(name),
+        "MODEL.RESNETS.DEFORM_MODULATED": modulated,
+        "MODEL.RESNETS.DEFORM_NUM_GROUPS": groups,
+        "MODEL.RESNETS.STRIDE_IN_1X1": False,
+    }
+    configuration = from_settings(settings)
+    state = parts.weights_of(build_detector(configuration, False).state_dict())
+    sizes = {"min": (70, 90), "opt": (100, 125), "max": (130, 150)}
+    calls = {size: (seeded_image(1, *sides),) for size, sides in sizes.items()}
+    export = build(Model("own", name, configuration=configuration), state, "the weights", calls)
+    call = base.load("onnxruntime").optimize(export, "fp32", "cpu").call
+    for images in calls.values():
+        with torch.no_grad():
+            wanted = export.eager(*images)
+        for one, other in zip(wanted, call(*images)):
+            assert len(one) > 1
+            assert torch.allclose(one.float(), other.float(), atol=1e-3)
 
 
 # Engines broken on purpose ---------------------------------------------------------------------

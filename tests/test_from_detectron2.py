@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+from dataclasses import replace
 from importlib import import_module
 from typing import Any, Dict, List, Sequence, Tuple
 
@@ -25,8 +27,9 @@ from configuration import Input
 from detectors import detectron2_tracing, from_detectron2
 from detectors.build import build
 from detectors.checkpoint import read
+from detectors.config import NO_DETECTIONS
 from detectors.config_file import read_configuration, read_settings
-from detectors.detectron2_configuration import detector_of, input_of
+from detectors.detectron2_configuration import _config, detector_of, input_of
 from detectors.detectron2_tracing import REPLACEMENTS
 from detectors.export import Export
 from detectors.zoo_configurations import zoo_settings
@@ -38,8 +41,14 @@ pytestmark = [pytest.mark.detectron2, pytest.mark.filterwarnings("ignore")]
 KINDS = (
     *("faster_fpn", "class_agnostic", "resnext", "group_norm", "batch_norm_averaged"),
     *("faster_c4", "mask_dc5", "cascade_of_two", "keypoints", "deformable", "panoptic"),
+    *("proposal_network", "semantic"),
     *("anchors", "retinanet_group_norm", "retinanet_batch_norm"),
 )
+WITH_DETECTIONS = [
+    name
+    for name in parts.PARTS
+    if parts.configuration_of(name).model.meta_architecture not in NO_DETECTIONS
+]
 # Only Detectron2 has these.
 ROTATED = {
     "MODEL.ANCHOR_GENERATOR.NAME": "RotatedAnchorGenerator",
@@ -152,7 +161,8 @@ def assert_close(
     for name, one, other in zip(names, arrays(wanted), arrays(found)):
         assert other.dtype == one.dtype, name
         assert other.shape == one.shape, name
-        assert one.size == 0 or abs(other - one).max() <= atol, name
+        limit = 10 * atol if name == "pred_boxes" else atol
+        assert one.size == 0 or abs(other - one).max() <= limit, name
 
 
 def assert_engines_agree(export: Export) -> None:
@@ -164,19 +174,16 @@ def assert_engines_agree(export: Export) -> None:
         call = base.load(engine).optimize(export, "fp32", "cpu").call
         for size, images in export.tuning_inputs.items():
             wanted = eager(export, size)
-            assert len(wanted[0]) > 3
+            assert wanted[0].numel() > 12
             assert_close(export.fields, wanted, call(*images))
 
 
 # What the bundled detectors have, too -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(set(parts.PARTS)))
+@pytest.mark.parametrize("name", WITH_DETECTIONS)
 def test_both_sources_give_the_same(name):
     export = export_of(own_part(name))
-    if not hasattr(export._detector, "roi_heads") and "retinanet" not in name:
-        assert "scores" not in export.fields  # Those are refused: see below.
-        return
     other = bundled(name, export)
     about = (export.fields, export.score_threshold, export.limit)
     assert about == (other.fields, other.score_threshold, other.limit)
@@ -187,6 +194,14 @@ def test_both_sources_give_the_same(name):
 @pytest.mark.parametrize("name", KINDS)
 def test_engines_find_what_detectron2_finds(name):
     assert_engines_agree(export_of(own_part(name)))
+
+
+@pytest.mark.parametrize("name", ["faster_fpn", "retinanet_batch_norm"])
+def test_traced_under_autocast(name):
+    export = export_of(own_part(name))
+    call = base.load("torchscript").optimize(export, "bf16", "cpu").call
+    for images in export.tuning_inputs.values():
+        assert len(call(*images)[0]) > 3
 
 
 def test_eager_is_detectron2_as_it_is(monkeypatch):
@@ -354,11 +369,16 @@ def test_settings_that_detectron2_refuses(key, value, said):
 
 
 def test_whole_numbers_are_real_ones_where_those_are_wanted():
-    from detectors.detectron2_configuration import _config
-
     config = _config(Detectron2Model("own", (("MODEL.RPN.NMS_THRESH", 1), ("MODEL.RPN", None))))
     assert isinstance(config.MODEL.RPN.NMS_THRESH, float)
     assert config.MODEL.RPN.keys() == get_cfg().MODEL.RPN.keys()
+
+
+def test_what_detectron2_does_not_compute_on_a_cpu():
+    own = own_part("deformable")
+    own = replace(own, settings=(*own.settings, ("MODEL.RESNETS.DEFORM_MODULATED", True)))
+    with pytest.raises(InputError, match=r"^deformable: Detectron2 cannot run it here: [^\n]+$"):
+        export_of(own)
 
 
 def test_an_image_format_that_cannot_be_made():
@@ -388,11 +408,23 @@ def test_a_lazy_configuration_from_the_command_line(main, tmp_path):  # noqa: F8
     asked += ["--trust-config", "--image", IMAGES[0], "--backend", "torchscript", *QUICK]
     outcome = main(*asked, "--opts", "model.max_detections_per_image=3")
     assert outcome.code == 0, outcome.err
-    assert "3/3 match" in outcome.out
+    assert re.search(r"\b([1-3])/\1 match", outcome.out)
     assert "timed at 96x120" in outcome.out
     assert "fcos.py does not say it: images are taken as BGR" in outcome.err
     outcome = main(*asked, "--opts", "model.num_classes=4")
     assert_refused(outcome, "of 3 classes, not of 4")
+
+
+def test_what_has_no_detections(main, tmp_path):  # noqa: F811
+    own = own_part("semantic")
+    config, weights = tmp_path / "semantic.yaml", tmp_path / "semantic.pth"
+    config.write_text(_config(own).dump())  # As Detectron2's trainer leaves it.
+    torch.save(parts.weights_of(detector_of(own).state_dict()), weights)
+    asked = ["--config-file", config, "--weights", weights, "--source", "detectron2"]
+    outcome = main(*asked, "--image", IMAGES[0], "--image-size", "96x128", *QUICK)
+    assert outcome.code == 2
+    assert "semantic.yaml gives sem_seg: these are no detections to compare" in outcome.err
+    assert "Traceback" not in outcome.err
 
 
 @pytest.mark.parametrize(
