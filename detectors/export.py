@@ -18,8 +18,8 @@ class Outcome(NamedTuple):
     """What is known of what a detector finds: see the attributes of `Export`."""
 
     fields: Tuple[str, ...]
-    score_threshold: float
-    limit: int
+    score_threshold: Optional[float]
+    limit: Optional[int]
 
 
 def script(module: nn.Module) -> torch.jit.ScriptModule:

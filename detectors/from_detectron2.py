@@ -103,7 +103,8 @@ def _outcome(
     fields = tuple(_names(adapter.outputs_schema, ""))
     if not fields:
         raise InputError(f"{name}: what Detectron2 finds with it are no tensors")
-    return Outcome(fields, *_limits(detector))
+    # Logits of proposals have no range, and maps list nothing.
+    return Outcome(fields, *(_limits(detector) if "scores" in fields else (None, None)))
 
 
 def _names(schema: Schema, name: str) -> List[str]:
