@@ -42,7 +42,8 @@ def parser() -> argparse.ArgumentParser:
         action="extend",
         default=[],
         metavar="KEY VALUE",
-        help="keys of the configuration that have other values than in the file",
+        help="keys of the configuration that have other values than in the file; of a LazyConfig "
+        "file KEY=VALUE",
     )
     add(
         "--module",

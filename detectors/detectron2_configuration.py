@@ -116,6 +116,9 @@ def _run(own: Detectron2Model) -> DictConfig:
     if not isinstance(config, DictConfig) or "model" not in config:
         raise InputError(f"{own.name} defines no model")
     for key, value in own.settings:
+        parent = key.rpartition(".")[0]
+        if not isinstance(_selected(config, parent) if parent else config, DictConfig):
+            raise InputError(f"{own.name} has no {parent}, in which {key} could be set")
         with _told(f"{own.name}: {key} cannot be set to {value!r}"):
             OmegaConf.update(config, key, value)
     return config

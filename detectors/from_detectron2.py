@@ -63,7 +63,7 @@ def _inference(model: Model) -> Callable:
     )
 
 
-# Models of the user's own -----------------------------------------------------------------------
+# Models of the user's own ----------------------------------------------------------------------
 
 
 def _own_inference(detector: nn.Module) -> Callable:
@@ -91,13 +91,13 @@ def _any_inference(detector: nn.Module, image: Tensor) -> Dict[str, Any]:
 def _outcome(
     detector: nn.Module, adapter: TracingAdapter, images: Tuple[Tensor, ...], name: str
 ) -> Outcome:
-    """What is known of what a detector finds; it is called for that.
+    """What is known of what a detector finds; it is called for that, on the CPU.
 
     Raises:
         errors.InputError: the call fails, or finds nothing that is a tensor.
     """
     try:
-        adapter(*images)
+        adapter(*(image.cpu() for image in images))
     except Exception as error:
         raise InputError(f"{name}: Detectron2 cannot run it here: {first_cause(error)}") from error
     fields = tuple(_names(adapter.outputs_schema, ""))
@@ -128,7 +128,7 @@ def _limits(detector: nn.Module) -> Tuple[float, int]:
     return float(threshold), next((int(x) for x in limits if x is not None), UNLIMITED)
 
 
-# Test models that are scripted ------------------------------------------------------------------
+# Test models that are scripted -----------------------------------------------------------------
 
 
 class _EagerScripted(nn.Module):
@@ -174,7 +174,7 @@ class Detectron2Export(Export):
         opt = tuning_inputs["opt"]
         if model.detectron2 is not None:
             eager: nn.Module = TracingAdapter(self._detector, opt, _own_inference(self._detector))
-            outcome = _outcome(self._detector, eager, opt, model.detectron2.name)
+            outcome = _outcome(self._detector, eager, tuning_inputs["min"], model.detectron2.name)
             super().__init__(model, outcome, eager.eval(), tuning_inputs)
             return
         if model.kind == "scripted":
