@@ -134,10 +134,6 @@ def prepare_model(request: protocol.PrepareModel) -> protocol.ModelFacts:
     weights = build.find_weights(model, request.weights, calls, request.detections, request.seed)
     _save_arrays(folder / "state.npz", _arrays(weights.state))
     export = build.build(model, weights.state, weights.name, calls, request.source)
-    if "scores" not in export.fields:
-        raise InputError(
-            f"{model.config} gives {', '.join(export.fields)}: these are no detections to compare"
-        )
     flops = {}
     for name, call in calls.items():
         with _told(export, call):
@@ -200,16 +196,17 @@ def _told(export: Any, call: Tuple[Any, ...]) -> Iterator[None]:
 
 
 def _check_detections(export: Any, found: Any, call: Tuple[Any, ...]) -> None:
-    """Makes sure that a file of the user's gives detections.
+    """Makes sure that what the suite has not built itself gives detections.
 
     Raises:
         errors.InputError: it does not.
     """
     from measure import verify
 
-    if export.model.module is None:
+    model = export.model
+    if model.module is None and model.detectron2 is None:
         return
-    if len(found) != len(export.fields):
+    if model.module is not None and len(found) != len(export.fields):
         raise InputError(
             f"{export.name_of_file} gives {len(found)} tensors, and --fields names "
             f"{len(export.fields)}"
@@ -220,6 +217,10 @@ def _check_detections(export: Any, found: Any, call: Tuple[Any, ...]) -> None:
         verify.split(list(arrays.values()), export.compared_fields)
     except verify.Malformed as error:
         fields = ",".join(export.fields)
+        if model.module is None:
+            raise InputError(
+                f"{model.config} gives {fields}, which are no detections to compare: {error}"
+            ) from None
         raise InputError(
             f"{export.name_of_file} gives no detections, taken for {fields}: {error} (--fields "
             "says what they are)"
