@@ -58,10 +58,10 @@ class DType:
 class Array:
     """Stands for `numpy.ndarray`: what a pickle says of an array."""
 
-    __slots__ = ("state",)
+    __slots__ = ("axes", "state")
 
     def __init__(self, *arguments: Any) -> None:
-        self.state = None
+        self.state = self.axes = None
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -83,7 +83,8 @@ class Array:
         if not isinstance(shape, tuple) or not all(type(x) is int and x >= 0 for x in shape):
             raise pickle.UnpicklingError("an array of no shape")
         order = "F" if is_fortran else "C"
-        return np.frombuffer(bytearray(content), kind).reshape(shape, order=order)
+        array = np.frombuffer(bytearray(content), kind).reshape(shape, order=order)
+        return array if self.axes is None else array.transpose(self.axes)
 
 
 def _text(value: Any) -> Optional[str]:
@@ -100,8 +101,10 @@ def _reconstruct(*arguments: Any) -> Array:
 def _from_buffer(content: Any, dtype: Any, shape: Any, order: Any, *axes: Any) -> Array:
     """Stands for the function that protocol 5 has instead."""
     array = Array()
-    # Order K, of arrays that were transposed in some other way, would need the axes.
-    array.state = (shape, None if order not in ("C", "F") else dtype, order == "F", content)
+    if order == "K" and axes and isinstance(shape, tuple) and isinstance(axes[0], (tuple, list)):
+        # Its bytes are those of the array before it was transposed, whose shape is given.
+        array.axes = tuple(axes[0])
+    array.state = (shape, dtype, order == "F", content)
     return array
 
 
@@ -116,6 +119,11 @@ def _scalar(dtype: Any = None, content: Any = None) -> Any:
 def _bytearray(content: Any = b"", encoding: Any = "latin1") -> bytearray:
     """Not of a number, which would be a length."""
     return bytearray(_encode(content, encoding) if isinstance(content, str) else bytes(content[:]))
+
+
+def _bytes(*arguments: Any) -> bytes:
+    """How protocol 2 spells none."""
+    return b""
 
 
 def _encode(text: Any, encoding: Any = "latin1") -> bytes:
@@ -137,11 +145,15 @@ for _core in ("numpy.core", "numpy._core"):
 
 _PLAIN: Dict[Tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "Counter"): collections.Counter,  # A scheduler's milestones.
     ("_codecs", "encode"): _encode,
     **{
         (module, name): container
         for module in ("builtins", "__builtin__")
-        for name, container in (("set", set), ("frozenset", frozenset), ("bytearray", _bytearray))
+        for name, container in (
+            *(("set", set), ("frozenset", frozenset)),
+            *(("bytearray", _bytearray), ("bytes", _bytes)),
+        )
     },
     **NUMPY,
 }
@@ -185,6 +197,13 @@ class DataUnpickler(pickle._Unpickler):
             raise pickle.UnpicklingError("a name is cut off")
         self.append(self.find_class(*(line[:-1].decode("utf-8") for line in lines)))
 
+    def load_build(self) -> None:
+        """Only of what is made for it: the state of a function would outlive the file."""
+        kinds = (DType, Array, collections.OrderedDict, torch.Tensor, torch.nn.Parameter)
+        if type(self.stack[-2]) not in kinds:
+            raise pickle.UnpicklingError("a state of what has none")
+        super().load_build()
+
     def load_bytearray8(self) -> None:
         """Reads before it makes room."""
         length = int.from_bytes(self.read(8), "little")
@@ -194,6 +213,7 @@ class DataUnpickler(pickle._Unpickler):
         self.append(bytearray(content))
 
     dispatch[pickle.GLOBAL[0]] = load_global
+    dispatch[pickle.BUILD[0]] = load_build
     dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
 
 

@@ -23,7 +23,7 @@ from torchvision.models.detection import (
 )
 
 from configuration import from_settings
-from detectors import checkpoint
+from detectors import checkpoint, unpickling
 from detectors.build import _from_file
 from detectors.config import build_detector
 from detectors.layers import FrozenBatchNorm2d
@@ -106,11 +106,13 @@ def test_pickle_written_by_python_2(tmp_path):
     assert_equal(checkpoint.read(path), {"weight": torch.tensor([0.0, 1.0, 2.0])})
 
 
-@pytest.mark.parametrize("protocol", [4, 5])  # 5 keeps byte order, and arrays read-only
+@pytest.mark.parametrize("protocol", [2, 4, 5])  # 5 keeps byte order, and arrays read-only
 def test_pickle_of_unusual_arrays(tmp_path, protocol):
     document = collections.OrderedDict(
         big_endian=np.arange(3, dtype=">f4"),
         fortran=np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3)),
+        turned=np.arange(24, dtype=np.float32).reshape(2, 3, 4).transpose(2, 0, 1),
+        empty=np.zeros((0, 4), dtype=np.float32),
         scalar_array=np.array(2.0, dtype=np.float32),
         half=np.arange(3, dtype=np.float16),
         step=np.int64(7),
@@ -124,6 +126,8 @@ def test_pickle_of_unusual_arrays(tmp_path, protocol):
         {
             "big_endian": torch.arange(3.0),
             "fortran": torch.arange(6.0).reshape(2, 3),
+            "turned": torch.arange(24.0).reshape(2, 3, 4).permute(2, 0, 1),
+            "empty": torch.zeros(0, 4),
             "scalar_array": torch.tensor(2.0),
             "half": torch.arange(3.0).half(),
         },
@@ -174,7 +178,11 @@ def trainer_document(model):
     return {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "scheduler": {"last_epoch": 99, "_last_lr": [np.float64(0.1)], "milestones": {60, 80}},
+        "scheduler": {
+            "last_epoch": 99,
+            "_last_lr": [np.float64(0.1)],
+            "milestones": collections.Counter([60, 80]),
+        },
         "iteration": 99,
         "trainer": {"iteration": np.int32(99), "hooks": hooks, "_trainer": {}},
     }
@@ -443,6 +451,18 @@ def test_no_state_of_an_array_reaches_numpy(tmp_path, state, which):
     assert lines[1::2] == [str(sorted(state))] * len(STATES)
     assert all("is truncated or is not a checkpoint" in line for line in lines[::2])
     assert peak < 2000
+
+
+def test_no_pickle_changes_how_the_next_one_is_read(tmp_path):
+    """Functions have a state, too."""
+    path = tmp_path / "model.pkl"
+    state = b"N}X\x0c\x00\x00\x00__defaults__X\x01\x00\x00\x00x\x85s\x86"
+    for line in (b"cnumpy.core.multiarray\nscalar\n", b"c_codecs\nencode\n"):
+        path.write_bytes(b"\x80\x02" + line + state + b"b.")
+        with pytest.raises(InputError, match="is truncated or is not a checkpoint"):
+            checkpoint.read(path)
+    assert unpickling._scalar.__defaults__ == (None, None)
+    assert unpickling._encode.__defaults__ == ("latin1",)
 
 
 def test_sizes_that_are_claimed_make_no_room(tmp_path):
