@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+
+import check_zoo
+from check_zoo import Cell
+
 from backends import base
 from results.record import Agreement
-from tools import check_zoo
-from tools.check_zoo import Cell
 
 # Quickly built, and quickly computed.
 QUICK = "COCO-Detection/rpn_R_50_C4_1x"
