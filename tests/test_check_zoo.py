@@ -115,7 +115,8 @@ def test_a_process_that_takes_too_long_is_ended(tmp_path, monkeypatch):
     assert reason == "It took longer than 0.1 s."
 
 
-def test_without_a_detector_nothing_else_is_tried(run):
+def test_without_a_detector_nothing_else_is_tried(run, monkeypatch):
+    monkeypatch.setattr(check_zoo, "check_detectron2", lambda python: None)
     code, said, page = run("--only", REFUSED, "--engines", "torchscript", "--detectron2", "none")
     assert code == 0
     assert said.startswith(f"{REFUSED} builds: failed")
@@ -127,6 +128,27 @@ def test_without_a_detector_nothing_else_is_tried(run):
 def test_a_pattern_that_fits_no_file_is_refused(run):
     code, said, _ = run("--only", "none")
     assert (code, said) == (2, "check_zoo.py: error: no file of the model zoo matches 'none'\n")
+
+
+def test_an_interpreter_without_detectron2_is_refused(run, tmp_path):
+    none = tmp_path / "none"
+    code, said, _ = run("--only", QUICK, "--detectron2", str(none))
+    assert (code, said.count("\n")) == (2, 1)
+    assert f"{none} cannot be run: No such file or directory" in said
+    none.write_text("#!/bin/sh\nexit 1\n")
+    none.chmod(0o755)
+    code, said, _ = run("--only", QUICK, "--detectron2", str(none))
+    assert (code, said.count("\n")) == (2, 1)
+    assert f"{none} has no Detectron2 that can be imported" in said
+
+
+@pytest.mark.parametrize("line", ["nothing", '{"file": "a"}', '{"other": 1}'])
+def test_another_folder_is_refused(run, tmp_path, line):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "cells.jsonl").write_text(line + "\n")
+    code, said, _ = run("--page-only")
+    assert (code, said.count("\n")) == (2, 1)
+    assert "was not written by this tool" in said
 
 
 def test_one_file_of_each_kind_is_for_inductor():

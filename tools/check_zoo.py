@@ -126,14 +126,15 @@ def main() -> int:
     if options.cells:
         file, columns = options.cells
         return try_here(options.folder, file, columns.split(","))
+    options.folder = options.folder.resolve()
     try:
         options.folder.mkdir(parents=True, exist_ok=True)
         if not options.page_only:
             try_all(options)
+        options.page.write_text(page(options.folder, machine()), encoding="utf-8")
     except (InputError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
-    options.page.write_text(page(options.folder, machine()), encoding="utf-8")
     return 0
 
 
@@ -145,6 +146,8 @@ def try_all(options: argparse.Namespace) -> None:
     files = [name for name in sorted(ZOO, key=effort) if fnmatch.fnmatch(name, options.only)]
     if not files:
         raise InputError(f"no file of the model zoo matches '{options.only}'")
+    if options.detectron2:
+        check_detectron2(options.detectron2)
     engines = [name for name in options.engines if name != "inductor"]
     for name in files:
         try_in_process(options.folder, name, ["builds", *engines], sys.executable)
@@ -154,6 +157,21 @@ def try_all(options: argparse.Namespace) -> None:
         wanted = name in FOR_INDUCTOR and "inductor" in options.engines
         if wanted and is_built(options.folder, name):
             try_in_process(options.folder, name, ["inductor"], sys.executable)
+
+
+def check_detectron2(python: str) -> None:
+    """Makes sure that an interpreter has Detectron2, before any file is tried.
+
+    Raises:
+        errors.InputError: it has not.
+    """
+    command = [python, "-c", "import detectron2.model_zoo"]
+    try:
+        done = subprocess.run(command, capture_output=True, cwd=ROOT)
+    except OSError as error:
+        raise InputError(f"{python} cannot be run: {error.strerror}") from error
+    if done.returncode != 0:
+        raise InputError(f"{python} has no Detectron2 that can be imported")
 
 
 def is_built(folder: Path, name: str, unless_tried: bool = False) -> bool:
@@ -202,7 +220,14 @@ def blame(folder: Path, name: str, columns: Sequence[str], reason: str) -> None:
 def run_process(folder: Path, name: str, columns: Sequence[str], python: str) -> str:
     """Runs the cells of a file; returns why the process ended, in a sentence."""
     limit = sum(CELL_LIMIT_S.get(column, USUAL_LIMIT_S) for column in columns)
-    command = [python, __file__, str(folder), "--cells", name, ",".join(columns)]
+    command = [
+        python,
+        str(ROOT / "tools" / "check_zoo.py"),
+        str(folder),
+        "--cells",
+        name,
+        ",".join(columns),
+    ]
     log = folder / "logs" / f"{name.replace('/', '-')}.log"
     log.parent.mkdir(exist_ok=True)
     with open(log, "a", encoding="utf-8") as file:
@@ -238,10 +263,17 @@ def say(cell: Cell) -> None:
 
 
 def finished(folder: Path) -> Dict[Tuple[str, str], Cell]:
-    """File and column -> the last cell that was kept."""
+    """File and column -> the last cell that was kept.
+
+    Raises:
+        errors.InputError: the folder holds something else.
+    """
     path = folder / "cells.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    cells = [Cell(**json.loads(line)) for line in lines]
+    try:
+        cells = [Cell(**json.loads(line)) for line in lines]
+    except (ValueError, TypeError):
+        raise InputError(f"{path} was not written by this tool; name another folder") from None
     return {(cell.file, cell.column): cell for cell in cells}
 
 
