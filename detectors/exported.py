@@ -16,7 +16,7 @@ import torchvision  # noqa: F401  A file may name its operators.
 from torch import Tensor, nn
 
 from configuration import Configuration
-from detectors.export import Export, score_threshold
+from detectors.export import Export, limit, score_threshold
 from errors import InputError, Unsupported, first_cause
 from models import OTHER_RUNNERS, Model, Module
 from results.environment import file_name
@@ -50,21 +50,23 @@ class ExportedElsewhere(Export):
         super().__init__(model, Configuration(), _load(model.module), tuning_inputs)
         own = model.configuration
         self.score_threshold = None if own is None else score_threshold(own)
-        self.limit = None if own is None else own.test.detections_per_image
+        self.limit = None if own is None else limit(own)
         self.own_runner = OTHER_RUNNERS.get(self.kind)
         self.onnx_file = self.module.path if self.kind == "onnx" else None
         self.program = self.eager.program if isinstance(self.eager, _Program) else None
         self.fields = self.module.fields or self._fields()
 
     def _fields(self) -> Tuple[str, ...]:
-        named = getattr(self.eager, "names", ())
         image = self.inputs[0]
         try:
             with torch.no_grad():
                 found = self.eager(image)
         except Exception as error:
             raise InputError(self.failure(image, error)) from None
-        return named or guess(found, image, self.name_of_file)
+        # Of dictionaries they are known when the first was seen.
+        named: Tuple[str, ...] = getattr(self.eager, "names", ())
+        are_known = any(names <= set(named) for names in DETECTIONS)
+        return named if are_known else guess(found, image, self.name_of_file)
 
     @property
     def name_of_file(self) -> str:
@@ -160,6 +162,8 @@ def _load_torchscript(path: str) -> nn.Module:
     arguments = module.forward.schema.arguments[1:]
     required = [x for x in arguments if not x.has_default_value()]
     kind = str(required[0].type) if len(required) == 1 else ""
+    if kind == "Tensor" and str(module.forward.schema.returns[0].type) == "Tensor":
+        return _OfOne(module)
     if kind == "Tensor":
         return module.eval() if getattr(module, "training", False) else module
     if re.search(r"Dict[\[(]str, Tensor[\])]", kind):
@@ -177,6 +181,17 @@ class _AsExported(nn.Module):
     def train(self, mode: bool = True) -> _AsExported:
         """Nothing changes."""
         return self
+
+
+class _OfOne(_AsExported):
+    """A module that gives a tensor, and no tuple: a semantic map."""
+
+    def __init__(self, module: torch.jit.ScriptModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, image: Tensor) -> Tuple[Tensor, ...]:
+        return (self.module(image),)
 
 
 class _OfDictionaries(_AsExported):
@@ -234,8 +249,7 @@ class _Onnx(_AsExported):
             path, options, providers=["CPUExecutionProvider"]
         )
         (self.input,) = self.session.get_inputs()
-        names = tuple(output.name for output in self.session.get_outputs())
-        self.names = names if any(x <= set(names) for x in DETECTIONS) else ()
+        self.names = tuple(output.name for output in self.session.get_outputs())
 
     def forward(self, image: Tensor) -> Tuple[Tensor, ...]:
         given = {self.input.name: image.numpy().astype(onnx_type(self.input), copy=False)}

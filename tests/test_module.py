@@ -70,6 +70,22 @@ class Scripted(nn.Module):
         return [{"scores": scores, "pred_boxes": boxes, "pred_classes": classes}]
 
 
+class Renamed(Scripted):
+    """The same by other names, and in another order."""
+
+    def forward(self, inputs: Tuple[Dict[str, Tensor]]) -> List[Dict[str, Tensor]]:
+        boxes, classes, scores = self.model(inputs[0]["image"])
+        return [{"confidence": scores, "xyxy": boxes, "labels": classes}]
+
+
+class Map(nn.Module):
+    """A semantic map of two labels: a tensor, and no tuple."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        gray = image.mean(0)
+        return torch.stack([gray, 255 - gray])
+
+
 class Fragile(Sized):
     """Fails where nothing is found."""
 
@@ -96,7 +112,8 @@ def files(picture, tmp_path_factory) -> Path:
         torch.jit.trace(module, picture, check_trace=False).save(str(folder / f"{name}.ts"))
     traced = torch.jit.trace(Sized(), picture, check_trace=False).eval()
     torch.jit.freeze(traced).save(str(folder / "frozen.ts"))
-    torch.jit.script(Scripted()).save(str(folder / "scripted.ts"))
+    for name, module in (("scripted", Scripted()), ("renamed", Renamed()), ("map", Map())):
+        torch.jit.script(module).save(str(folder / f"{name}.ts"))
     free = {1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
     for name, shapes in (("exported", (free,)), ("fixed", None)):
         program = torch.export.export(Spots(), (picture,), dynamic_shapes=shapes)
@@ -296,6 +313,24 @@ def test_a_file_finds_what_its_module_found(files, calls, name, of):
         assert len(found[0]) > 5
         for ours, theirs in zip(arrays(found), arrays(wanted)):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_dictionaries_of_other_names(files, calls):
+    export = built(files / "renamed.ts", calls)
+    assert export.fields == ("scores", "pred_classes", "pred_boxes")
+    module = export.script_module()
+    for found in (export.eager(*calls["opt"]), module(*calls["opt"])):
+        boxes, classes, scores = Spots()(*calls["opt"])
+        assert all(torch.equal(*pair) for pair in zip(found, (scores, classes, boxes)))
+
+
+def test_a_map_alone(files, calls):
+    export = built(files / "map.ts", calls)
+    assert export.fields == export.compared_fields == ("sem_seg",)
+    for backend in ("torchscript", "openvino"):
+        optimized = base.load(backend).optimize(export, "fp32", "cpu")
+        (found,) = optimized.call(*calls["min"])
+        assert torch.allclose(found, Map()(*calls["min"]), atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["fixed.pt2", "fixed.onnx"])
