@@ -372,6 +372,16 @@ def _process_clock(pid: int) -> float | None:
         return None
 
 
+def _wants_core(pid: int) -> bool:
+    """Whether a thread of a process runs, or would if it had a core, as Linux tells it."""
+    for path in Path(f"/proc/{pid}/task").glob("*/stat"):
+        # A thread may end meanwhile. Its name is in parentheses, whatever that is.
+        with contextlib.suppress(OSError, IndexError):
+            if path.read_bytes().rpartition(b")")[2].split()[0] == b"R":
+                return True
+    return False
+
+
 class Worker:
     """A process for one run.
 
@@ -426,7 +436,9 @@ class Worker:
             now = self._cpu_clock()
             if now is not None:
                 used = (now.cpu - before.cpu) / (now.time - before.time)
-                still = still + 1 if used < SETTLED_SHARE else 0
+                # On a machine that is busy it may use none and want some.
+                is_still = used < SETTLED_SHARE and not self._wants_core()
+                still = still + 1 if is_still else 0
             before = now  # None: it has died, and that is told when it is asked again.
         return True
 
@@ -437,6 +449,9 @@ class Worker:
         if seconds is None:
             seconds = self.cpu_seconds()
         return None if seconds is None else _Moment(moment, seconds)
+
+    def _wants_core(self) -> bool:
+        return self.host.is_visible and _wants_core(self.pid)
 
     def dismiss(self) -> None:
         """Tells the process to clear away what engines opened, and end; `stop` waits for that."""

@@ -188,6 +188,17 @@ def test_settling_waits_for_its_threads(start):
     assert one.settle()
 
 
+def test_settling_waits_for_what_gets_no_core(start, monkeypatch):
+    """On a busy machine a process that computes may use no CPU for a while."""
+    one = start()
+    monkeypatch.setattr(one, "_cpu_clock", lambda: worker._Moment(time.monotonic(), 1.0))
+    assert one.settle()
+    one.host.tell(one._number, protocol.MeasurePeak("fp32", "cpu"))
+    time.sleep(0.3)
+    assert not one.settle(limit_s=0.2)
+    one.kill()
+
+
 def test_settling_where_it_cannot_be_seen(start):
     one = start()
     one.host.is_visible, visible = False, one.host.is_visible
