@@ -210,7 +210,7 @@ def _counts(text: str) -> Tuple[int, ...]:
 
 
 def _names(text: str) -> Tuple[str, ...]:
-    names = tuple(text.split(","))
+    names = tuple(name.strip() for name in text.split(","))
     if not all(name.isidentifier() for name in names) or len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"'{text}' are not different names with commas between")
     return names

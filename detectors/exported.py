@@ -111,6 +111,11 @@ class ExportedElsewhere(Export):
             raise Unsupported(f"it takes TorchScript, and the file is {KINDS[self.kind]}")
         if isinstance(self.eager, torch.jit.ScriptModule):
             return self.eager
+        if isinstance(self.eager, _OfDictionaries) and not self.eager.in_tuple:
+            # Tracing a call with a list of them takes the image for a constant.
+            raise Unsupported(
+                "it takes an image, and the file takes a list of dictionaries, which is not traced"
+            )
         if self._script_module is None:
             frozen = torch.jit.freeze(self.trace().eval())
             # What goes into a dictionary comes out again: engines take none.

@@ -78,6 +78,18 @@ class Renamed(Scripted):
         return [{"confidence": scores, "xyxy": boxes, "labels": classes}]
 
 
+class Listed(nn.Module):
+    """The same, of a list of dictionaries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Spots()
+
+    def forward(self, inputs: List[Dict[str, Tensor]]) -> List[Dict[str, Tensor]]:
+        boxes, classes, scores = self.model(inputs[0]["image"])
+        return [{"scores": scores, "pred_boxes": boxes, "pred_classes": classes}]
+
+
 class Map(nn.Module):
     """A semantic map of two labels: a tensor, and no tuple."""
 
@@ -112,7 +124,12 @@ def files(picture, tmp_path_factory) -> Path:
         torch.jit.trace(module, picture, check_trace=False).save(str(folder / f"{name}.ts"))
     traced = torch.jit.trace(Sized(), picture, check_trace=False).eval()
     torch.jit.freeze(traced).save(str(folder / "frozen.ts"))
-    for name, module in (("scripted", Scripted()), ("renamed", Renamed()), ("map", Map())):
+    for name, module in (
+        ("scripted", Scripted()),
+        ("renamed", Renamed()),
+        ("map", Map()),
+        ("listed", Listed()),
+    ):
         torch.jit.script(module).save(str(folder / f"{name}.ts"))
     free = {1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
     for name, shapes in (("exported", (free,)), ("fixed", None)):
@@ -322,6 +339,17 @@ def test_dictionaries_of_other_names(files, calls):
     for found in (export.eager(*calls["opt"]), module(*calls["opt"])):
         boxes, classes, scores = Spots()(*calls["opt"])
         assert all(torch.equal(*pair) for pair in zip(found, (scores, classes, boxes)))
+
+
+def test_a_list_of_dictionaries_is_run_and_not_traced(files, calls):
+    """Tracing would take the image for a constant, which one size alone does not show."""
+    export = built(files / "listed.ts", calls)
+    for images in calls.values():
+        for ours, theirs in zip(export.eager(*images), Spots()(*images)):
+            assert torch.equal(ours, theirs)
+    for backend in ("torchscript", "openvino", "onnxruntime"):
+        with pytest.raises(Unsupported, match="takes a list of dictionaries, which is not traced"):
+            base.load(backend).optimize(export, "fp32", "cpu")
 
 
 def test_a_map_alone(files, calls):
