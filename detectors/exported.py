@@ -15,8 +15,7 @@ import torch
 import torchvision  # noqa: F401  A file may name its operators.
 from torch import Tensor, nn
 
-from configuration import Configuration
-from detectors.export import Export, limit, score_threshold
+from detectors.export import Export, Outcome, limit, score_threshold
 from errors import InputError, Unsupported, first_cause
 from models import OTHER_RUNNERS, Model, Module
 from results.environment import file_name
@@ -47,14 +46,14 @@ class ExportedElsewhere(Export):
         if model.module is None:
             raise TypeError("a model without a file")
         self.module = model.module
-        super().__init__(model, Configuration(), _load(model.module), tuning_inputs)
         own = model.configuration
-        self.score_threshold = None if own is None else score_threshold(own)
-        self.limit = None if own is None else limit(own)
+        known = (None, None) if own is None else (score_threshold(own), limit(own))
+        outcome = Outcome(self.module.fields, *known)
+        super().__init__(model, outcome, _load(self.module), tuning_inputs)
         self.own_runner = OTHER_RUNNERS.get(self.kind)
         self.onnx_file = self.module.path if self.kind == "onnx" else None
         self.program = self.eager.program if isinstance(self.eager, _Program) else None
-        self.fields = self.module.fields or self._fields()
+        self.fields = self.fields or self._fields()
 
     def _fields(self) -> Tuple[str, ...]:
         image = self.inputs[0]

@@ -8,17 +8,16 @@ for.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import re
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from errors import InputError, first_cause
 from models import Module
-from results.environment import file_name
+from results.environment import digest_of_files, file_name
 
 # Compiled code, as AOTInductor packs it, and what could be loaded as such.
 _NATIVE = re.compile(r"(^|/)data/aotinductor/|\.(so|o|a|dll|dylib|cubin|hsaco|cpp|cu|py|pyc)$")
@@ -41,7 +40,6 @@ _FUNCTION = re.compile(
 )
 _MODEL = "models/model.json"
 _INPUTS = "data/sample_inputs/model.pt"
-_DIGEST_CHUNK = 1 << 20
 
 
 def inspect(path: Path, fields: Tuple[str, ...] = (), is_trusted: bool = False) -> Module:
@@ -74,7 +72,7 @@ def inspect(path: Path, fields: Tuple[str, ...] = (), is_trusted: bool = False) 
                     f"--module {name} {program}, so that loading it could run anything: "
                     "--trust-module takes it all the same"
                 )
-        digest = _digest(files)
+        digest = digest_of_files(files)
     except OSError as error:
         raise InputError(f"--module {name} cannot be read: {error.strerror or error}") from None
     return Module(str(path.absolute()), kind, digest, fields, size)
@@ -117,16 +115,6 @@ def _entry(path: Path, name: str) -> bytes:
     with zipfile.ZipFile(path) as archive:
         inside = next(x for x in archive.namelist() if (x.partition("/")[2] or x) == name)
         return archive.read(inside)
-
-
-def _digest(files: Iterable[Path]) -> str:
-    """Tells files from others: 16 hexadecimal digits."""
-    hasher = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            for chunk in iter(lambda: file.read(_DIGEST_CHUNK), b""):
-                hasher.update(chunk)
-    return hasher.hexdigest()[:16]
 
 
 # torch.export ----------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from urllib.request import urlopen
 
 from errors import InputError
 from models import Model
+from results.environment import digest_of_files
 
 # What `--weights` knows besides files.
 NAMED_WEIGHTS = ("auto", "zoo", "synthetic")
@@ -45,7 +46,7 @@ def checkpoint_digest(weights: str) -> Optional[str]:
     """
     if weights in NAMED_WEIGHTS:
         return None
-    return hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:16]
+    return digest_of_files([weights])
 
 
 def download_zoo(models: Iterable[Model], weights: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -9,7 +10,7 @@ import re
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Collection, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Collection, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
 from results.record import Commit, Cpu, Environment
 
@@ -191,6 +192,16 @@ def readable(text: str) -> str:
 def file_name(path: Union[str, Path]) -> str:
     """The last part of a path, the only one that is not private, for text that is printed."""
     return readable(Path(path).name)
+
+
+def digest_of_files(paths: Iterable[Union[str, Path]]) -> str:
+    """Tells files from others by what is in them: 16 hexadecimal digits."""
+    hasher = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            for chunk in iter(lambda: file.read(1 << 20), b""):
+                hasher.update(chunk)
+    return hasher.hexdigest()[:16]
 
 
 def _variables() -> Dict[str, str]:

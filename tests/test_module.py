@@ -78,12 +78,8 @@ class Renamed(Scripted):
         return [{"confidence": scores, "xyxy": boxes, "labels": classes}]
 
 
-class Listed(nn.Module):
+class Listed(Scripted):
     """The same, of a list of dictionaries."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = Spots()
 
     def forward(self, inputs: List[Dict[str, Tensor]]) -> List[Dict[str, Tensor]]:
         boxes, classes, scores = self.model(inputs[0]["image"])

@@ -18,7 +18,7 @@ from collections import defaultdict
 from dataclasses import dataclass, fields
 from functools import reduce
 from pathlib import Path
-from typing import Dict, Iterator, Sequence, Tuple
+from typing import Dict, Iterator, List, Sequence, Tuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -78,11 +78,8 @@ def main() -> int:
     """Prints the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--engine", nargs="+", default=list(ENGINES))
-    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16", "int8"])
-    parser.add_argument("--device", choices=base.DEVICES, default="cpu")
+    add_options(parser)
     parser.add_argument("--image-size", type=run_blade.image_size, default=(240, 320))
-    parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     progress = Progress()
     # Precision and model -> what was needed at most, and where.
@@ -113,6 +110,19 @@ def main() -> int:
     ]
     print(markdown(Table("Needs", columns, tuple(rows), tuple(notes))))
     return 0
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options that `calls` reads, and the number of seeds."""
+    parser.add_argument("--engine", nargs="+", default=list(ENGINES))
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16", "int8"])
+    parser.add_argument("--device", choices=base.DEVICES, default="cpu")
+    parser.add_argument("--seeds", type=int, default=3)
+
+
+def arrays(outputs: Sequence[torch.Tensor]) -> List[np.ndarray]:
+    """Tensors as NumPy arrays, which have no bfloat16."""
+    return [(x.float() if x.is_floating_point() else x).cpu().numpy() for x in outputs]
 
 
 def export_of(name: str, size: Tuple[int, int], seed: int) -> Export:
@@ -151,12 +161,7 @@ def need_of(
     wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor], export: Export, precision: str
 ) -> Need:
     """The worst of the images of a call."""
-    sides = [
-        verify.split(
-            [x.float().numpy() if x.is_floating_point() else x.numpy() for x in side], export.fields
-        )
-        for side in (wanted, found)
-    ]
+    sides = [verify.split(arrays(side), export.fields) for side in (wanted, found)]
     return reduce(Need.worst, (of_image(one, other, precision) for one, other in zip(*sides)))
 
 

@@ -22,10 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import numpy as np
 import parts
 import torch
-from measure_bounds import ENGINES, calls
+from measure_bounds import add_options, arrays, calls
 from seeded_weights import seeded_image
 
-from backends import base
 from configuration import from_settings
 from detectors.build import build
 from detectors.config import build_detector
@@ -54,11 +53,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kind", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--full", action="store_true", help="as wide as the model zoo has them")
-    parser.add_argument("--engine", nargs="+", default=list(ENGINES))
-    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16", "int8"])
-    parser.add_argument("--device", choices=base.DEVICES, default="cpu")
+    add_options(parser)
     parser.add_argument("--image-size", nargs=2, type=int, default=(240, 320))
-    parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     progress = Progress()
     worst: Dict[Tuple[str, str], Dict[str, Tuple[float, str]]] = defaultdict(dict)
@@ -78,11 +74,6 @@ def main() -> int:
     for key, found in sorted(worst.items()):
         print(f"{' '.join(key)}: " + ", ".join(f"{k} {v:.4f} ({w})" for k, (v, w) in found.items()))
     return 0
-
-
-def arrays(outputs: Any) -> Tuple[np.ndarray, ...]:
-    """Tensors as NumPy arrays."""
-    return tuple((x.float() if x.is_floating_point() else x).cpu().numpy() for x in outputs)
 
 
 def export_of(kind: str, full: bool, size: Tuple[int, int], seed: int) -> Export:
