@@ -232,6 +232,7 @@ class Test:
     __test__ = False  # pytest: this is no test
 
     detections_per_image: int = 100
+    keypoint_oks_sigmas: Floats = ()
 
 
 @dataclass(frozen=True)
@@ -336,7 +337,6 @@ IGNORED = frozenset(
         "TEST.AUG",
         "TEST.EVAL_PERIOD",
         "TEST.EXPECTED_RESULTS",
-        "TEST.KEYPOINT_OKS_SIGMAS",
         "TEST.PRECISE_BN",
         "VIS_PERIOD",
     }

@@ -12,6 +12,8 @@ VERSION = "0.1.0"
 
 # Seconds of timed rounds for each call of a round; seven models at two precisions are 14 groups.
 RUN_BUDGET_S = 15.0
+# That the test models tell apart.
+COCO_CLASSES = 80
 # Names of the inputs that engines are made for; `opt` is timed.
 TUNING = ("min", "opt", "max")
 # Names of two inputs that are not timed either: of another aspect ratio, where `min` and `max` are
@@ -88,6 +90,20 @@ class Model:
         """How images are made ready for a model of the user's own; None: for a test model."""
         own = self.configuration or self.detectron2
         return own and own.input
+
+    @property
+    def classes(self) -> Optional[int]:
+        """How many it tells apart; None where that is not known."""
+        if self.configuration is None:
+            return None if self.detectron2 or self.module else COCO_CLASSES
+        model = self.configuration.model
+        is_retinanet = model.meta_architecture == "RetinaNet"
+        return (model.retinanet if is_retinanet else model.roi_heads).num_classes
+
+    @property
+    def oks_sigmas(self) -> Tuple[float, ...]:
+        """Of its keypoints, how far annotators differ; none: COCO's, or there are no keypoints."""
+        return () if self.configuration is None else self.configuration.test.keypoint_oks_sigmas
 
 
 _CASCADE = "Misc/cascade_mask_rcnn_R_50_FPN_3x"

@@ -155,9 +155,39 @@ def parser() -> argparse.ArgumentParser:
         help="keep results.json, a page of it, and what the optimizers leave behind; "
         "where a run of the same settings was interrupted, it goes on",
     )
+    add(
+        "--dataset",
+        metavar="FILE",
+        help="annotations in COCO's format: every run is evaluated on their images, after the "
+        "timing",
+    )
+    add(
+        "--image-root",
+        metavar="DIR",
+        help="the folder of these images (default: that of the annotations)",
+    )
+    add(
+        "--limit",
+        type=_at_least(1),
+        metavar="N",
+        help="evaluate on so many of them, drawn by --seed (default: on all)",
+    )
+    add(
+        "--min-ap-ratio",
+        type=_ratio,
+        default=0.99,
+        metavar="R",
+        help="the share of Torch fp32's average precision that a run has to keep (default: 0.99)",
+    )
     add("--rerun", action="store_true", help="measure what --output has already, too")
     add("--cache", metavar="DIR", help="keep engines there, and take them from there next time")
-    add("--fail-on", choices=("slower",), nargs="+", default=(), help="exit with 1 then, too")
+    add(
+        "--fail-on",
+        choices=("slower", "loses-ap"),
+        nargs="+",
+        default=(),
+        help="exit with 1 then, too",
+    )
     add(
         "--coverage",
         action="store_true",
@@ -214,6 +244,16 @@ def _names(text: str) -> Tuple[str, ...]:
     if not all(name.isidentifier() for name in names) or len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"'{text}' are not different names with commas between")
     return names
+
+
+def _ratio(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a share above 0 and up to 1")
+    return value
 
 
 def _seconds(text: str) -> float:

@@ -16,6 +16,7 @@ from benchmark import RunFailed, StopRule
 from errors import InputError, Unsupported
 from measure import protocol, quiet, verify
 from measure.drawing import drawn_runs
+from measure.evaluation import EVALUATED, Evaluator, check_model
 from measure.plan import Choice, Plan
 from measure.progress import Progress
 from measure.worker import CALL_LIMIT_S, PREPARE_LIMIT_S, Command, Hosts, Worker, scratch_folder
@@ -24,6 +25,7 @@ from results import facts
 from results.environment import file_name
 from results.file import write_text
 from results.record import (
+    Accuracy,
     Agreement,
     Coverage,
     DrawnRun,
@@ -66,6 +68,7 @@ class PreparedModel:
         folder: has its weights and inputs, for the workers.
         facts: what else is known of it.
         reference: input -> the flat tuple that eager fp32 found, as arrays.
+        evaluator: of the data set, if there is one.
     """
 
     model: Model
@@ -73,6 +76,8 @@ class PreparedModel:
     folder: Path
     facts: protocol.ModelFacts
     reference: dict[str, list[np.ndarray]]
+
+    evaluator: Evaluator | None = None
 
     @property
     def name(self) -> str:
@@ -120,7 +125,23 @@ def prepare_model(
     if model.module is not None:  # From here on, nobody guesses.
         model = replace(model, module=replace(model.module, fields=answer.given))
     reference = {key: load_outputs(folder / f"reference-{key}.npz") for key in answer.sizes}
-    prepared = PreparedModel(model, objects, folder, answer, reference)
+    evaluator = None
+    if plan.dataset is not None:
+        check_model(plan.dataset, model, answer.fields, answer.weights.source)
+        kept = folder if plan.output is None else plan.output / EVALUATED
+        evaluator = Evaluator(
+            plan.dataset,
+            model,
+            plan.view,
+            (answer.sizes["min"][0], answer.sizes["max"][0]),
+            answer.fields,
+            answer.weights.digest,
+            plan,
+            folder,
+            kept,
+            progress,
+        )
+    prepared = PreparedModel(model, objects, folder, answer, reference, evaluator)
     if prepared.not_compared:
         progress.say(f"{model.name}: not compared: {', '.join(prepared.not_compared)}")
     return prepared
@@ -185,6 +206,7 @@ class Running:
     artifact_mb: float | None = None
     effective_precision: str | None = None
     agreements: dict[str, Agreement] = field(default_factory=dict)
+    accuracy: Accuracy | None = None
     found: dict[str, tuple[DrawnRun, ...]] = field(default_factory=dict)
     artifacts: tuple[str, ...] = ()
     unsettled: int = 0
@@ -326,6 +348,7 @@ class Measurement:
                     self.stages = self.time_stages()
                 for run in self.runs:
                     self.check(run, folder)
+                self.evaluate(hosts)
                 if more:
                     hosts.start_next()  # Not before: what is timed would notice their imports.
                 self.report()
@@ -491,6 +514,33 @@ class Measurement:
         if not self.is_reference(run):
             self.judge(run, outputs)
 
+    def evaluate(self, hosts: Hosts) -> None:
+        """Evaluates the runs on the data set, Torch fp32 first; a failure costs a run only."""
+        evaluator = self.model.evaluator
+        if evaluator is None:
+            return
+        reference = next(
+            (run for run in self.all_runs if run.choice.is_baseline and run.precision == "fp32"),
+            None,
+        )
+        runs = [run for run in self.runs if run is not reference]
+        if reference in self.runs or not evaluator.has_reference:
+            runs.insert(0, reference)
+        for run in runs:
+            if run is None or run.worker is None:
+                continue
+            if not evaluator.has_reference and run is not reference:
+                run.accuracy = Accuracy(reason="Torch fp32 was not evaluated")
+                continue
+            name = "torch" if run is reference else run.key
+            try:
+                run.accuracy = evaluator.evaluate(
+                    run.worker, hosts, f"{self.model.name}.{name}.{run.precision}", run.facts
+                )
+            except (RunFailed, Unsupported, InputError) as error:
+                run.accuracy = Accuracy(reason=str(error))
+                run.give_up("failed", f"on the data set: {error}")
+
     def is_reference(self, run: Running) -> bool:
         """Whether it is the computation that all detections are compared with."""
         return run.choice.is_baseline and run.precision == "fp32" and self.plan.device == "cpu"
@@ -603,6 +653,7 @@ class Measurement:
         flops = [known.flops[name] for name in timed]
         found = [reference_detections(self.model, name) for name in timed]
         together = place is None
+        evaluator = self.model.evaluator
         return Group(
             model=self.model.name,
             export=self.model.model.kind,
@@ -625,6 +676,7 @@ class Measurement:
             gpu=tuple(self.gpu) if together else (),
             fp32_samples_s=tuple(self.samples(FP32, place)),
             not_compared=self.model.not_compared,
+            evaluated=evaluator.evaluated() if together and evaluator else None,
         )
 
     def samples(self, key: str, place: int | None = None) -> list[float]:
@@ -676,6 +728,7 @@ class Measurement:
             versions=known.versions if known else {},
             artifacts=run.artifacts if together else (),
             settled=run.settled,
+            accuracy=run.accuracy if together else None,
         )
 
     def speedup(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,11 +15,14 @@ import numpy as np
 from backends import base
 from backends.base import Backend
 from benchmark import RunFailed, StopRule, WarmUp
+from configuration import Input
 from detectors import inputs, zoo
 from detectors.config_file import is_program, read_configuration, read_program, read_settings
 from detectors.inputs import View
 from errors import InputError
 from measure import protocol
+from measure.dataset import Dataset, Picture
+from measure.dataset import read as read_dataset
 from measure.worker import READY_LIMIT_S, Command, Hosts, Worker
 from models import MODELS, Detectron2Model, Model
 from results.environment import cpu_flags, file_name, free_memory_mb, has_native_bf16, usable_cores
@@ -93,6 +97,8 @@ class Plan:
         left_out: label -> why a backend that is measured by default cannot be had.
         without: precision -> labels of the backends that do not compute in it.
         note: what to say before it begins, or None.
+        dataset: that runs are evaluated on, or None.
+        min_ap_ratio: share of Torch fp32's AP that a run is to keep.
     """
 
     models: tuple[Model, ...]
@@ -121,6 +127,8 @@ class Plan:
     left_out: dict[str, str] = field(default_factory=dict)
     without: dict[str, tuple[str, ...]] = field(default_factory=dict)
     note: str | None = None
+    dataset: Dataset | None = None
+    min_ap_ratio: float = 0.99
 
 
 # From options ----------------------------------------------------------------------------------
@@ -178,6 +186,10 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
         models = (module_of(options, threads, hosts),)
     view = _view(options, models[0])
     images = tuple(dict.fromkeys(options.image or ()))
+    dataset = _dataset(options, models)
+    if dataset is not None:
+        images = images or (str(_typical(dataset, view).path),)
+        view = _view_of(dataset, view, [Path(x) for x in images])
     pictures = inputs.read_images([Path(x) for x in images], view, options.seed)
     weights = _weights(options)
     asked = _asked_backends(options.backend, commands)
@@ -228,6 +240,69 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
         left_out=left_out,
         without=without,
         note="; ".join(filter(None, (assumed, note))) or None,
+        dataset=dataset,
+        min_ap_ratio=options.min_ap_ratio,
+    )
+
+
+def _dataset(options: argparse.Namespace, models: Sequence[Model]) -> Dataset | None:
+    """The data set that runs are evaluated on.
+
+    Raises:
+        errors.InputError: it cannot be read, or does not go with the models.
+    """
+    if options.dataset is None:
+        for name in ("image_root", "limit"):
+            if getattr(options, name) is not None:
+                raise InputError(f"--{name.replace('_', '-')} goes with --dataset")
+        return None
+    if options.weights == "synthetic" or options.detections != (OBJECTS,):
+        raise InputError("--dataset needs a trained model: synthetic weights find nothing in it")
+    if options.image_size is not None:
+        raise InputError(
+            "--image-size crops images, and with them the objects of --dataset: --opts "
+            "INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST say what they are resized to"
+        )
+    annotations = Path(options.dataset)
+    root = annotations.parent if options.image_root is None else Path(options.image_root)
+    dataset = read_dataset(annotations, root, options.limit, options.seed)
+    for model in models:
+        if model.classes not in (None, len(dataset.classes)):
+            raise InputError(
+                f"{model.name} tells {model.classes} classes apart, and {dataset.name} has "
+                f"{len(dataset.classes)} categories: {_some(dataset.classes)}"
+            )
+    return dataset
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _typical(dataset: Dataset, view: View) -> Picture:
+    """The first image of the most frequent size."""
+    sizes = [view.resized(picture.size) for picture in dataset.images]
+    return dataset.images[sizes.index(Counter(sizes).most_common(1)[0][0])]
+
+
+def _view_of(dataset: Dataset, view: View, images: Sequence[Path]) -> View:
+    """The view with the sizes that a data set has, unless others were asked for.
+
+    Args:
+        images: that are timed, of which engines have to take the sizes, too.
+
+    Raises:
+        errors.InputError: one of them cannot be read.
+    """
+    sizes = [picture.size for picture in dataset.images]
+    sizes += [image.shape[-2:] for image in inputs.read_images(images, view, 0)]
+    resized = np.array([view.resized(size) for size in sizes])
+    smallest, largest = resized.min(axis=0).tolist(), resized.max(axis=0).tolist()
+    least = inputs.SMALLEST_SIDE
+    return replace(
+        view,
+        smallest=view.smallest or (max(least, smallest[0]), max(least, smallest[1])),
+        largest=view.largest or (max(least, largest[0]), max(least, largest[1])),
     )
 
 
@@ -360,6 +435,8 @@ def _view(options: argparse.Namespace, model: Model) -> View:
     if model.module is not None and model.module.size is not None:
         return _fixed_view(options, model, model.module.size)
     images = model.input
+    if images is None and options.dataset is not None and model.module is None:
+        images = Input()  # Of the model zoo, whose test models see images as they are else.
     if images is None:
         return View(options.image_size, smallest=options.min_size, largest=options.max_size)
     view = View(

@@ -31,3 +31,17 @@ class Progress:
 
         with tqdm(total=rule.max_rounds, desc=title, unit="round", leave=False) as bar:
             yield lambda rounds: bar.update(1) and None
+
+    @contextlib.contextmanager
+    def counting(
+        self, title: str, total: int, done: int, unit: str
+    ) -> Iterator[Callable[[int], None]]:
+        """Shows how many of something are done; yields what is to be called with how many more."""
+        if not sys.stderr.isatty():
+            self.say(title)
+            yield lambda more: None
+            return
+        from tqdm import tqdm
+
+        with tqdm(total=total, initial=done, desc=title, unit=unit, leave=False) as bar:
+            yield lambda more: bar.update(more) and None

@@ -35,7 +35,16 @@ from benchmark import WarmUp
 from configuration import Input
 from detectors.inputs import View
 from models import Detectron2Model, Model, Module
-from results.record import Coverage, GpuState, ImageSizes, Preparation, Stages, Weights
+from results.record import (
+    AveragePrecision,
+    Coverage,
+    GpuState,
+    ImageSizes,
+    Preparation,
+    Stages,
+    Task,
+    Weights,
+)
 
 PROTOCOL = 1
 # The number of the host itself, among those of its workers.
@@ -252,6 +261,29 @@ class InputOf:
 
     input: Input
     assumed: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class BatchRead:
+    """Images of a data set that were read.
+
+    Attributes:
+        left_out: id of an image -> why it could not be.
+    """
+
+    left_out: Dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What was found in a data set, judged.
+
+    Attributes:
+        detections: in all of its images.
+    """
+
+    detections: int
+    tasks: Dict[Task, AveragePrecision]
 
 
 # Requests to a host ----------------------------------------------------------------------------
@@ -489,12 +521,98 @@ class MeasurePeak(Request[Peak]):
     device: str
 
 
+@dataclass(frozen=True)
+class DatasetImage:
+    """An image of a data set.
+
+    Attributes:
+        size: height and width that the annotations have.
+    """
+
+    id: int
+    path: str
+    size: Tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ReadBatch(Request[BatchRead]):
+    """Read images of a data set as the detector sees them.
+
+    Attributes:
+        file: takes them, 3 x H x W uint8 each, by their ids.
+    """
+
+    answer: ClassVar = BatchRead
+    images: Tuple[DatasetImage, ...]
+    view: View
+    file: str
+
+
+@dataclass(frozen=True)
+class DetectBatch(Request[Done]):
+    """Call the run with images of a data set.
+
+    Attributes:
+        file: that has the images; `outputs` takes what is found, `ID/0`, `ID/1` and so on of each.
+    """
+
+    answer: ClassVar = Done
+    file: str
+    outputs: str
+
+
+@dataclass(frozen=True)
+class KeepBatch(Request[Done]):
+    """Append what was found to a file, in COCO's format of results: a line for each image.
+
+    Attributes:
+        outputs: of `DetectBatch`.
+        fields: names of the tensors of an image.
+        category_ids: of the classes.
+    """
+
+    answer: ClassVar = Done
+    outputs: str
+    images: Tuple[DatasetImage, ...]
+    fields: Tuple[str, ...]
+    category_ids: Tuple[int, ...]
+    kept: str
+
+
+@dataclass(frozen=True)
+class Judge(Request[Judged]):
+    """What is the average precision of what was found?
+
+    Attributes:
+        truth: annotations of the images.
+        kept: of `KeepBatch`.
+        tasks: of `results.record.Task`.
+        classes: their names.
+        oks_sigmas: see `measure.accuracy.evaluate`; empty: COCO's.
+        resamples: file of the reference's AP in resamples of the images.
+        is_reference: whether this makes that file.
+        least_ratio: the share of the reference's AP that is to be kept.
+    """
+
+    answer: ClassVar = Judged
+    truth: str
+    kept: str
+    tasks: Tuple[str, ...]
+    classes: Tuple[str, ...]
+    oks_sigmas: Tuple[float, ...]
+    resamples: str
+    is_reference: bool
+    least_ratio: float
+    seed: int
+
+
 REQUESTS: Dict[str, Type[Request[Any]]] = {
     kind.__name__: kind
     for kind in (
         *(Start, Kill, Stop, Survey, InspectModule, ReadInput, CheckWeights, PrepareModel),
         *(PrepareRun, Warm, TimedCalls, Detect, TimeStages, Trace, ReadMemory, ReadCoverage),
         *(ReadArtifact, ReadPrecision, ReadGpu, ReadCpuTime, MeasurePeak),
+        *(ReadBatch, DetectBatch, KeepBatch, Judge),
     )
 }
 

@@ -385,6 +385,33 @@ class Run:
             _save_outputs(Path(request.outputs), self.export.completed(outputs, images))
         return protocol.Detected(seconds, flaw)
 
+    def detect_batch(self, request: protocol.DetectBatch) -> protocol.Done:
+        """Calls images of a data set, and keeps what is found in each.
+
+        Raises:
+            ValueError: what came out is malformed.
+        """
+        import torch
+
+        images = _load_tensors(Path(request.file))
+        names, count = list(images), self.export.model.images_per_call
+        fields, found = len(self.export.compared_fields), {}
+        for start in range(0, len(names), count):
+            own = names[start : start + count]
+            # A last call that is not full has its last image several times.
+            call = [images[name] for name in own + own[-1:] * (count - len(own))]
+            tensors = tuple(x.to(self.device, torch.float32) for x in call)
+            outputs = self.optimized.call(*tensors)
+            flaw = _flaw(outputs)
+            if flaw is not None:
+                raise ValueError(f"the output is malformed: {flaw}")
+            outputs = self.export.completed(outputs, tensors)
+            for place, name in enumerate(own):
+                each = outputs[place * fields : (place + 1) * fields]
+                found.update({f"{name}/{at}": x.cpu() for at, x in enumerate(each)})
+        _save_arrays(Path(request.outputs), _arrays(found))
+        return protocol.Done()
+
     def time_stages(self, request: protocol.TimeStages) -> protocol.StageTimes:
         """Seconds of each stage of the eager module, in calls of the baseline."""
         from measure.profile import time_stages
@@ -487,6 +514,32 @@ def measure_peak(request: protocol.MeasurePeak) -> protocol.Peak:
     return protocol.Peak(measure_peak(request.precision, request.device))
 
 
+def read_batch(request: protocol.ReadBatch) -> protocol.BatchRead:
+    """Reads images of a data set."""
+    from measure.coco_results import read_batch
+
+    return protocol.BatchRead(read_batch(request))
+
+
+def keep_batch(request: protocol.KeepBatch) -> protocol.Done:
+    """Keeps what was found in them.
+
+    Raises:
+        errors.InputError: it is nothing that can be judged.
+    """
+    from measure.coco_results import keep_batch
+
+    keep_batch(request)
+    return protocol.Done()
+
+
+def judge(request: protocol.Judge) -> protocol.Judged:
+    """Average precision of what was found."""
+    from measure.coco_results import judge
+
+    return protocol.Judged(*judge(request))
+
+
 def cpu_time(request: protocol.ReadCpuTime) -> protocol.CpuTime:
     """Seconds of CPU so far, of this process and its children that have ended."""
     spent = os.times()
@@ -513,6 +566,9 @@ class Worker:
             protocol.ReadGpu: read_gpu,
             protocol.MeasurePeak: measure_peak,
             protocol.ReadCpuTime: cpu_time,
+            protocol.ReadBatch: read_batch,
+            protocol.KeepBatch: keep_batch,
+            protocol.Judge: judge,
         }
 
     def prepare(self, request: protocol.PrepareRun) -> protocol.RunFacts:
@@ -523,6 +579,7 @@ class Worker:
                 protocol.Warm: run.warm,
                 protocol.TimedCalls: run.timed_calls,
                 protocol.Detect: run.detect,
+                protocol.DetectBatch: run.detect_batch,
                 protocol.TimeStages: run.time_stages,
                 protocol.Trace: run.trace,
                 protocol.ReadMemory: run.memory,

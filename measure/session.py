@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -19,6 +20,7 @@ from errors import InputError
 from measure import group as groups
 from measure import protocol
 from measure.drawing import drawn
+from measure.evaluation import EVALUATED
 from measure.group import PreparedModel, image_names, reference_detections
 from measure.plan import Plan, environments, make_plan, survey_of
 from measure.progress import Progress
@@ -169,6 +171,7 @@ class Session:
             ("weights_digest", "--weights"),
             ("config_digest", "--config-file"),
             ("module_digest", "--module"),
+            ("dataset_digest", "--dataset"),
         ):
             digests = (getattr(earlier, name), getattr(self.empty.settings, name))
             if None not in digests and digests[0] != digests[1]:
@@ -238,6 +241,8 @@ class Session:
                 for objects in self.plan.detections:
                     self._run_model(model, objects)
             self.complete = True
+            if self.plan.output is not None:
+                shutil.rmtree(self.plan.output / EVALUATED, ignore_errors=True)
         finally:
             # An interrupted run has its page, too.
             self.failures = []  # What could be kept in the end is not lost.
@@ -448,6 +453,10 @@ def settings(plan: Plan, options: argparse.Namespace) -> Settings:
         trace=options.trace,
         compare_published=options.compare_published,
         debug=options.debug,
+        dataset=options.dataset and file_name(options.dataset),
+        dataset_digest=plan.dataset and plan.dataset.digest,
+        limit=options.limit,
+        min_ap_ratio=options.min_ap_ratio,
     )
 
 
@@ -468,9 +477,10 @@ def _digest_of(model: Model) -> str | None:
 
 
 def exit_code(of: Sequence[Group], fail_on: Sequence[str]) -> int:
-    """1 where a run failed or mismatched or, with `slower` in `fail_on`, was slower; else 0."""
+    """1 where a run failed or mismatched or, where that is in `fail_on`, was slower or lost AP."""
     runs = [run for group in of for run in group.runs]
     slower = [run for run in runs if run.speedup and run.speedup.verdict == "slower"]
+    losing = [run for run in runs if run.accuracy and run.accuracy.verdict == "loses"]
     if any(run.status in ("failed", "mismatch") for run in runs):
         return 1
-    return 1 if slower and "slower" in fail_on else 0
+    return int(bool((slower and "slower" in fail_on) or (losing and "loses-ap" in fail_on)))

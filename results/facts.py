@@ -26,6 +26,7 @@ DECISIVE_SETTINGS = (
     *("image", "image_size", "min_size", "max_size", "weights", "detections", "threads", "seed"),
     *("warmup", "iterations", "time_budget"),
     *("stages", "trace"),
+    *("dataset", "limit", "min_ap_ratio"),
 )
 # Beyond these a reader should know. A quarter of a core on two of them is an eighth.
 MOST_IQR = 0.10

@@ -100,6 +100,8 @@ class Settings:
         weights_digest: tells a checkpoint file from another of the same name; None for weights that
             come from no file of the user's.
         environment: names of the environments that were given, as in `openvino@old`.
+        dataset: name of the annotations; `dataset_digest` tells them from others.
+        limit: how many of its images are taken.
     """
 
     model: Tuple[str, ...] = ()
@@ -139,6 +141,10 @@ class Settings:
     trace: bool = False
     compare_published: bool = False
     debug: bool = False
+    dataset: Optional[str] = None
+    dataset_digest: Optional[str] = None
+    limit: Optional[int] = None
+    min_ap_ratio: float = 0.99
 
 
 @dataclass(frozen=True)
@@ -294,6 +300,105 @@ class Agreement:
         return ", ".join(counts)
 
 
+# What average precision is of: boxes, masks or keypoints, in COCO's words.
+Task = Literal["bbox", "segm", "keypoints"]
+# Whether average precision is kept; `too few`: images to tell.
+APVerdict = Literal["keeps", "loses", "too few"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What average precision differs by from Torch fp32's on the same images, in percent.
+
+    Attributes:
+        low, high: of a 95% interval from resamples of the images, as of `ratio`.
+        ratio: of it to that of Torch fp32.
+        verdict: whether the ratio keeps to `--min-ap-ratio`.
+        images_needed: about how many would tell; None where it was told, or where that is more than
+            anyone has.
+    """
+
+    value: float
+    low: float
+    high: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    verdict: APVerdict
+    images_needed: Optional[int] = None
+
+
+@dataclass(frozen=True)
+class AveragePrecision:
+    """COCO's figures of one task, in percent; None where there is no object to be found.
+
+    Attributes:
+        ap: mean over IoU from 0.5 to 0.95 in steps of 0.05, and over the classes.
+        ap50, ap75: at one IoU.
+        small, medium, large: of objects up to 32 x 32 pixels, up to 96 x 96, and above.
+        classes: class -> its `ap`.
+        difference: None for the reference itself.
+    """
+
+    ap: Optional[float]
+    ap50: Optional[float] = None
+    ap75: Optional[float] = None
+    small: Optional[float] = None
+    medium: Optional[float] = None
+    large: Optional[float] = None
+    classes: Dict[str, Optional[float]] = field(default_factory=dict)
+    difference: Optional[Difference] = None
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What a run found in a data set.
+
+    Attributes:
+        images: that it was called with.
+        detections: in all of them.
+        tasks: what was judged.
+        seconds: that it took, images read included.
+        file: name of the file with the detections in COCO's format of results.
+        reason: why nothing was judged, or not all, in a sentence; else None.
+    """
+
+    images: int = 0
+    detections: int = 0
+    tasks: Dict[Task, AveragePrecision] = field(default_factory=dict)
+    seconds: float = 0.0
+    file: Optional[str] = None
+    reason: Optional[str] = None
+
+    @property
+    def verdict(self) -> Optional[APVerdict]:
+        """Of all tasks, the worst; None where nothing was compared."""
+        verdicts = [x.difference.verdict for x in self.tasks.values() if x.difference]
+        order: Tuple[APVerdict, ...] = ("loses", "too few", "keeps")
+        return next((verdict for verdict in order if verdict in verdicts), None)
+
+    @property
+    def ratio(self) -> Optional[float]:
+        """Of all tasks, the smallest share of the reference's AP; None where there is none."""
+        return min((x.difference.ratio for x in self.tasks.values() if x.difference), default=None)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The images of a data set that the runs of a group were called with.
+
+    Attributes:
+        images: how many; of them, `objects` are annotated.
+        left_out: why some were not -> how many these are, and the names of the first three.
+        not_judged: task -> why it was not, in a sentence.
+    """
+
+    images: int
+    objects: int
+    left_out: Dict[str, Tuple[int, Tuple[str, ...]]] = field(default_factory=dict)
+    not_judged: Dict[Task, str] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Run:
     """One test model, backend and precision, measured.
@@ -328,6 +433,7 @@ class Run:
         python, versions: of the environment that it ran in, what its backend stands on.
         artifacts: names of files that were kept beside the result file.
         settled: whether its process stood still after its calls, before the next had its turn.
+        accuracy: what it found in a data set; None where none was given.
     """
 
     backend: str
@@ -359,6 +465,7 @@ class Run:
     versions: Dict[str, str] = field(default_factory=dict)
     artifacts: Tuple[str, ...] = ()
     settled: bool = True
+    accuracy: Optional[Accuracy] = None
 
     @property
     def name(self) -> str:
@@ -449,6 +556,7 @@ class Group:
         gpu: before and after the rounds.
         fp32_samples_s: of Torch at fp32, which took part in the rounds of a lower precision.
         not_compared: names of what the detector gives besides, and nobody knows how to compare.
+        evaluated: the images of a data set; None where none was given.
         runs: the baseline first.
     """
 
@@ -473,6 +581,7 @@ class Group:
     gpu: Tuple[GpuState, ...] = ()
     fp32_samples_s: Tuple[float, ...] = ()
     not_compared: Tuple[str, ...] = ()
+    evaluated: Optional[Evaluated] = None
 
     @property
     def baseline(self) -> Run:
