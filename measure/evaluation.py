@@ -132,7 +132,8 @@ class Evaluator:
             raise InputError(
                 f"no image of {dataset.name} fits: engines are made for {least} to {most}"
             )
-        self.has_reference = False
+        # What Torch fp32 has, once it was evaluated.
+        self.reference: Accuracy | None = None
 
     # Images ----------------------------------------------------------------------------------
 
@@ -171,7 +172,7 @@ class Evaluator:
     # A run -----------------------------------------------------------------------------------
 
     def evaluate(self, run: Worker, hosts: Hosts, name: str, facts: protocol.RunFacts) -> Accuracy:
-        """Calls a run with the images, and judges what it finds.
+        """Calls a run with the images, and judges what it finds; the first is the reference.
 
         Args:
             name: of the run, which names its files.
@@ -196,7 +197,7 @@ class Evaluator:
                 classes=self.dataset.classes,
                 oks_sigmas=self.oks_sigmas,
                 resamples=str(self.scratch / "resamples.npz"),
-                is_reference=not self.has_reference,
+                is_reference=self.reference is None,
                 least_ratio=self.plan.min_ap_ratio,
                 seed=self.plan.seed,
             )
@@ -204,14 +205,15 @@ class Evaluator:
                 judged = evaluator.ask(request, JUDGE_LIMIT_S)
             except RunFailed as error:
                 return Accuracy(reason=f"what it finds could not be judged: {error}")
-        self.has_reference = True
-        return Accuracy(
+        accuracy = Accuracy(
             images=len(self._seen()),
             detections=judged.detections,
             tasks=judged.tasks,
             seconds=time.monotonic() - start,
             file=self._write_results(name, kept),
         )
+        self.reference = self.reference or accuracy
+        return accuracy
 
     def _seen(self) -> list[int]:
         return [x.id for x in self.dataset.images if x.id not in self.left_out]

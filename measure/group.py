@@ -524,12 +524,12 @@ class Measurement:
             None,
         )
         runs = [run for run in self.runs if run is not reference]
-        if reference in self.runs or not evaluator.has_reference:
+        if reference is not None and evaluator.reference is None:
             runs.insert(0, reference)
         for run in runs:
-            if run is None or run.worker is None:
+            if run.worker is None:
                 continue
-            if not evaluator.has_reference and run is not reference:
+            if evaluator.reference is None and run is not reference:
                 run.accuracy = Accuracy(reason="Torch fp32 was not evaluated")
                 continue
             name = "torch" if run is reference else run.key
@@ -540,6 +540,8 @@ class Measurement:
             except (RunFailed, Unsupported, InputError) as error:
                 run.accuracy = Accuracy(reason=str(error))
                 run.give_up("failed", f"on the data set: {error}")
+        if reference is not None and reference.accuracy is None:
+            reference.accuracy = evaluator.reference
 
     def is_reference(self, run: Running) -> bool:
         """Whether it is the computation that all detections are compared with."""

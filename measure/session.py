@@ -255,6 +255,7 @@ class Session:
         """Those that are about all test models."""
         wanted = [
             (len(self.plan.detections) > 1, tables.cases_table),
+            (self.plan.dataset is not None, tables.accuracy_table),
             (self.options.coverage, tables.coverage_table),
             (self.options.stages, tables.stages_table),
             (self.options.costs, tables.costs_table),

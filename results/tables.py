@@ -7,6 +7,7 @@ What there is to say is a `Table`; `markdown` makes text of it, and report.html 
     coverage_table(groups: Sequence[Group]) -> Table
     stages_table(groups: Sequence[Group]) -> Table
     costs_table(groups: Sequence[Group]) -> Table
+    accuracy_table(groups: Sequence[Group]) -> Table
     published_table(groups: Sequence[Group]) -> Table
     markdown(table: Table) -> str
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, fields
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, get_args
 
 import tabulate
 
@@ -28,13 +29,17 @@ from models import BLANK, MODELS, TUNING, TURNED, runner
 from results import published
 from results.facts import case, case_name, ceiling, missing_notes, weights_note, worst
 from results.record import (
+    APVerdict,
+    AveragePrecision,
     Coverage,
+    Difference,
     Group,
     Preparation,
     Results,
     Run,
     Stages,
     Stopped,
+    Task,
 )
 
 # What a match stands for where nothing was trained; two lines of the README say more.
@@ -42,6 +47,14 @@ SYNTHETIC_NOTE = (
     "synthetic weights survive rounding: a match vouches for the engine, not for what the "
     "precision costs a trained model"
 )
+
+# What tables call what average precision is of, and its verdicts.
+TASKS: Dict[Task, str] = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
+AP_VERDICTS: Dict[APVerdict, str] = {
+    "keeps": "keeps AP",
+    "loses": "LOSES AP",
+    "too few": "too few images",
+}
 
 # What tables call the stages.
 STAGES = {
@@ -283,6 +296,12 @@ def model_table(results: Results, groups: Sequence[Group], peaks: bool = False) 
             cells[-1] += f" {mark}"
             statuses.append(f"{mark} {run.label} {_precision(run)}: {run.reason}")
         rows.append(cells)
+    tasks = _tasks(groups)
+    columns += tuple(
+        x for task in tasks for x in (*right(_of(task, "AP")), *left(_of(task, "dAP")))
+    )
+    for (_, run), cells in zip(lines, rows):
+        cells += [cell for task in tasks for cell in _accuracy_cells(run, task)]
     if any(share is not None for share in shares):
         columns += right("% of peak")
         for cells, share in zip(rows, shares):
@@ -319,6 +338,111 @@ def _statistics_cells(statistics: Statistics) -> List[str]:
     ]
 
 
+def _tasks(groups: Sequence[Group]) -> List[Task]:
+    """What the runs were judged by on a data set, in the order of COCO's names."""
+    known = {task for group in groups for run in group.runs for task in _judged(run)}
+    return [task for task in get_args(Task) if task in known]
+
+
+def _judged(run: Run) -> Dict[Task, AveragePrecision]:
+    return {} if run.accuracy is None else run.accuracy.tasks
+
+
+def _of(task: Task, heading: str) -> str:
+    """A heading; that of boxes needs no word."""
+    return heading if task == "bbox" else f"{TASKS[task]} {heading}"
+
+
+def _accuracy_cells(run: Run, task: Task) -> Tuple[str, str]:
+    """What stands below `AP` and `dAP`."""
+    known = _judged(run).get(task)
+    if known is None:
+        return "-", "-"
+    return percent(known.ap), "-" if known.difference is None else describe_difference(
+        known.difference
+    )
+
+
+def percent(value: Optional[float]) -> str:
+    """An average precision as tables print it."""
+    return "-" if value is None else f"{value:.2f}"
+
+
+def describe_difference(difference: Difference) -> str:
+    """What AP differs by: `-0.12 ±0.31 keeps AP`, `-24.71 ±5.02 LOSES AP`, `... too few images`.
+
+    The larger side of the interval is shown, rounded up.
+    """
+    larger = max(difference.value - difference.low, difference.high - difference.value, 0.0)
+    half_width = math.ceil(round(100 * larger, 6)) / 100
+    return f"{difference.value:+.2f} ±{half_width:.2f} {AP_VERDICTS[difference.verdict]}"
+
+
+def _accuracy_notes(results: Results, groups: Sequence[Group]) -> Iterator[str]:
+    """On what the AP stands, and what would tell where there are too few images."""
+    evaluated = next((group.evaluated for group in groups if group.evaluated), None)
+    if evaluated is None:
+        return
+    settings = results.settings
+    if _tasks(groups):
+        yield (
+            f"AP: COCO's, in percent, on {evaluated.images} images of {settings.dataset} with "
+            f"{evaluated.objects} objects; dAP: from {runner(groups[0].export)} fp32, with the "
+            "larger half of its 95% interval; AP is kept where the interval lies above "
+            f"{settings.min_ap_ratio:g} of fp32's, and lost where it lies below"
+        )
+    for reason, (count, names) in evaluated.left_out.items():
+        more = ", ..." if count > len(names) else ""
+        yield f"{count} images of {settings.dataset} left out, as they {reason}: " + (
+            ", ".join(names) + more
+        )
+    for task, reason in evaluated.not_judged.items():
+        yield f"no AP of {TASKS[task]}s: {reason}"
+    for group in groups:
+        for run in group.runs:
+            if run.accuracy and run.accuracy.reason and run.accuracy.reason not in str(run.reason):
+                yield f"{run.label} {_precision(run)}: no AP: {run.accuracy.reason}"
+            for task, known in _judged(run).items():
+                if known.difference and known.difference.verdict == "too few":
+                    needed = known.difference.images_needed
+                    about = f"about {needed}" if needed else "far more than anyone has"
+                    yield (
+                        f"{run.label} {_precision(run)}: {_of(task, 'AP')} would take {about} "
+                        "images to tell, if it is what it is here"
+                    )
+
+
+def accuracy_table(groups: Sequence[Group]) -> Table:
+    """All of COCO's figures, in percent: a line for each run and task."""
+    rows = []
+    for group in groups:
+        for run in group.runs:
+            for task, known in _judged(run).items():
+                figures = (known.ap, known.ap50, known.ap75)
+                by_size = (known.small, known.medium, known.large)
+                rows.append(
+                    (
+                        group_name(group),
+                        run.label,
+                        _precision(run),
+                        TASKS[task],
+                        *map(percent, (*figures, *by_size)),
+                        str(run.accuracy.detections if run.accuracy else 0),
+                        *_accuracy_cells(run, task)[1:],
+                    )
+                )
+    return Table(
+        title="Average precision",
+        columns=(
+            *left("Model", "Backend", "precision", "of"),
+            *right("AP", "AP50", "AP75", "small", "medium", "large", "detections"),
+            *left("dAP"),
+        ),
+        rows=tuple(rows),
+        nothing="nothing was evaluated",
+    )
+
+
 def _peak_share(group: Group, run: Run, peaks: Dict[str, float]) -> Optional[float]:
     """Of the operations per second that the machine reaches, 0 to 1; None where not known."""
     peak = peaks.get(run.effective_precision or "")
@@ -336,6 +460,7 @@ def _model_notes(
     names = dict.fromkeys(name for group in groups for name in group.not_compared)
     if names:
         yield f"not compared, as it is not known what they are: {', '.join(names)}"
+    yield from _accuracy_notes(results, groups)
     yield from _rounds_notes(results, groups)
     baseline = f"{runner(groups[0].export)} fp32, same rounds"
     yield from _ratio_notes(groups, baseline, lambda run: run.speedup_over_fp32)
