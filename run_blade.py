@@ -179,6 +179,22 @@ def parser() -> argparse.ArgumentParser:
         metavar="R",
         help="the share of Torch fp32's average precision that a run has to keep (default: 0.99)",
     )
+    for name, metavar, what in (
+        ("latency-ms", "MS", "milliseconds of its median call"),
+        ("memory-mb", "MB", "MiB of memory, on a GPU of the GPU's"),
+        ("prepare-s", "S", "seconds to prepare it"),
+    ):
+        add(
+            f"--max-{name}",
+            type=_positive,
+            metavar=metavar,
+            help=f"recommend no run that takes more {what}",
+        )
+    add(
+        "--json",
+        action="store_true",
+        help="print which run to ship as JSON; the tables go to standard error",
+    )
     add("--rerun", action="store_true", help="measure what --output has already, too")
     add("--cache", metavar="DIR", help="keep engines there, and take them from there next time")
     add(
@@ -244,6 +260,16 @@ def _names(text: str) -> Tuple[str, ...]:
     if not all(name.isidentifier() for name in names) or len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"'{text}' are not different names with commas between")
     return names
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
+    return value
 
 
 def _ratio(text: str) -> float:

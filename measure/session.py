@@ -29,7 +29,18 @@ from models import MODELS, VERSION, Model
 from results import facts, tables
 from results.environment import environment, file_name
 from results.facts import case, case_name
-from results.file import RESULTS, Found, image_files, load, load_found, locked, save, save_found
+from results.file import (
+    RESULTS,
+    Found,
+    as_json,
+    image_files,
+    load,
+    load_found,
+    locked,
+    save,
+    save_found,
+)
+from results.recommendation import recommend, sentences
 from results.record import Group, Picture, Results, Settings
 
 # What to do about results that must not be mixed with what is asked for.
@@ -219,6 +230,15 @@ class Session:
             complete=self.complete,
         )
 
+    def recommended(self) -> Results:
+        """The same with which run to ship."""
+        known = self.results()
+        return replace(known, recommendations=recommend(known))
+
+    def _print(self, text: str) -> None:
+        """Prints tables where they belong: with `--json`, standard output is for machines."""
+        print(text, flush=True, file=sys.stderr if self.options.json else sys.stdout)
+
     def _general_warnings(self) -> list[str]:
         known = [x.environment for x in (self.earlier, self.empty) if x is not None]
         return list(dict.fromkeys(x for place in known for x in facts.general_warnings(place)))
@@ -249,6 +269,8 @@ class Session:
             self._save()
             self._write_page()
         self._print_tables()
+        if self.options.json:
+            print(as_json(self.recommended().recommendations))
         return 2 if self.failures else exit_code(self.groups, self.options.fail_on)
 
     def _print_tables(self) -> None:
@@ -263,7 +285,7 @@ class Session:
         ]
         for is_wanted, make in wanted:
             if is_wanted:
-                print("\n" + tables.markdown(make(self.groups)))
+                self._print("\n" + tables.markdown(make(self.groups)))
 
     def _measure_peaks(self) -> None:
         self.progress.say("how fast this machine multiplies matrices, at most")
@@ -307,11 +329,15 @@ class Session:
         own = self._groups_of(name, objects)
         if not own:
             return
-        table = tables.model_table(self.results(), own, self.options.roofline)
-        print(tables.markdown(table) + "\n", flush=True)
+        results = self.recommended()
+        table = tables.model_table(results, own, self.options.roofline)
+        self._print(tables.markdown(table) + "\n")
         if len(self.plan.images) > 1:
             each = [x for x in self.groups if case(x)[:2] == (name, objects)]
-            print(tables.markdown(tables.cases_table(each)) + "\n", flush=True)
+            self._print(tables.markdown(tables.cases_table(each)) + "\n")
+        for answer in results.recommendations:
+            if answer.model == case_name(case(own[0])):
+                self._print("\n".join(sentences(answer)) + "\n")
 
     def _measure(self, model: Model, objects: int, precisions: Sequence[str]) -> None:
         with scratch_folder() as folder:
@@ -384,7 +410,7 @@ class Session:
         if output is None or not self.groups:
             return
         with self._keeping("results"):
-            save(self.results(), output / RESULTS)
+            save(self.recommended(), output / RESULTS)
         with self._keeping("what was found"):
             save_found(self.found, output)
         for picture, name in zip(self.plan.pictures, image_files(self.plan.pictures)):
@@ -458,6 +484,9 @@ def settings(plan: Plan, options: argparse.Namespace) -> Settings:
         dataset_digest=plan.dataset and plan.dataset.digest,
         limit=options.limit,
         min_ap_ratio=options.min_ap_ratio,
+        max_latency_ms=options.max_latency_ms,
+        max_memory_mb=options.max_memory_mb,
+        max_prepare_s=options.max_prepare_s,
     )
 
 

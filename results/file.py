@@ -80,6 +80,11 @@ def save(results: Results, path: Union[str, Path]) -> None:
     write_text(path, _text(results, indent=1) + "\n")
 
 
+def as_json(records: Any) -> str:
+    """Records as they stand in a result file, indented."""
+    return _text(records, indent=1)
+
+
 def load_found(folder: Path) -> Found:
     """What the runs of a result file found, from the file beside it; empty where there is none.
 

@@ -145,6 +145,9 @@ class Settings:
     dataset_digest: Optional[str] = None
     limit: Optional[int] = None
     min_ap_ratio: float = 0.99
+    max_latency_ms: Optional[float] = None
+    max_memory_mb: Optional[float] = None
+    max_prepare_s: Optional[float] = None
 
 
 @dataclass(frozen=True)
@@ -589,6 +592,96 @@ class Group:
         return next(run for run in self.runs if run.baseline)
 
 
+# Why a run is not shipped: it was not measured, finds something else, or breaks a constraint.
+Exclusion = Literal["failed", "mismatch", "ap", "latency", "memory", "prepare"]
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What a run that one ships has to keep to; None: whatever it is.
+
+    Attributes:
+        max_latency_ms: of the median call.
+        min_ap_ratio: share of Torch fp32's average precision, where that was looked at.
+        max_memory_mb: peak of its process, or on a GPU what it allocates there.
+        max_prepare_s: to prepare it, building the model included.
+    """
+
+    max_latency_ms: Optional[float] = None
+    min_ap_ratio: float = 0.99
+    max_memory_mb: Optional[float] = None
+    max_prepare_s: Optional[float] = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A run that one could ship.
+
+    Attributes:
+        run: as the command line has it: `openvino`, `openvino@old`.
+        label: what the table calls it.
+        precision: requested.
+        median_ms: of a call; None where it was not timed.
+        speedup: over Torch fp32 in the same rounds; None for Torch fp32 itself.
+        ap: task -> AP in percent; ap_differences: task -> from Torch fp32.
+        memory_mb, prepare_s: see `Constraints`.
+        pays_back: images after which its preparation has paid back, against Torch fp32.
+        packages: that it needs beside PyTorch's.
+        excluded: why it does not qualify; empty: it does.
+    """
+
+    run: str
+    label: str
+    precision: Precision
+    median_ms: Optional[float] = None
+    speedup: Optional[Speedup] = None
+    ap: Dict[Task, float] = field(default_factory=dict)
+    ap_differences: Dict[Task, Difference] = field(default_factory=dict)
+    memory_mb: Optional[float] = None
+    prepare_s: Optional[float] = None
+    pays_back: Optional[BreakEven] = None
+    packages: int = 0
+    excluded: Tuple[Exclusion, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """As sentences have it: `OpenVINO bf16`."""
+        return f"{self.label} {self.precision}"
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast as Torch fp32; 0 where that is not known."""
+        if self.median_ms is None:
+            return 0.0
+        return self.speedup.ratio if self.speedup else 1.0
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """Which run of a model to ship, and why.
+
+    Attributes:
+        model: test model, or model of the user's own, and what it was measured on.
+        ship: None: no run qualifies.
+        runner_up: the next that qualifies, if there is one.
+        is_tie: whether `ship` is the simpler one of some that cannot be told apart.
+        others: all other runs, the fastest first.
+        resolution: the difference of speed that is taken for noise, as a share.
+        images: of the data set that AP was looked at on; None: it was not looked at.
+        is_synthetic: whether the weights were made up.
+    """
+
+    model: str
+    constraints: Constraints
+    ship: Optional[Candidate] = None
+    runner_up: Optional[Candidate] = None
+    is_tie: bool = False
+    others: Tuple[Candidate, ...] = ()
+    resolution: float = 0.03
+    images: Optional[int] = None
+    is_synthetic: bool = False
+
+
 @dataclass(frozen=True)
 class SameAgainstSame:
     """A/A: Torch against itself in two processes, timed like any two runs.
@@ -617,6 +710,7 @@ class Results:
         peaks: with `--roofline`: precision -> operations per second of PyTorch's matrix products.
         left_out: label -> why a backend that is measured by default was left out.
         without: precision -> labels of the backends that do not compute in it.
+        recommendations: for each model, which run to ship.
         warnings: why to be careful; nothing is dropped for them.
         complete: whether everything that was asked for was measured.
     """
@@ -629,6 +723,7 @@ class Results:
     peaks: Dict[str, float] = field(default_factory=dict)
     left_out: Dict[str, str] = field(default_factory=dict)
     without: Dict[str, Tuple[str, ...]] = field(default_factory=dict)
+    recommendations: Tuple[Recommendation, ...] = ()
     warnings: Tuple[str, ...] = ()
     complete: bool = False
     tool: str = TOOL
