@@ -2,9 +2,9 @@
 """TorchBlade Detectron2 Benchmark: how much faster each optimizer is, and whether it still sees.
 
 Exit codes: 0, all runs that were asked for are measured and find what Torch fp32 finds, or their
-row says why a backend cannot take the model; 1, a run failed, mismatched or (--fail-on slower) was
-slower; 2, wrong usage, unavailable backend, unreadable input, or what was measured could not be
-kept; 130, interrupted; 143, terminated.
+row says why a backend cannot take the model; 1, a run failed, mismatched or (--fail-on) was slower
+or lost average precision; 2, wrong usage, unavailable backend, unreadable input, or what was
+measured could not be kept; 130, interrupted; 143, terminated.
 """
 
 from __future__ import annotations
