@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from benchmark import RunFailed
 from detectors.inputs import View
@@ -34,6 +35,8 @@ COCO_KEYPOINTS = 17
 
 # The folder in `--output` that has what was found, until all is measured.
 EVALUATED = "evaluated"
+
+A = TypeVar("A")
 
 # What is judged where a detector gives it.
 TASKS: tuple[tuple[Task, str], ...] = (
@@ -84,6 +87,10 @@ def check_model(dataset: Dataset, model: Model, fields: Sequence[str], weights: 
         raise InputError(
             f"{model.name} has synthetic weights, which find nothing in a data set: --weights FILE"
         )
+
+
+class NotJudged(Exception):
+    """What a run found could not be judged, which is not the run's fault; the message says why."""
 
 
 def _as_asked(picture: Picture) -> protocol.DatasetImage:
@@ -180,8 +187,15 @@ class Evaluator:
 
         Raises:
             benchmark.RunFailed, errors.Unsupported, errors.InputError: the run fails with one of
-                the images, or what it finds cannot be judged.
+                the images, or does not find what can be judged.
+            NotJudged: something else failed: the evaluator, or a disk that is full.
         """
+        try:
+            return self._evaluate(run, hosts, name, facts)
+        except OSError as error:
+            raise NotJudged(error.strerror or str(error)) from None
+
+    def _evaluate(self, run: Worker, hosts: Hosts, name: str, facts: protocol.RunFacts) -> Accuracy:
         start = time.monotonic()
         self.kept.mkdir(parents=True, exist_ok=True)
         kept = self.kept / f"{name}.jsonl"
@@ -201,10 +215,7 @@ class Evaluator:
                 least_ratio=self.plan.min_ap_ratio,
                 seed=self.plan.seed,
             )
-            try:
-                judged = evaluator.ask(request, JUDGE_LIMIT_S)
-            except RunFailed as error:
-                return Accuracy(reason=f"what it finds could not be judged: {error}")
+            judged = _ask(evaluator, request, JUDGE_LIMIT_S)
         accuracy = Accuracy(
             images=len(self._seen()),
             detections=judged.detections,
@@ -230,7 +241,7 @@ class Evaluator:
         with self.progress.counting(title, total, len(done), "image") as advance:
             for batch in self.batches(done):
                 asked = tuple(_as_asked(picture) for picture in batch)
-                left_out = evaluator.ask(protocol.ReadBatch(asked, self.view, images)).left_out
+                left_out = _ask(evaluator, protocol.ReadBatch(asked, self.view, images)).left_out
                 for image_id, reason in left_out.items():
                     self._leave_out(int(image_id), reason)
                 asked = tuple(x for x in asked if str(x.id) not in left_out)
@@ -240,7 +251,7 @@ class Evaluator:
                     request = protocol.KeepBatch(
                         found, asked, self.fields, self.dataset.category_ids, str(kept)
                     )
-                    evaluator.ask(request)
+                    _ask(evaluator, request)
                 advance(len(batch))
         for path in (images, found):
             Path(path).unlink(missing_ok=True)
@@ -271,5 +282,22 @@ class Evaluator:
             return None
         file = f"{name}.coco.json"
         found = [x for _, results in kept_images(kept) for x in results]
-        write_text(self.plan.output / file, json.dumps(found))
+        try:
+            write_text(self.plan.output / file, json.dumps(found))
+        except InputError as error:
+            self.progress.say(str(error))
+            return None
         return file
+
+
+def _ask(evaluator: Worker, request: protocol.Request[A], limit_s: float = CALL_LIMIT_S) -> A:
+    """The evaluator's answer.
+
+    Raises:
+        errors.InputError: what was found cannot be judged.
+        NotJudged: the evaluator fails, or dies.
+    """
+    try:
+        return evaluator.ask(request, limit_s)
+    except RunFailed as error:
+        raise NotJudged(f"what was found could not be judged: {error}") from None

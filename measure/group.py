@@ -16,7 +16,7 @@ from benchmark import RunFailed, StopRule
 from errors import InputError, Unsupported
 from measure import protocol, quiet, verify
 from measure.drawing import drawn_runs
-from measure.evaluation import EVALUATED, Evaluator, check_model
+from measure.evaluation import EVALUATED, Evaluator, NotJudged, check_model
 from measure.plan import Choice, Plan
 from measure.progress import Progress
 from measure.worker import CALL_LIMIT_S, PREPARE_LIMIT_S, Command, Hosts, Worker, scratch_folder
@@ -537,6 +537,9 @@ class Measurement:
                 run.accuracy = evaluator.evaluate(
                     run.worker, hosts, f"{self.model.name}.{name}.{run.precision}", run.facts
                 )
+            except NotJudged as error:
+                run.accuracy = Accuracy(reason=str(error))
+                self.progress.say(f"{run.label} {run.precision}: no AP: {error}")
             except (RunFailed, Unsupported, InputError) as error:
                 run.accuracy = Accuracy(reason=str(error))
                 run.give_up("failed", f"on the data set: {error}")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 from typing import Any, List
 
 import numpy as np
 import pytest
+from conftest import full_disk
 from test_cli import assert_refused, main, no_host  # noqa: F401
 from test_example import EXAMPLE, OWN, QUICK
 
@@ -209,8 +212,54 @@ def test_a_crash_while_it_is_judged_costs_a_sentence(main, tmp_path, monkeypatch
     assert torch.statistics is not None
     assert "could not be judged" in torch.accuracy.reason
     assert script.accuracy.reason is not None
-    assert "no AP: what it finds could not be judged" in outcome.out
+    assert "no AP: what was found could not be judged" in outcome.out
     assert outcome.code == 0
+
+
+def test_an_evaluator_that_is_killed_costs_a_sentence(main, tmp_path, monkeypatch):  # noqa: F811
+    real = evaluation.Worker.ask
+
+    def ask(self, request, *rest):
+        if isinstance(request, protocol.KeepBatch):
+            os.kill(self.pid, signal.SIGKILL)
+        return real(self, request, *rest)
+
+    monkeypatch.setattr(evaluation.Worker, "ask", ask)
+    outcome = main(*OWN, *DATA, *QUICK, "--backend", "torch", "--output", tmp_path)
+    (torch,) = runs_of(tmp_path)
+    assert outcome.code == 0, outcome.err
+    assert torch.status == "ok"
+    assert "killed by SIGKILL" in torch.accuracy.reason
+
+
+def test_a_run_that_fails_with_an_image_has_failed(main, tmp_path, monkeypatch):  # noqa: F811
+    real = evaluation.Worker.ask
+
+    def ask(self, request, *rest):
+        if isinstance(request, protocol.DetectBatch) and "openvino" in str(self.log):
+            os.kill(self.pid, signal.SIGKILL)
+        return real(self, request, *rest)
+
+    monkeypatch.setattr(evaluation.Worker, "ask", ask)
+    outcome = main(*OWN, *DATA, *QUICK, "--backend", "openvino", "--output", tmp_path)
+    torch, openvino = runs_of(tmp_path)
+    assert outcome.code == 1
+    assert torch.accuracy.tasks["bbox"].ap is not None
+    assert openvino.status == "failed"
+    assert openvino.reason.startswith("on the data set: the process was killed by SIGKILL")
+    # What was timed stays.
+    assert openvino.statistics is not None
+    assert outcome.out.count("killed by SIGKILL") == 1
+
+
+def test_a_disk_that_is_full_costs_the_ap(main, tmp_path, monkeypatch):  # noqa: F811
+    asked = (*OWN, *DATA, *QUICK, "--backend", "torch")
+    with full_disk(3_000):
+        outcome = main(*asked, "--output", tmp_path)
+    assert "no AP" in outcome.err
+    assert "shapes" in outcome.out
+    assert "Traceback" not in outcome.err
+    assert outcome.code == 2
 
 
 # What is refused ---------------------------------------------------------------------------------

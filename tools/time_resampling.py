@@ -2,8 +2,8 @@
 """How long do matching and resampling take on a data set of COCO's size?
 
 Makes a data set as large as COCO's `val2017` (5000 images, 80 classes, 7 objects an image, 36
-detections an image) and times what `--dataset` does after the detections are there. From the root of
-the repository:
+detections an image) and times what `--dataset` does after the detections are there. From the root
+of the repository:
 
     python3 tools/time_resampling.py
 """
