@@ -27,6 +27,7 @@ from models import BLANK, TUNING, TURNED, runner, timed
 from results import published, tables
 from results.facts import case, case_name
 from results.file import Found, load, load_found, result_file, write_text
+from results.recommendation import recommend, sentences
 from results.record import Drawn, Group, Picture, Results, Run
 from results.tables import Table, short_name
 
@@ -420,6 +421,7 @@ def page(results: Results, found: Found, images: Dict[str, bytes]) -> str:
         subtitle=f"{where.time}, {where.cpu.model}, device {results.settings.device}",
         complete=results.complete,
         warnings=results.warnings,
+        answers=[sentences(x) for x in results.recommendations or recommend(results)],
         models=[_section(results, name, found.get(name), images) for name in names],
         images=_images(results, found, images),
         tables=_more_tables(results),
@@ -437,6 +439,7 @@ def _more_tables(results: Results) -> List[Table]:
     several = len(set(map(_case, results.groups))) > len({x.model for x in results.groups})
     made = [
         *([tables.cases_table(results.groups)] if several else []),
+        tables.accuracy_table(results.groups),
         tables.stages_table(results.groups),
         tables.coverage_table(results.groups),
         tables.costs_table(results.groups),

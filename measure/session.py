@@ -148,8 +148,11 @@ class Session:
         self.found: Found = {}
         self.complete = False
         self.failures: list[str] = []
-        if plan.output is not None and not options.rerun:
-            self._resume(plan.output)
+        if plan.output is not None:
+            if options.rerun:
+                shutil.rmtree(plan.output / EVALUATED, ignore_errors=True)
+            else:
+                self._resume(plan.output)
 
     def _resume(self, output: Path) -> None:
         """Takes over the groups that an earlier invocation of the same settings has completed.

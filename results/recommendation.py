@@ -12,6 +12,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 import benchmark
 from benchmark import MARGIN, BreakEven, Speedup
+from models import runner
 from results.facts import Case, case, case_name
 from results.record import (
     Candidate,
@@ -65,6 +66,7 @@ def _of_case(results: Results, which: Case) -> Recommendation:
     return Recommendation(
         model=case_name(which),
         constraints=limits,
+        baseline=f"{runner(groups[0].export)} fp32",
         ship=ship,
         runner_up=runner_up,
         is_tie=is_tie,
@@ -209,7 +211,7 @@ def sentences(answer: Recommendation) -> Tuple[str, ...]:
             f"To change that: {_what_would_change(answer)}.",
         )
     return (
-        f"Ship: {answer.ship.name}, {_speed(answer.ship)}{_noise(answer)}.",
+        f"Ship: {answer.ship.name}, {_speed(answer.ship, answer.baseline)}{_noise(answer)}.",
         f"Costs: {_costs(answer.ship)}. {_on_ap(answer)}",
         f"Next: {_next(answer)}.",
         f"To change that: {_what_would_change(answer)}.",
@@ -226,14 +228,14 @@ def _noise(answer: Recommendation) -> str:
     )
 
 
-def _speed(ship: Candidate) -> str:
+def _speed(ship: Candidate, baseline: str) -> str:
     call = f"{ship.median_ms:.4g} ms a call"
     if ship.speedup is None:
         return f"{call}: nothing that qualifies is faster by more than can be told from noise"
     sure = ", how sure is not known: too few rounds"
     if ship.speedup.low is not None and ship.speedup.high is not None:
         sure = f" ({ship.speedup.low:.2f} to {ship.speedup.high:.2f} with 95% confidence)"
-    return f"{ship.speedup.ratio:.2f}x as fast as Torch fp32{sure}, {call}"
+    return f"{ship.speedup.ratio:.2f}x as fast as {baseline}{sure}, {call}"
 
 
 def _costs(ship: Candidate) -> str:
@@ -294,7 +296,7 @@ def _why_not(candidate: Candidate, answer: Recommendation) -> str:
     limits = answer.constraints
     reasons: Dict[Exclusion, str] = {
         "failed": "it was not measured to the end",
-        "mismatch": "it does not find what Torch fp32 finds",
+        "mismatch": f"it does not find what {answer.baseline} finds",
         "ap": _why_not_ap(candidate, answer),
         "latency": f"{candidate.median_ms or 0:.4g} ms a call, --max-latency-ms "
         f"{limits.max_latency_ms or 0:g}",
@@ -344,7 +346,7 @@ def _what_would_change(answer: Recommendation) -> str:
     if limit == "ap":
         return _what_would_change_ap(best, name)
     if limit == "mismatch":
-        return f"{name}, if it found what Torch fp32 finds"
+        return f"{name}, if it found what {answer.baseline} finds"
     return f"{name}, if it did not fail"
 
 

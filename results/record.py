@@ -669,10 +669,12 @@ class Recommendation:
         resolution: the difference of speed that is taken for noise, as a share.
         images: of the data set that AP was looked at on; None: it was not looked at.
         is_synthetic: whether the weights were made up.
+        baseline: what the speedups are over: Torch fp32, or what runs a file of the user's.
     """
 
     model: str
     constraints: Constraints
+    baseline: str = "Torch fp32"
     ship: Optional[Candidate] = None
     runner_up: Optional[Candidate] = None
     is_tie: bool = False

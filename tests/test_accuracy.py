@@ -211,6 +211,13 @@ def test_what_finds_the_same_keeps_its_ap():
         assert (told.verdict, told.value, told.low, told.high) == ("keeps", 0, 0, 0)
 
 
+def test_one_that_sees_the_channels_swapped_loses_ap():
+    swapped = stored("retinanet_swapped")
+    own = average_precision(evaluate(TRUTH, swapped, "bbox"), NAMES)
+    assert own.ap == pytest.approx(19.64, abs=0.01)
+    assert verdict_of(swapped, stored("retinanet")).verdict == "loses"
+
+
 @pytest.mark.parametrize("task", ["bbox", "segm"])
 def test_int8_that_was_calibrated_on_one_picture_loses_ap(task):
     told = verdict_of(stored("mask_rcnn_int8"), stored("mask_rcnn"), task)
