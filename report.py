@@ -81,6 +81,7 @@ def reordered(table: Table) -> Table:
     """The table of a test model for its own section: without its name, what matters most first."""
     first = ("Backend", "precision", "Speedup", "Detections")
     headings = [column.heading for column in table.columns]
+    first = (*first, *(name for name in headings if name.endswith("AP")))
     named = [name for name in headings[1:] if name not in first]
     order = [headings.index(name) for name in (*first, *named)]
     return replace(

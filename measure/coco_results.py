@@ -30,10 +30,10 @@ def read_batch(request: protocol.ReadBatch) -> dict[str, str]:
         try:
             pixels = inputs.read_image(Path(image.path), None, least=1)
         except InputError:
-            left_out[str(image.id)] = "cannot be read"
+            left_out[str(image.id)] = "unreadable"
             continue
         if pixels.shape[-2:] != tuple(image.size):
-            left_out[str(image.id)] = "have another size than the annotations say"
+            left_out[str(image.id)] = "of another size than the annotations say"
             continue
         images[str(image.id)] = inputs.seen(pixels, request.view).astype(np.uint8)
     np.savez(request.file, **images)

@@ -44,7 +44,7 @@ TASKS: tuple[tuple[Task, str], ...] = (
     ("segm", "pred_masks"),
     ("keypoints", "pred_keypoints"),
 )
-OTHER_SIZE = "would be resized to sizes that the engines are not made for"
+OTHER_SIZE = "of a size that the engines are not made for"
 
 
 def tasks_of(
@@ -259,7 +259,7 @@ class Evaluator:
     def _leave_out(self, image_id: int, reason: str) -> None:
         self.left_out[image_id] = reason
         name = next(x.name for x in self.dataset.images if x.id == image_id)
-        self.progress.say(f"{self.dataset.name}: {name} is left out: such images {reason}")
+        self.progress.say(f"{self.dataset.name}: {name} is left out: {reason}")
 
     def _resume(self, kept: Path, facts: protocol.RunFacts) -> set[int]:
         """The images of which there is what was found; what is of another run is removed."""

@@ -392,7 +392,7 @@ class Evaluated:
 
     Attributes:
         images: how many; of them, `objects` are annotated.
-        left_out: why some were not -> how many these are, and the names of the first three.
+        left_out: what others are -> how many these are, and the names of the first three.
         not_judged: task -> why it was not, in a sentence.
     """
 

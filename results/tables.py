@@ -391,11 +391,12 @@ def _accuracy_notes(results: Results, groups: Sequence[Group]) -> Iterator[str]:
             "larger half of its 95% interval; AP is kept where the interval lies above "
             f"{settings.min_ap_ratio:g} of fp32's, and lost where it lies below"
         )
-    for reason, (count, names) in evaluated.left_out.items():
-        more = ", ..." if count > len(names) else ""
-        yield f"{count} images of {settings.dataset} left out, as they {reason}: " + (
-            ", ".join(names) + more
-        )
+    left_out = [
+        f"{count} {reason} ({', '.join(names)}{', ...' if count > len(names) else ''})"
+        for reason, (count, names) in evaluated.left_out.items()
+    ]
+    if left_out:
+        yield f"images of {settings.dataset} that were left out: {'; '.join(left_out)}"
     for task, reason in evaluated.not_judged.items():
         yield f"no AP of {TASKS[task]}s: {reason}"
     for group in groups:

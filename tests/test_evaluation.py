@@ -104,7 +104,6 @@ def test_the_first_image_of_the_data_set_is_timed(measured):
 def test_images_that_do_not_fit_or_cannot_be_read_are_left_out_on_all_sides(main, tmp_path):  # noqa: F811
     data = data_with(tmp_path / "data")
     (tmp_path / "data" / "000010.png").write_bytes(b"no image")
-    read_image(IMAGES / "000012.png", None)
     from PIL import Image
 
     with Image.open(IMAGES / "000012.png") as image:
@@ -115,12 +114,15 @@ def test_images_that_do_not_fit_or_cannot_be_read_are_left_out_on_all_sides(main
     group = load(tmp_path / "out" / "results.json").groups[0]
     assert group.evaluated.images == 2
     assert group.evaluated.left_out == {
-        "cannot be read": (1, ("000010.png",)),
-        "have another size than the annotations say": (1, ("000012.png",)),
+        "unreadable": (1, ("000010.png",)),
+        "of another size than the annotations say": (1, ("000012.png",)),
     }
     assert [run.accuracy.images for run in group.runs] == [2, 2]
     assert group.runs[1].accuracy.tasks["bbox"].difference.value == 0
-    assert "1 images of own.json left out, as they cannot be read: 000010.png" in outcome.out
+    assert (
+        "images of own.json that were left out: 1 unreadable (000010.png); "
+        "1 of another size than the annotations say (000012.png)" in outcome.out
+    )
 
 
 def test_sizes_that_the_engines_are_not_made_for_are_counted(main, tmp_path):  # noqa: F811

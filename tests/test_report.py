@@ -496,3 +496,47 @@ def test_the_browser_would_tell(folder, page):
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "CONSOLE" in done.stderr
+
+
+def accuracy_of(ap: float, value: float, verdict: str) -> Dict[str, Any]:
+    difference = {
+        "value": value,
+        "low": value - 0.5,
+        "high": value + 0.25,
+        "ratio": 1 + value / 40,
+        "ratio_low": 0.9,
+        "ratio_high": 1.1,
+        "verdict": verdict,
+    }
+    task = {"ap": ap, "ap50": 60.0, "ap75": None, "difference": difference}
+    return {"images": 50, "detections": 420, "tasks": {"bbox": task}}
+
+
+def test_average_precision_and_the_answer_are_on_the_page():
+    document = make_results()
+    group = document["groups"][0]
+    group["evaluated"] = {
+        "images": 50,
+        "objects": 99,
+        "left_out": {"unreadable": [4, ["a", "b", "c"]]},
+    }
+    document["settings"]["dataset"] = "val.json"
+    group["runs"][0]["accuracy"] = accuracy_of(40.0, 0.0, "keeps")
+    group["runs"][0]["accuracy"]["tasks"]["bbox"]["difference"] = None
+    group["runs"][1]["accuracy"] = accuracy_of(39.9, -0.1, "keeps")
+    text = page_of(document)
+    assert text.index("Ship: Openvino fp32, 2.00x as fast as Torch fp32") < text.index("Backend")
+    assert "box AP 39.90 (-0.10 ±0.40 keeps AP)" in text
+    assert "AP was looked at on 50 images." in text
+    # In the table of the model right after what matters most.
+    assert "Speedup Detections AP dAP Median(FPS)" in text
+    assert "-0.10 ±0.40 keeps AP" in text
+    assert "left out: 4 unreadable (a, b, c, ...)" in text
+    assert "Average precision" in text
+    assert "60.00" in text
+
+
+def test_a_file_of_an_earlier_version_has_its_answer_too():
+    document = make_results()
+    assert "recommendations" not in document
+    assert "Ship: Openvino fp32" in page_of(document)

@@ -13,6 +13,7 @@ from results import tables
 from results.record import (
     Agreement,
     Coverage,
+    Difference,
     Environment,
     GpuState,
     Group,
@@ -667,3 +668,19 @@ def test_published_speedups_stand_beside_ours():
     assert {line.count("|") for line in lines[:8]} == {7}
     assert len(lines) == 10
     assert "compare ratios" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "verdict", "text"),
+    [
+        (-0.12, -0.4301, 0.1, "keeps", "-0.12 ±0.32 keeps AP"),
+        (-24.7, -29.0, -20.0, "loses", "-24.70 ±4.70 LOSES AP"),
+        (0.3, 0.1, 0.6, "too few", "+0.30 ±0.30 too few images"),
+        (0.0, 0.0, 0.0, "keeps", "+0.00 ±0.00 keeps AP"),
+        # The interval of a skewed distribution may leave the value out.
+        (0.5, 0.6, 0.7, "keeps", "+0.50 ±0.20 keeps AP"),
+    ],
+)
+def test_what_ap_differs_by_shows_the_larger_half(value, low, high, verdict, text):
+    known = Difference(value, low, high, 1.0, 1.0, 1.0, verdict)
+    assert tables.describe_difference(known) == text
