@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from results.record import APVerdict, AveragePrecision, Difference
 
@@ -255,7 +256,7 @@ def with_difference(
     if own.ap is None or not reference > 0 or not usable.any():
         return own
     mine, theirs = mine[usable], theirs[usable]
-    tails = [100 * (1 - CONFIDENCE) / 2, 100 * (1 + CONFIDENCE) / 2]
+    tails = _tails(images)
     low, high = np.percentile(mine - theirs, tails).tolist()
     ratio = own.ap / reference
     ratio_low, ratio_high = np.percentile(mine / theirs, tails).tolist()
@@ -269,6 +270,20 @@ def with_difference(
         needed = _images_needed(ratio, (ratio_low, ratio_high), images, least_ratio)
     known = Difference(own.ap - reference, low, high, ratio, ratio_low, ratio_high, verdict, needed)
     return replace(own, difference=known)
+
+
+def _tails(images: int) -> list[float]:
+    """The percentiles of resamples between which an interval lies.
+
+    A bootstrap of a few images is too narrow, so they are spread as Student's t is. T. Hesterberg,
+    What Teachers Should Know About the Bootstrap, 2015, section 5.3 (expanded percentiles).
+    Simulated for dAP, 95% then cover 87% with 30 images and 95% with 60.
+    """
+    if images < 2:
+        return [0.0, 100.0]
+    bound = stats.t.ppf((1 + CONFIDENCE) / 2, images - 1) * (images / (images - 1)) ** 0.5
+    share = float(100 * stats.norm.cdf(-bound))
+    return [share, 100 - share]
 
 
 def _images_needed(

@@ -529,7 +529,7 @@ def test_average_precision_and_the_answer_are_on_the_page():
     assert "box AP 39.90 (-0.10 ±0.50 keeps AP)" in text
     assert "AP was looked at on 50 images." in text
     # In the table of the model right after what matters most.
-    assert "Speedup Detections AP dAP Median(FPS)" in text
+    assert "SpeedupDetectionsAPdAPMedian(FPS)" in text
     assert "-0.10 ±0.50 keeps AP" in text
     assert "left out: 4 unreadable (a, b, c, ...)" in text
     assert "Average precision" in text
