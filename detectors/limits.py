@@ -59,6 +59,7 @@ RANGES: Dict[str, Range] = {
     "min_size_test": (0, COUNT[1]),
     "max_size_test": (0, COUNT[1]),
     "detections_per_image": MANY,
+    "keypoint_oks_sigmas": POSITIVE,
 }
 
 

@@ -314,8 +314,8 @@ class Difference:
     """What average precision differs by from Torch fp32's on the same images, in percent.
 
     Attributes:
-        low, high: of a 95% interval from resamples of the images, as of `ratio`.
-        ratio: of it to that of Torch fp32.
+        value: AP less that of Torch fp32; low, high: of its 95% interval from resamples of images.
+        ratio: AP over that of Torch fp32; ratio_low, ratio_high: the same of it.
         verdict: whether the ratio keeps to `--min-ap-ratio`.
         images_needed: about how many would tell; None where it was told, or where that is more than
             anyone has.
@@ -662,6 +662,7 @@ class Recommendation:
 
     Attributes:
         model: test model, or model of the user's own, and what it was measured on.
+        constraints: that were given.
         ship: None: no run qualifies.
         runner_up: the next that qualifies, if there is one.
         is_tie: whether `ship` is the simpler one of some that cannot be told apart.

@@ -530,9 +530,18 @@ def test_a_run_prints_a_table_and_nothing_else(finished):
     for row in rows[3:]:
         assert "x ±" in row[-2]
         assert row[-1].endswith(" match")
-    notes = lines[5:]
+    end = lines.index("", 6)
+    notes, answer = lines[5:end], lines[end:]
     assert notes[0] == ""
     assert all(note.startswith("- ") for note in notes[1:])
+    # Four lines say which run to ship.
+    assert [line.split(":")[0] for line in answer] == [
+        "",
+        "Ship",
+        "Costs",
+        "Next",
+        "To change that",
+    ]
     assert any("6 rounds, as asked for" in note for note in notes)
     assert any("A/A, Torch against itself in two processes" in note for note in notes)
     assert any("weights: synthetic, made to find 100 objects" in note for note in notes)
