@@ -32,7 +32,7 @@ from models import BLANK
 from results import facts
 from results.file import load, result_file
 from results.record import Group, Results, Run
-from results.tables import Table, left, markdown, right, short_name
+from results.tables import TASKS, Table, left, markdown, percent, right, short_name
 
 # What --fail-on knows, with its exit code.
 FAILURES = {"slower": 3, "wrong": 4, "broken": 5}
@@ -361,7 +361,26 @@ def _changes(pair: Pair) -> Tuple[List[str], Tuple[str, ...]]:
         for size in before
         if before[size] != after.get(size)
     ]
+    changes += _changes_of_ap(pair)
+    verdicts = [run.accuracy and run.accuracy.verdict for run in (old, new)]
+    if verdicts == ["keeps", "loses"]:
+        changes.append("lost AP")
+        failures = failures or ("wrong",)
     return changes, failures
+
+
+def _changes_of_ap(pair: Pair) -> List[str]:
+    """What average precision was on the same images, where that is another now."""
+    before, after = (run.accuracy for run in (pair.before, pair.after))
+    one, other = (group.evaluated for group in pair.groups)
+    if before is None or after is None or one != other:
+        return []
+    texts = [
+        (TASKS[task], percent(known.ap), percent(after.tasks[task].ap))
+        for task, known in before.tasks.items()
+        if task in after.tasks
+    ]
+    return [f"{task} AP: {old} before, {new} after" for task, old, new in texts if old != new]
 
 
 def _matched(run: Run) -> Dict[str, str]:

@@ -625,3 +625,39 @@ def test_wrong_usage(arguments, capsys):
         compare.main(["a.json", "b.json", *arguments])
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def with_ap(ap: float, verdict: str, images: int = 60) -> Dict[str, Any]:
+    """A result file whose engine has that AP on so many images."""
+    document = measured(0)
+    group = document["groups"][0]
+    group["evaluated"] = {"images": images, "objects": 183}
+    known = {"low": -1.0, "high": 1.0, "ratio": 1.0, "ratio_low": 0.9, "ratio_high": 1.1}
+    difference = {"value": ap - 50, "verdict": verdict, **known}
+    tasks = {"bbox": {"ap": ap, "difference": difference}}
+    group["runs"][1]["accuracy"] = {"images": images, "detections": 9, "tasks": tasks}
+    return document
+
+
+def test_ap_that_is_lost_is_wrong(command):
+    code, printed = command(with_ap(50, "keeps"), with_ap(40, "loses"), "--fail-on", "wrong")
+    assert code == 4
+    assert "box AP: 50.00 before, 40.00 after" in printed.out
+    assert "lost AP" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "is_told"),
+    [
+        (with_ap(50, "keeps"), with_ap(50, "keeps"), False),
+        (with_ap(40, "loses"), with_ap(39, "loses"), True),
+        (with_ap(50, "keeps"), with_ap(49.9, "too few"), True),
+        # On other images it may be anything.
+        (with_ap(50, "keeps"), with_ap(45, "keeps", images=70), False),
+        (with_ap(50, "keeps"), measured(0), False),
+    ],
+)
+def test_ap_that_is_another_is_told(command, before, after, is_told):
+    code, printed = command(before, after, "--fail-on", "wrong,broken")
+    assert code == 0
+    assert ("box AP: " in printed.out) == is_told
