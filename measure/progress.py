@@ -10,6 +10,10 @@ from typing import Callable, Iterator
 from benchmark import Rounds, StopRule
 
 
+# Seconds between two lines on how far something is.
+SAID_EVERY_S = 60.0
+
+
 class Progress:
     """Says what is being done."""
 
@@ -32,6 +36,19 @@ class Progress:
         with tqdm(total=rule.max_rounds, desc=title, unit="round", leave=False) as bar:
             yield lambda rounds: bar.update(1) and None
 
+    def _now_and_then(self, title: str, total: int, done: int, unit: str) -> Callable[[int], None]:
+        """Says how far something is, once in a while."""
+        said = time.monotonic()
+
+        def advance(more: int) -> None:
+            nonlocal done, said
+            done += more
+            if time.monotonic() - said > SAID_EVERY_S and done < total:
+                said = time.monotonic()
+                self.say(f"{title}: {done} of {total} {unit}s")
+
+        return advance
+
     @contextlib.contextmanager
     def counting(
         self, title: str, total: int, done: int, unit: str
@@ -39,7 +56,7 @@ class Progress:
         """Shows how many of something are done; yields what is to be called with how many more."""
         if not sys.stderr.isatty():
             self.say(title)
-            yield lambda more: None
+            yield self._now_and_then(title, total, done, unit)
             return
         from tqdm import tqdm
 
