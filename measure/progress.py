@@ -9,7 +9,6 @@ from typing import Callable, Iterator
 
 from benchmark import Rounds, StopRule
 
-
 # Seconds between two lines on how far something is.
 SAID_EVERY_S = 60.0
 
