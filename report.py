@@ -28,7 +28,7 @@ from results import published, tables
 from results.facts import case, case_name
 from results.file import Found, load, load_found, result_file, write_text
 from results.recommendation import recommend, sentences
-from results.record import Drawn, Group, Picture, Results, Run
+from results.record import Drawn, Group, Picture, Results, Run, Task, WorstImage
 from results.tables import Table, short_name
 
 TEMPLATES = Path(tables.__file__).parent
@@ -61,6 +61,9 @@ STYLE = {
     "ytick.labelcolor": INK,
     "figure.facecolor": "none",
 }
+# Points above and below: neighbours may have the same AP. And what a letter of a label takes.
+LABEL_OFFSETS = (7, -15, 20, -28, 33, -41, 46)
+LETTER, LINE_HEIGHT = 5.6, 12
 # Inches. Narrow, so that letters keep a size on a phone, where a drawing is scaled to its width.
 WIDTH, ROW, MARGIN = 6.4, 0.34, 0.9
 
@@ -192,6 +195,94 @@ def speedup_plot(groups: Sequence[Group], name: str) -> Optional[Plot]:
     caption = "Points with 95% intervals; diamonds are what TorchBlade published for TensorRT on a "
     caption += f"GPU (fp16 beside our bf16). {'; '.join(facts)}."
     return Plot("Speedups", _svg(figure, f"speedups-{name}", caption), caption)
+
+
+def accuracy_plots(groups: Sequence[Group], name: str, least_ratio: float) -> List[Plot]:
+    """Time against average precision, one plot for each task that was judged."""
+    runs = [(group, run) for group in groups for run in group.runs if run.accuracy]
+    tasks = dict.fromkeys(task for _, run in runs for task in run.accuracy.tasks)
+    plots = [_accuracy_plot(runs, task, name, least_ratio) for task in tasks]
+    return [plot for plot in plots if plot is not None]
+
+
+def _accuracy_plot(
+    runs: Sequence[Tuple[Group, Run]], task: Task, name: str, least_ratio: float
+) -> Optional[Plot]:
+    points: Dict[str, Tuple[float, float, float, float]] = {}
+    reference = None
+    for label, (_, run) in zip(_names(runs), runs):
+        known = run.accuracy.tasks.get(task)
+        if known is None or known.ap is None or run.statistics is None:
+            continue
+        below = above = 0.0
+        if known.difference is None:
+            reference = known.ap
+        else:
+            below = max(0.0, known.difference.value - known.difference.low)
+            above = max(0.0, known.difference.high - known.difference.value)
+        # Torch fp32 stands in several groups.
+        points.setdefault(label, (run.statistics.median_ms, known.ap, below, above))
+    if len(points) < 2:
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, 4), layout="constrained")
+    axes = figure.subplots()
+    facts = []
+    points = dict(sorted(points.items(), key=lambda item: item[1][0]))
+    for label, (ms, ap, below, above) in points.items():
+        is_best = not any(
+            other[0] <= ms and other[1] >= ap and other[:2] != (ms, ap) for other in points.values()
+        )
+        axes.errorbar(
+            ms,
+            ap,
+            yerr=[[below], [above]],
+            fmt="o",
+            color=POINTS,
+            markerfacecolor=POINTS if is_best else "none",
+            linewidth=1.5,
+        )
+        facts.append(f"{label}: {ms:.4g} ms, {ap:.2f}")
+    if reference is not None:
+        axes.axhspan(least_ratio * reference, reference, color=LINE, alpha=0.5, linewidth=0)
+        axes.axhline(reference, color=ACCENT, linewidth=1)
+    times = [point[0] for point in points.values()]
+    if max(times) > 8 * min(times):
+        axes.set_xscale("log")
+    else:
+        axes.set_xlim(0, 1.25 * max(times))
+    axes.margins(y=0.15)
+    _label(figure, axes, {label: point[:2] for label, point in points.items()})
+    axes.set(xlabel="ms a call (median)", ylabel=f"{tables.TASKS[task]} AP")
+    axes.grid(axis="y", color=LINE)
+    axes.tick_params(axis="y", labelcolor=SOFT)
+    caption = (
+        "The upper left is what one wants. Filled: nothing else is both as fast and as good. Bars: "
+        "95% intervals of the difference from the reference, which is the line; AP is kept down to "
+        f"{least_ratio:g} of it, the band. {'; '.join(facts)}."
+    )
+    title = f"Time against {tables.TASKS[task]} AP"
+    return Plot(title, _svg(figure, f"ap-{task}-{name}", caption), caption)
+
+
+def _label(figure: Any, axes: Any, points: Dict[str, Tuple[float, float]]) -> None:
+    """Writes names beside points, where they do not hide each other as far as there is room."""
+    figure.draw_without_rendering()  # From here on it is known where points are.
+    taken: List[Tuple[float, float, float]] = []
+    for label, place in points.items():
+        x, y = axes.transData.transform(place) * 72 / figure.dpi
+        width = LETTER * len(label)
+        for offset in LABEL_OFFSETS:
+            if all(
+                abs(y + offset - other_y) > LINE_HEIGHT or x > end or x + width < start
+                for start, end, other_y in taken
+            ):
+                break
+        taken.append((x, x + width, y + offset))
+        axes.annotate(
+            _literal(label), place, xytext=(7, offset), textcoords="offset points", fontsize=9
+        )
 
 
 def sizes_plot(groups: Sequence[Group], name: str) -> Optional[Plot]:
@@ -330,6 +421,54 @@ def pictures(
     return drawn
 
 
+def worst_of(groups: Sequence[Group]) -> List[WorstImage]:
+    """All images in which some run differs most."""
+    runs = [run for group in groups for run in group.runs]
+    return [each for run in runs if run.accuracy for each in run.accuracy.worst]
+
+
+def worst_images(groups: Sequence[Group], found: Found, images: Dict[str, bytes]) -> List[Worst]:
+    """For each run that mismatches or loses AP: its worst images, and the reference's beside them.
+
+    Args:
+        found: what was found, and in which images.
+        images: names of the files that are there.
+    """
+    drawn = []
+    for group in groups:
+        for run in group.runs:
+            pairs = [
+                _worst_pair(each, found[each.picture], run, images)
+                for each in (run.accuracy.worst if run.accuracy else ())
+                if each.picture in found
+            ]
+            if pairs:
+                title = f"Where {run.label} {run.requested_precision} differs most"
+                drawn.append(Worst(title, pairs))
+    return drawn
+
+
+def _worst_pair(
+    each: WorstImage, picture: Picture, run: Run, images: Dict[str, bytes]
+) -> Tuple[Drawing, Drawing]:
+    height, width = picture.size or (1, 1)
+    image = _identifier(picture.image) if picture.image in images else None
+    reference = picture.reference[0]
+    (own,) = picture.runs[run.requested_precision][run.label]
+    kinds = ["matched" if agrees else "spurious" for agrees in own.agrees]
+    boxes = _boxes(own, kinds) + _boxes(_picked(reference, own.lost), ["lost"] * len(own.lost))
+    said = f"{each.image}: {each.lost} lost, {each.spurious} spurious"
+    if each.classes:
+        said += f" ({each.classes} of another class)"
+    if each.score_difference is not None and each.iou is not None:
+        said += f"; the others: scores off by {each.score_difference:.3f}, IoU {each.iou:.3f}"
+    expected = _boxes(reference, ["matched"] * len(reference.scores))
+    return (
+        Drawing(width, height, image, expected, f"{each.image}: the reference"),
+        Drawing(width, height, image, boxes, said),
+    )
+
+
 def _described(found: Drawn) -> str:
     """What there is to see."""
     count = len(found.scores)
@@ -381,6 +520,14 @@ def _path(points: Sequence[Tuple[float, float]]) -> str:
 
 
 @dataclass(frozen=True)
+class Worst:
+    """The images of a data set in which a run differs most: what it finds beside the reference."""
+
+    title: str
+    pairs: List[Tuple[Drawing, Drawing]]
+
+
+@dataclass(frozen=True)
 class Section:
     """What the page says of one test model (and number of objects, and image)."""
 
@@ -389,6 +536,7 @@ class Section:
     table: Table
     plots: List[Plot]
     pictures: List[Drawing]
+    worst: List[Worst]
 
 
 @dataclass(frozen=True)
@@ -423,7 +571,7 @@ def page(results: Results, found: Found, images: Dict[str, bytes]) -> str:
         complete=results.complete,
         warnings=results.warnings,
         answers=[sentences(x) for x in results.recommendations or recommend(results)],
-        models=[_section(results, name, found.get(name), images) for name in names],
+        models=[_section(results, name, found, images) for name in names],
         images=_images(results, found, images),
         tables=_more_tables(results),
         environment=_flat({**asdict(where), "settings": asdict(results.settings)}),
@@ -441,6 +589,7 @@ def _more_tables(results: Results) -> List[Table]:
     made = [
         *([tables.cases_table(results.groups)] if several else []),
         tables.accuracy_table(results.groups),
+        *tables.class_tables(results.groups),
         tables.stages_table(results.groups),
         tables.coverage_table(results.groups),
         tables.costs_table(results.groups),
@@ -452,19 +601,23 @@ def _case(group: Group) -> str:
     return case_name(case(group))
 
 
-def _section(
-    results: Results, name: str, found: Optional[Picture], images: Dict[str, bytes]
-) -> Section:
+def _section(results: Results, name: str, all_found: Found, images: Dict[str, bytes]) -> Section:
     groups = [group for group in results.groups if _case(group) == name]
     identifier = _identifier(name)
+    found = all_found.get(name)
     image = _identifier(found.image) if found and found.image in images else None
-    plots = [make(groups, identifier) for make in (samples_plot, speedup_plot, sizes_plot)]
+    made = (samples_plot, speedup_plot, sizes_plot)
+    plots = [
+        *accuracy_plots(groups, identifier, results.settings.min_ap_ratio),
+        *(make(groups, identifier) for make in made),
+    ]
     return Section(
         name=short_name(name),
         id=identifier,
         table=reordered(tables.model_table(results, groups, results.settings.roofline)),
         plots=[plot for plot in plots if plot is not None],
         pictures=pictures(groups, found, image),
+        worst=worst_images(groups, all_found, images),
     )
 
 
@@ -480,6 +633,10 @@ def _images(results: Results, found: Found, images: Dict[str, bytes]) -> List[Im
         for group in results.groups
         if group.image_sizes and _case(group) in found
     }
+    for each in worst_of(results.groups):
+        picture = found.get(each.picture)
+        if picture is not None and picture.size is not None:
+            sizes[picture.image] = picture.size
     return [
         Image(
             id=_identifier(name),

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from benchmark import RunFailed
+from detectors import inputs
 from detectors.inputs import View
 from errors import InputError
 from measure import protocol
+from measure import worst as worst_images
 from measure.coco_results import kept_images
 from measure.dataset import Dataset, Picture
 from measure.plan import Plan
@@ -24,7 +26,8 @@ from measure.progress import Progress
 from measure.worker import CALL_LIMIT_S, Command, Hosts, Worker
 from models import Model
 from results.file import write_text
-from results.record import Accuracy, Evaluated, Task
+from results.record import Accuracy, Evaluated, Task, WorstImage
+from results.record import Picture as DrawnPicture
 
 # Images that are handed on at once: their pixels, as the detector sees them, and how many.
 BATCH_PIXELS, BATCH_IMAGES = 4 << 20, 32
@@ -141,6 +144,9 @@ class Evaluator:
             )
         # What Torch fp32 has, once it was evaluated.
         self.reference: Accuracy | None = None
+        self._reference_kept: Path | None = None
+        # Key in `detections.json` -> an image that is worth a look.
+        self.pictures: dict[str, DrawnPicture] = {}
 
     # Images ----------------------------------------------------------------------------------
 
@@ -223,8 +229,44 @@ class Evaluator:
             seconds=time.monotonic() - start,
             file=self._write_results(name, kept),
         )
-        self.reference = self.reference or accuracy
+        if self.reference is None:
+            self.reference, self._reference_kept = accuracy, kept
         return accuracy
+
+    def worst(self, name: str, label: str, precision: str) -> tuple[WorstImage, ...]:
+        """The images in which a run differs most from the reference; they are kept for the page.
+
+        What cannot be read or written any more is left out.
+
+        Args:
+            name: of the run, as `evaluate` had it.
+            label, precision: of the run, for the page.
+        """
+        output, reference = self.plan.output, self._reference_kept
+        if output is None or reference is None:
+            return ()
+        sides = [dict(kept_images(path)) for path in (reference, self.kept / f"{name}.jsonl")]
+        pictures = {picture.id: picture for picture in self.dataset.images}
+        classes = {number: place for place, number in enumerate(self.dataset.category_ids)}
+        records = []
+        for image_id, difference in worst_images.worst(*sides):
+            key, file = f"{self.model.name}: image {image_id}", f"dataset-{image_id}.png"
+            try:
+                inputs.write_image(
+                    inputs.read_image(pictures[image_id].path, None, least=1), output / file
+                )
+            except (InputError, OSError) as error:
+                self.progress.say(f"{file} could not be kept: {error}")
+                continue
+            known = self.pictures.get(key)
+            if known is None:
+                drawn = worst_images.drawn(sides[0][image_id], classes)
+                known = DrawnPicture(file, (drawn,), {}, pictures[image_id].size)
+                self.pictures[key] = known
+            shown = worst_images.drawn_run(sides[1][image_id], classes, difference)
+            known.runs.setdefault(precision, {})[label] = (shown,)
+            records.append(worst_images.record(pictures[image_id].name, key, difference))
+        return tuple(records)
 
     def _seen(self) -> list[int]:
         return [x.id for x in self.dataset.images if x.id not in self.left_out]

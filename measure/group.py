@@ -532,11 +532,14 @@ class Measurement:
             if evaluator.reference is None and run is not reference:
                 run.accuracy = Accuracy(reason="Torch fp32 was not evaluated")
                 continue
-            name = "torch" if run is reference else run.key
+            key = "torch" if run is reference else run.key
+            name = f"{self.model.name}.{key}.{run.precision}"
             try:
-                run.accuracy = evaluator.evaluate(
-                    run.worker, hosts, f"{self.model.name}.{name}.{run.precision}", run.facts
-                )
+                known = evaluator.evaluate(run.worker, hosts, name, run.facts)
+                if run.status == "mismatch" or known.verdict == "loses":
+                    worst = evaluator.worst(name, run.label, run.precision)
+                    known = replace(known, worst=worst)
+                run.accuracy = known
             except NotJudged as error:
                 run.accuracy = Accuracy(reason=str(error))
                 self.progress.say(f"{run.label} {run.precision}: no AP: {error}")

@@ -399,6 +399,8 @@ class Session:
         self.aa = self.aa or measured.aa
         for name, picture in self._pictures_of(model).items():
             self.found[picture].runs[precision] = measured.found.get(name, {})
+        if model.evaluator is not None:
+            self.found.update(model.evaluator.pictures)
         for warning in self._warnings(measured.groups):
             self.progress.say(f"warning: {warning}")
         if measured.interruption is not None:

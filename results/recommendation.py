@@ -1,8 +1,9 @@
 """The answer: which run to ship under the constraints that were given, and why.
 
-The fastest one that qualifies. Of those that cannot be told apart, it is the simplest: the one with
-the fewest packages beside PyTorch, then the higher precision, then the one that stands first in the
-table. Speed is that over Torch fp32 in the same rounds, so that precisions can be compared.
+The fastest one that qualifies. Of those that differ by less than the machine can resolve, it is the
+simplest: the one with the fewest packages beside PyTorch, then the higher precision, then the one
+that stands first in the table. Speed is that over Torch fp32 in the same rounds, so that precisions
+can be compared.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ def _excluded(
 
 
 def _best(candidates: Sequence[Candidate], resolution: float) -> Tuple[Optional[Candidate], bool]:
-    """The fastest, or the simplest of those that cannot be told from it; and whether that is so.
+    """The fastest, or the simplest of those about as fast; and whether there were any.
 
     Args:
         candidates: in the order of the tables.
@@ -173,21 +174,22 @@ def _best(candidates: Sequence[Candidate], resolution: float) -> Tuple[Optional[
     if not candidates:
         return None, False
     fastest = max(candidates, key=lambda x: x.ratio)
-    level = [x for x in candidates if x is fastest or not is_faster(fastest, x, resolution)]
+    level = [x for x in candidates if x.ratio * (1 + resolution) >= fastest.ratio]
     simplest = min(level, key=lambda x: (x.packages, PRECISIONS.index(x.precision)))
     return simplest, len(level) > 1
 
 
-def is_faster(one: Candidate, other: Candidate, resolution: float) -> bool:
-    """Whether one is faster than another by more than what can be resolved.
+def is_sure(one: Candidate, other: Candidate) -> bool:
+    """Whether one is known to be faster than another.
 
     Their ratio is that of their speedups over Torch fp32. Its interval takes these for independent,
     so it is rather too wide for two runs of the same rounds. Without intervals, there were too few
-    rounds for them, and the ratio alone counts.
+    rounds for them, and nothing is sure.
     """
-    ratio = math.log(one.ratio / other.ratio)
+    if any(x.speedup is not None and x.speedup.low is None for x in (one, other)):
+        return False
     width = math.hypot(_log_half_width(one), _log_half_width(other))
-    return ratio - width > math.log(1 + resolution)
+    return math.log(one.ratio / other.ratio) > width
 
 
 def _log_half_width(candidate: Candidate) -> float:
@@ -282,8 +284,9 @@ def _next(answer: Recommendation) -> str:
     if other is None or ship is None:
         return "nothing else qualifies"
     name = f"{other.name}, {other.ratio:.2f}x"
-    if is_faster(ship, other, answer.resolution):
-        return f"{name}: {ship.name} is {ship.ratio / other.ratio:.2f}x as fast"
+    if ship.ratio > other.ratio * (1 + answer.resolution):
+        doubt = "" if is_sure(ship, other) else ", which is not sure"
+        return f"{name}: {ship.name} is {ship.ratio / other.ratio:.2f}x as fast{doubt}"
     if other.packages > ship.packages:
         return f"{name}: no faster than can be told from noise, and it needs more packages"
     if PRECISIONS.index(other.precision) > PRECISIONS.index(ship.precision):
@@ -325,7 +328,7 @@ def _what_would_change(answer: Recommendation) -> str:
         for x in answer.others
         if len(x.excluded) == 1
         and x.ratio > 0
-        and (ship is None or is_faster(x, ship, answer.resolution))
+        and (ship is None or x.ratio > ship.ratio * (1 + answer.resolution))
     ]
     if not faster:
         if ship is None:

@@ -354,6 +354,30 @@ class AveragePrecision:
 
 
 @dataclass(frozen=True)
+class WorstImage:
+    """An image of a data set in which a run finds something else than Torch fp32.
+
+    Attributes:
+        image: name of its file in the data set.
+        picture: its key in `detections.json`.
+        loss: what they are ordered by: see `measure.worst.Difference`.
+        lost: detections of the reference without a partner of their class; spurious: of the run.
+        classes: detections that show an object of the reference as one of another class.
+        score_difference: mean, without sign, and iou: mean, of pairs that show the same object;
+            None: there are none.
+    """
+
+    image: str
+    picture: str
+    loss: float
+    lost: int
+    spurious: int
+    classes: int
+    score_difference: Optional[float] = None
+    iou: Optional[float] = None
+
+
+@dataclass(frozen=True)
 class Accuracy:
     """What a run found in a data set.
 
@@ -363,6 +387,7 @@ class Accuracy:
         tasks: what was judged.
         seconds: that it took, images read included.
         file: name of the file with the detections in COCO's format of results.
+        worst: of a run that mismatches or loses AP, the images that differ most, if they were kept.
         reason: why nothing was judged, or not all, in a sentence; else None.
     """
 
@@ -371,6 +396,7 @@ class Accuracy:
     tasks: Dict[Task, AveragePrecision] = field(default_factory=dict)
     seconds: float = 0.0
     file: Optional[str] = None
+    worst: Tuple[WorstImage, ...] = ()
     reason: Optional[str] = None
 
     @property

@@ -8,6 +8,7 @@ What there is to say is a `Table`; `markdown` makes text of it, and report.html 
     stages_table(groups: Sequence[Group]) -> Table
     costs_table(groups: Sequence[Group]) -> Table
     accuracy_table(groups: Sequence[Group]) -> Table
+    class_tables(groups: Sequence[Group]) -> List[Table]
     published_table(groups: Sequence[Group]) -> Table
     markdown(table: Table) -> str
 
@@ -55,6 +56,9 @@ AP_VERDICTS: Dict[APVerdict, str] = {
     "loses": "LOSES AP",
     "too few": "too few images",
 }
+
+# Of more classes, a table has those that lose most.
+MOST_CLASSES = 20
 
 # What tables call the stages.
 STAGES = {
@@ -441,6 +445,56 @@ def accuracy_table(groups: Sequence[Group]) -> Table:
         ),
         rows=tuple(rows),
         nothing="nothing was evaluated",
+    )
+
+
+def class_tables(groups: Sequence[Group]) -> List[Table]:
+    """AP of each class, a table for each model and task: of the reference, and how runs differ.
+
+    Of many classes there are those that lose most.
+    """
+    made = []
+    for name in dict.fromkeys(map(group_name, groups)):
+        own = [group for group in groups if group_name(group) == name]
+        for task in _tasks(own):
+            table = _class_table(name, own, task)
+            if table is not None:
+                made.append(table)
+    return made
+
+
+def _class_table(name: str, groups: Sequence[Group], task: Task) -> Optional[Table]:
+    by_run: Dict[str, AveragePrecision] = {}
+    reference: Optional[AveragePrecision] = None
+    for group in groups:
+        for run in group.runs:
+            known = _judged(run).get(task)
+            if known is not None and known.difference is None:
+                reference = known
+            elif known is not None:
+                by_run[f"{run.label} {_precision(run)}"] = known
+    if reference is None or len(reference.classes) < 2:
+        return None
+    lines = []
+    for kind, ap in reference.classes.items():
+        differences = [
+            None if ap is None or run.classes.get(kind) is None else run.classes[kind] - ap
+            for run in by_run.values()
+        ]
+        lines.append(
+            (min((x for x in differences if x is not None), default=0.0), kind, ap, differences)
+        )
+    shown = sorted(lines, key=lambda line: line[0])[:MOST_CLASSES]
+    kept = lines if len(lines) <= MOST_CLASSES else shown
+    more = len(lines) - len(kept)
+    return Table(
+        title=f"{name}: {TASKS[task]} AP by class",
+        columns=(*left("class"), *right("Torch fp32", *by_run)),
+        rows=tuple(
+            (kind, percent(ap), *("-" if x is None else f"{x:+.2f}" for x in differences))
+            for _, kind, ap, differences in kept
+        ),
+        notes=(f"the {MOST_CLASSES} classes that lose most, of {len(lines)}",) if more else (),
     )
 
 

@@ -540,3 +540,74 @@ def test_a_file_of_an_earlier_version_has_its_answer_too():
     document = make_results()
     assert "recommendations" not in document
     assert "Ship: Openvino fp32" in page_of(document)
+
+
+def with_worst(tmp_path: Path) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """A result file whose engine has a worst image, and what was found in that."""
+    document, found = make_results(), make_found()
+    worst = {
+        "image": "<dog>.jpg",
+        "picture": "testRetinaNet: image 7",
+        "loss": 1.4,
+        "lost": 1,
+        "spurious": 1,
+        "classes": 1,
+        "score_difference": 0.25,
+        "iou": 0.75,
+    }
+    document["groups"][0]["evaluated"] = {"images": 50, "objects": 99}
+    document["groups"][0]["runs"][1]["label"] = "OpenVINO"
+    accuracy = {**accuracy_of(30.0, -10.0, "loses"), "worst": [worst]}
+    document["groups"][0]["runs"][1]["accuracy"] = accuracy
+    picture = {**found["testRetinaNet"], "image": "dataset-7.png", "size": [96, 128]}
+    found["testRetinaNet: image 7"] = picture
+    return document, found
+
+
+def test_the_worst_images_are_drawn_beside_the_reference(tmp_path):
+    document, found = with_worst(tmp_path)
+    images = {"dataset-7.png": b"a picture"}
+    page = Page(report.page(records(document), pictures(found), images))
+    text = " ".join("".join(page.text).split())
+    assert "Where OpenVINO fp32 differs most" in text
+    assert "<dog>.jpg: the reference" in text
+    said = "1 lost, 1 spurious (1 of another class); the others: scores off by 0.250, IoU 0.750"
+    assert f"<dog>.jpg: {said}" in text
+    ids = [each["id"] for each in page.all("image") if "id" in each]
+    assert "dataset-2d-7.png" in ids
+    assert sum(each["href"] == "#dataset-2d-7.png" for each in page.all("use")) == 2
+
+
+def test_a_worst_image_that_is_gone_is_left_out(tmp_path):
+    document, found = with_worst(tmp_path)
+    del found["testRetinaNet: image 7"]
+    text = "".join(Page(report.page(records(document), pictures(found), {})).text)
+    assert "differs most" not in text
+
+
+def test_time_against_ap_is_a_plot(tmp_path):
+    document, _ = with_worst(tmp_path)
+    document["groups"][0]["runs"][0]["accuracy"] = accuracy_of(40.0, 0.0, "keeps")
+    document["groups"][0]["runs"][0]["accuracy"]["tasks"]["bbox"]["difference"] = None
+    page = Page(report.page(records(document), {}, {}))
+    (plot,) = [x for x in page.all("svg") if "AP is kept down to" in (x.get("aria-label") or "")]
+    assert "OpenVINO fp32: 205.1 ms, 30.00" in plot["aria-label"]
+    assert "Time against box AP" in "".join(page.text)
+
+
+def test_ap_of_each_class_is_a_table():
+    document = make_results()
+    for run, shift in zip(document["groups"][0]["runs"], (0, -3)):
+        run["accuracy"] = accuracy_of(40.0 + shift, shift, "loses")
+        task = run["accuracy"]["tasks"]["bbox"]
+        task["classes"] = {f"class {n}": 50.0 + shift * (n % 5) for n in range(30)}
+        task["classes"]["none"] = None
+        if not shift:
+            task["difference"] = None
+    text = page_of(document)
+    assert "box AP by class" in text
+    assert "the 20 classes that lose most, of 31" in text
+    assert text.count("-12.00") == 6
+    assert "class 5" not in text.split("by class")[1].split("the 20 classes")[0].replace(
+        "class 5 ", ""
+    )
