@@ -277,7 +277,7 @@ def _tails(images: int) -> list[float]:
 
     A bootstrap of a few images is too narrow, so they are spread as Student's t is. T. Hesterberg,
     What Teachers Should Know About the Bootstrap, 2015, section 5.3 (expanded percentiles).
-    Simulated for dAP, 95% then cover 87% with 30 images and 95% with 60.
+    Simulated for dAP, what is 95% covers 92% with 20 images, 93% with 30, and 95% with 60.
     """
     if images < 2:
         return [0.0, 100.0]

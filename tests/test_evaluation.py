@@ -218,6 +218,42 @@ def test_a_crash_while_it_is_judged_costs_a_sentence(main, tmp_path, monkeypatch
     assert outcome.code == 0
 
 
+def test_the_images_where_a_run_goes_wrong_are_kept(main, tmp_path, monkeypatch):  # noqa: F811
+    real = evaluation.Worker.ask
+
+    def ask(self, request, *rest):
+        """OpenVINO finds all of one image in another class, and nothing in the others."""
+        answer = real(self, request, *rest)
+        if isinstance(request, protocol.KeepBatch) and "openvino" in request.kept:
+            kept = Path(request.kept)
+            before = dict(kept_images(kept))
+            images = {image: [] for image in before} | {1003: before[1003]}
+            for each in images[1003]:
+                each["category_id"] = 9 if each["category_id"] == 2 else 2
+            kept.write_text("".join(json.dumps(each) + "\n" for each in images.items()))
+        return answer
+
+    monkeypatch.setattr(evaluation.Worker, "ask", ask)
+    outcome = main(*OWN, *DATA, *QUICK, "--backend", "openvino", "--output", tmp_path)
+    torch, openvino = runs_of(tmp_path)
+    assert outcome.code == 0
+    assert torch.accuracy.worst == ()
+    assert openvino.accuracy.verdict == "loses"
+    assert "LOSES AP" in outcome.out
+    by_image = {each.image: each for each in openvino.accuracy.worst}
+    # In one of the four nobody finds anything.
+    assert len(by_image) == 3
+    assert by_image["000010.png"].spurious == 0
+    assert by_image["000010.png"].score_difference is None
+    changed = by_image["000003.png"]
+    assert changed.lost == changed.spurious == changed.classes > 0
+    assert 0.5 < changed.iou <= 1
+    assert (tmp_path / "dataset-1003.png").exists()
+    page = (tmp_path / "report.html").read_text()
+    assert "Where OpenVINO fp32 differs most" in page
+    assert main(*OWN, *DATA, *QUICK, "--backend", "openvino", "--fail-on", "loses-ap").code == 1
+
+
 def test_an_evaluator_that_is_killed_costs_a_sentence(main, tmp_path, monkeypatch):  # noqa: F811
     real = evaluation.Worker.ask
 
