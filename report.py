@@ -441,6 +441,7 @@ def worst_images(groups: Sequence[Group], found: Found, images: Dict[str, bytes]
                 _worst_pair(each, found[each.picture], run, images)
                 for each in (run.accuracy.worst if run.accuracy else ())
                 if each.picture in found
+                and run.label in found[each.picture].runs.get(run.requested_precision, {})
             ]
             if pairs:
                 title = f"Where {run.label} {run.requested_precision} differs most"

@@ -153,6 +153,11 @@ def read(annotations: Path, root: Path, limit: int | None, seed: int) -> Dataset
     complete = tuple(
         _complete(x, number, sizes[x.image_id], name) for number, x in enumerate(taken, start=1)
     )
+    keypoints = max((len(x["keypoints"]) // 3 for x in complete if "keypoints" in x), default=0)
+    if keypoints:
+        for x in complete:  # What has none is ignored, where keypoints are judged.
+            x.setdefault("keypoints", [0.0] * 3 * keypoints)
+            x.setdefault("num_keypoints", 0)
     return Dataset(
         name=name,
         digest=hashlib.sha256(content).hexdigest()[:16],
@@ -161,7 +166,7 @@ def read(annotations: Path, root: Path, limit: int | None, seed: int) -> Dataset
         images=pictures,
         total=len(file.images),
         annotations=complete,
-        keypoints=max((len(x["keypoints"]) // 3 for x in complete if "keypoints" in x), default=0),
+        keypoints=keypoints,
         has_masks=all("segmentation" in x for x in complete),
     )
 

@@ -400,7 +400,9 @@ class Session:
         for name, picture in self._pictures_of(model).items():
             self.found[picture].runs[precision] = measured.found.get(name, {})
         if model.evaluator is not None:
-            self.found.update(model.evaluator.pictures)
+            for name, picture in model.evaluator.pictures.items():
+                kept = self.found[name].runs if name in self.found else {}
+                self.found[name] = replace(picture, runs={**kept, **picture.runs})
         for warning in self._warnings(measured.groups):
             self.progress.say(f"warning: {warning}")
         if measured.interruption is not None:

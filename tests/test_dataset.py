@@ -86,6 +86,14 @@ def test_what_may_be_left_out_is_filled_in(taken, content):
     assert not own.has_masks
 
 
+def test_an_object_without_keypoints_has_none_that_are_visible(taken, content):
+    content["annotations"][2]["keypoints"] = [1, 2, 2, 3, 4, 1, 0, 0, 0]
+    own = taken(content)
+    assert own.keypoints == 3
+    assert [x["num_keypoints"] for x in own.annotations] == [0, 0, 2] + 13 * [0]
+    assert {len(x["keypoints"]) for x in own.annotations} == {9}
+
+
 def test_a_sample_is_drawn_by_the_seed(taken, content):
     drawn = {tuple(x.id for x in taken(content, 2, seed).images) for seed in range(8)}
     assert len(drawn) > 1
