@@ -153,7 +153,10 @@ def read(annotations: Path, root: Path, limit: int | None, seed: int) -> Dataset
     complete = tuple(
         _complete(x, number, sizes[x.image_id], name) for number, x in enumerate(taken, start=1)
     )
-    keypoints = max((len(x["keypoints"]) // 3 for x in complete if "keypoints" in x), default=0)
+    counts = {len(x["keypoints"]) // 3 for x in complete if "keypoints" in x}
+    if len(counts) > 1:
+        raise InputError(f"{name} has objects of {min(counts)} and of {max(counts)} keypoints")
+    keypoints = max(counts, default=0)
     if keypoints:
         for x in complete:  # What has none is ignored, where keypoints are judged.
             x.setdefault("keypoints", [0.0] * 3 * keypoints)

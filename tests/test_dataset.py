@@ -94,6 +94,12 @@ def test_an_object_without_keypoints_has_none_that_are_visible(taken, content):
     assert {len(x["keypoints"]) for x in own.annotations} == {9}
 
 
+def test_objects_with_other_numbers_of_keypoints(refused, content):
+    content["annotations"][2]["keypoints"] = [1, 2, 2]
+    content["annotations"][3]["keypoints"] = [1, 2, 2, 3, 4, 1]
+    assert "objects of 1 and of 2 keypoints" in refused(content)
+
+
 def test_a_sample_is_drawn_by_the_seed(taken, content):
     drawn = {tuple(x.id for x in taken(content, 2, seed).images) for seed in range(8)}
     assert len(drawn) > 1
