@@ -186,7 +186,7 @@ def parser() -> argparse.ArgumentParser:
     ):
         add(
             f"--max-{name}",
-            type=_positive,
+            type=_limit,
             metavar=metavar,
             help=f"recommend no run that takes more {what}",
         )
@@ -262,36 +262,29 @@ def _names(text: str) -> Tuple[str, ...]:
     return names
 
 
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
-    return value
+def _positive(what: str, most: float) -> Callable[[str], float]:
+    """What reads a number above 0.
+
+    Args:
+        what: the number is, for the message.
+        most: that it may be.
+    """
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = 0.0
+        if not 0 < value <= most:
+            raise argparse.ArgumentTypeError(f"'{text}' is not {what}")
+        return value
+
+    return number
 
 
-def _ratio(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a share above 0 and up to 1")
-    return value
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= LONGEST_S:
-        raise argparse.ArgumentTypeError(
-            f"'{text}' is not a number of seconds above 0 and up to a year"
-        )
-    return value
+_seconds = _positive("a number of seconds above 0 and up to a year", LONGEST_S)
+_ratio = _positive("a share above 0 and up to 1", 1.0)
+_limit = _positive("a number above 0", 1e12)
 
 
 def image_size(text: str) -> Tuple[int, int]:
