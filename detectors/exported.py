@@ -75,12 +75,6 @@ class ExportedElsewhere(Export):
     def failure(self, image: Tensor, error: BaseException) -> str:
         """What to say where the file cannot be run on an image."""
         height, width = image.shape[-2:]
-        try:  # Where operations are counted, TorchScript loses the words.
-            with torch.no_grad():
-                self.eager(image)
-        except Exception as plain:
-            plain.__suppress_context__ = True
-            error = plain
         return (
             f"{self.name_of_file} cannot be run on an image of {height}x{width}: "
             f"{first_cause(error)} (if it was made for one size, --image-size, --min-size and "

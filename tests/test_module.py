@@ -21,9 +21,11 @@ from conftest import arrays
 from test_cli import assert_refused, main  # noqa: F401
 from test_example import CONFIG, IMAGES, QUICK, detector  # noqa: F401
 from torch import Tensor, nn
+from torch._higher_order_ops.while_loop import while_loop
 
 import run_blade
 from backends import base
+from backends.torch import count_flops
 from detectors.build import build
 from detectors.exported import guess
 from detectors.inputs import View, inputs, read_image
@@ -100,6 +102,32 @@ class Fragile(Sized):
     def forward(self, image: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
         boxes, classes, scores, size = super().forward(image)
         return boxes + 0 * scores.max(), classes, scores, size
+
+
+class Conditional(Spots):
+    """Takes the second branch of a condition; the first finds spots elsewhere."""
+
+    def forward(self, image: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        image = torch.cond(image.mean() > 300, lambda x: x.flip(-1), lambda x: x.clone(), (image,))
+        return super().forward(image)
+
+
+class Looped(Spots):
+    """Has a loop."""
+
+    def forward(self, image: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        _, image = while_loop(
+            lambda n, x: n < 2, lambda n, x: (n + 1, x.clone()), (torch.tensor(0), image)
+        )
+        return super().forward(image)
+
+
+class Random(Sized):
+    """Draws random numbers, as with a dropout that was left in the mode of training."""
+
+    def forward(self, image: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        boxes, classes, scores, size = super().forward(image)
+        return boxes + 20 * torch.rand_like(boxes), classes, scores, size
 
 
 @pytest.fixture(scope="module")
@@ -547,6 +575,34 @@ def test_a_file_that_fails_where_nothing_is_found(main, files):  # noqa: F811
     )
     row = next(line for line in outcome.out.splitlines() if "| TorchScript |" in line)
     assert "match" in row
+
+
+def test_a_condition_is_held_against_the_branch_that_it_takes(main, picture, tmp_path):  # noqa: F811
+    """To count its operations, PyTorch runs both branches, and gives what the first one gave."""
+    path = tmp_path / "conditional.pt2"
+    torch.export.save(torch.export.export(Conditional(), (picture,)), path)
+    outcome = main("--module", path, "--trust-module", *QUICK, "--backend", "openvino")
+    assert outcome.code == 0, outcome.err
+
+
+def test_a_loop_whose_operations_cannot_be_counted(picture, tmp_path):
+    path = tmp_path / "looped.pt2"
+    torch.export.save(torch.export.export(Looped(), (picture,)), path)
+    module = inspect(path, is_trusted=True)
+    model = Model("spots", path.name, kind=module.kind, module=module)
+    export = build(model, {}, "", dict.fromkeys(TUNING, (picture,)))
+    assert count_flops(export.eager, (picture,)) is None
+    for ours, theirs in zip(export.eager(picture), Spots()(picture)):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_file_that_does_not_reproduce_itself(main, picture, tmp_path):  # noqa: F811
+    path = tmp_path / "random.ts"
+    torch.jit.trace(Random(), picture, check_trace=False).save(str(path))
+    outcome = main("--module", path, *QUICK, "--image-size", "96x128")
+    assert_refused_late(
+        outcome, "--module random.ts does not reproduce itself", "detections", "are lost"
+    )
 
 
 @pytest.mark.parametrize(
