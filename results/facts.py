@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import astuple, fields, replace
 from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence, Tuple
 
+from models import BLANK
 from results.record import Agreement, Cpu, Environment, Group, Results, Stages, Weights
 
 # Objects that synthetic weights find unless something else is asked for.
@@ -67,10 +68,14 @@ def worst(agreements: Mapping[str, Agreement]) -> Agreement:
     """The one that agrees least of several, say at `min`, `opt` and `max`.
 
     One with too few detections to tell counts only where there is no other. Its reason begins with
-    its key, where it has one.
+    its key, where it has one, and where there are several.
     """
     name, agreement = min(agreements.items(), key=lambda item: rank(item[1]))
-    if not agreement.reason:
+    if not agreement.reason or len(agreements) == 1:
+        return agreement
+    if name == BLANK:
+        return replace(agreement, reason=f"on a plain picture: {agreement.reason}")
+    if not set(agreements) - {name, BLANK}:
         return agreement
     return replace(agreement, reason=f"at {name}: {agreement.reason}")
 

@@ -564,6 +564,15 @@ def test_an_onnx_file_that_takes_one_size(main, files, tmp_path):  # noqa: F811
     assert_refused(outcome, "--max-size: fixed.onnx was made for images of 96x128 and no others")
 
 
+def test_one_size_is_checked_once(main, files, tmp_path):  # noqa: F811
+    output = tmp_path / "output"
+    outcome = main("--module", files / "fixed.onnx", *QUICK, "--output", output)
+    assert outcome.code == 0, outcome.err
+    (group,) = load(output / "results.json").groups
+    checked = [set(run.detections) for run in group.runs if run.detections]
+    assert checked == [{"opt", "blank"}]
+
+
 def test_a_file_that_fails_where_nothing_is_found(main, files):  # noqa: F811
     outcome = main(
         *("--module", files / "fragile.ts", *QUICK, "--backend", "torchscript"),
