@@ -80,6 +80,13 @@ class Renamed(Scripted):
         return [{"confidence": scores, "xyxy": boxes, "labels": classes}]
 
 
+class Casting(Scripted):
+    """The same of an image of any type. OpenVINO knows it only where the module is called self."""
+
+    def forward(this, image: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        return this.model(image.float())
+
+
 class Listed(Scripted):
     """The same, of a list of dictionaries."""
 
@@ -151,6 +158,7 @@ def files(picture, tmp_path_factory) -> Path:
     for name, module in (
         ("scripted", Scripted()),
         ("renamed", Renamed()),
+        ("casting", Casting()),
         ("map", Map()),
         ("listed", Listed()),
     ):
@@ -407,6 +415,7 @@ NO_TORCHSCRIPT, NO_PYTHON = "it takes TorchScript, and", "it takes a Python modu
         ("scripted.ts", "torchscript", None),
         ("scripted.ts", "openvino", None),
         ("scripted.ts", "onnxruntime", None),
+        ("casting.ts", "openvino", None),
         ("exported.pt2", "torchscript", f"{NO_TORCHSCRIPT} the file is a program of torch.export"),
         ("exported.pt2", "onnxruntime", f"{NO_TORCHSCRIPT} the file is a program of torch.export"),
         ("exported.pt2", "openvino", None),
