@@ -357,12 +357,23 @@ def _view(options: argparse.Namespace, model: Model) -> View:
     Raises:
         errors.InputError: it resizes them to nothing, or takes no images of the size asked for.
     """
-    if model.module is not None and model.module.size is not None:
-        return _fixed_view(options, model, model.module.size)
+    module = model.module
+    if module is not None and module.size is not None:
+        return _fixed_view(options, model, module.size)
+    ends = View() if module is None else View(least=module.smallest, most=module.largest)
+    for name in ("image_size", "min_size", "max_size"):
+        asked = getattr(options, name)
+        if asked is not None and not ends.takes(asked):
+            raise InputError(
+                f"--{name.replace('_', '-')}: {model.config} takes images {ends.taken}"
+            )
     images = model.input
     if images is None:
-        return View(options.image_size, smallest=options.min_size, largest=options.max_size)
-    view = View(
+        return replace(
+            ends, size=options.image_size, smallest=options.min_size, largest=options.max_size
+        )
+    view = replace(
+        ends,
         size=options.image_size,
         shortest=0 if options.image_size else images.min_size_test,
         longest=images.max_size_test,
