@@ -191,6 +191,7 @@ def pairs(before: Results, after: Results) -> List[Pair]:
         raise InputError("the two files have no run in common: nothing to compare")
     differing = facts.differing(before, after)
     machine, task = (_first_of(names, differing) for names in (MACHINE, TASK))
+    task = task or next(iter(facts.other_files(before.settings, after.settings)), None)
     made = []
     for key in both:
         (old_group, old_run), (new_group, new_run) = old[key], new[key]
@@ -418,6 +419,7 @@ def report(
 ) -> str:
     """The comparison in Markdown: what differs first, then the runs, then what else there is."""
     differences = facts.differences(before, after)
+    differences += facts.other_files(before.settings, after.settings)
     differences += _other_versions(compared, facts.differing(before, after))
     differences = differences or ["nothing that is recorded"]
     for name, results in (("before", before), ("after", after)):
