@@ -288,10 +288,7 @@ class _Onnx(_AsExported):
         super().__init__()
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3  # Errors.
+        options = session_options(torch.get_num_threads())
         self.session = onnxruntime.InferenceSession(
             path, options, providers=["CPUExecutionProvider"]
         )
@@ -301,6 +298,20 @@ class _Onnx(_AsExported):
     def forward(self, image: Tensor) -> Tuple[Tensor, ...]:
         given = {self.input.name: image.numpy().astype(onnx_type(self.input), copy=False)}
         return tuple(torch.from_numpy(np.asarray(x)) for x in self.session.run(None, given))
+
+
+def session_options(threads: int) -> Any:
+    """What all sessions of ONNX Runtime have in common: threads, and no warnings.
+
+    Those of detectors fill screens.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # Errors.
+    return options
 
 
 def onnx_type(port: Any) -> Any:

@@ -170,6 +170,8 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
     if options.threads is not None and options.threads > cores:
         raise InputError(f"--threads {options.threads}: only {cores} cores can be used here")
     threads = options.threads or cores
+    if options.opts and options.config_file is None:
+        raise InputError("--opts goes with --config-file")
     assumed = None
     if options.module is None:
         models, assumed = _with_input(models_of(options), threads, hosts)
@@ -245,10 +247,9 @@ def models_of(options: argparse.Namespace) -> tuple[Model, ...]:
             "nothing else is run"
         )
     if options.config_file is None:
-        for name in ("opts", "min_size", "max_size"):
+        for name in ("min_size", "max_size"):
             if getattr(options, name):
-                also = "" if name == "opts" else " or --module"
-                raise InputError(f"--{name.replace('_', '-')} goes with --config-file{also}")
+                raise InputError(f"--{name.replace('_', '-')} goes with --config-file or --module")
         return tuple(
             MODELS[name] for name in (MODELS if options.all else dict.fromkeys(options.model))
         )
@@ -297,8 +298,6 @@ def module_of(options: argparse.Namespace, threads: int, hosts: Hosts) -> Model:
     ):
         if is_named:
             raise InputError(f"{name} does not go with --module, which has its weights in it")
-    if options.config_file is None and options.opts:
-        raise InputError("--opts goes with --config-file")
     configuration = None
     if options.config_file is not None:
         configuration = read_configuration(options.config_file, options.opts)
