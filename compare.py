@@ -191,6 +191,9 @@ def pairs(before: Results, after: Results) -> List[Pair]:
         raise InputError("the two files have no run in common: nothing to compare")
     differing = facts.differing(before, after)
     machine, task = (_first_of(names, differing) for names in (MACHINE, TASK))
+    others = facts.other_files(before.settings, after.settings)
+    # What is timed on another data set may be the same: the images tell.
+    task = task or next((x for x in others if not x.startswith("--dataset")), None)
     made = []
     for key in both:
         (old_group, old_run), (new_group, new_run) = old[key], new[key]
@@ -437,6 +440,7 @@ def report(
 ) -> str:
     """The comparison in Markdown: what differs first, then the runs, then what else there is."""
     differences = facts.differences(before, after)
+    differences += facts.other_files(before.settings, after.settings)
     differences += _other_versions(compared, facts.differing(before, after))
     differences = differences or ["nothing that is recorded"]
     for name, results in (("before", before), ("after", after)):

@@ -3,11 +3,13 @@
 import argparse
 import re
 import traceback
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Sequence
 
 # Lines in which OpenVINO tells where something went wrong, not what.
 _PLACE = re.compile(r"Exception from|Check '")
 _FRONT_END = "[PyTorch Frontend]"
+# A line longer than this says no more.
+_LONGEST = 300
 # In front of what it has no rule for.
 _ITEM = "-- "
 
@@ -48,11 +50,22 @@ def first_cause(error: BaseException) -> str:
         frames = traceback.extract_tb(error.__traceback__)
         return f"{kind} in {frames[-1].name}()" if frames else kind
     if "TorchScript interpreter" in lines[0] or "Traceback of TorchScript" in str(error):
-        return lines[-1]
-    for line in lines:
+        # Of what was raised without a text, only the kind is known.
+        return re.sub(r"^.*?(\w+):$", r"\1, without a word of why", lines[-1])
+    for number, line in enumerate(lines):
         if line.startswith(_FRONT_END):
-            return line[len(_FRONT_END) :].strip()
+            return _told(lines, number)[len(_FRONT_END) :].strip()
         if line.startswith(_ITEM):
             return f"{kind}: {line[len(_ITEM) :]}"
     told = [line for line in lines if not _PLACE.match(line)]
-    return f"{kind}: {(told or lines)[0]}"
+    return f"{kind}: {_told(told or lines, 0)}"
+
+
+def _told(lines: Sequence[str], number: int) -> str:
+    """A line; of one that announces something, what it announces, too."""
+    told = lines[number]
+    for line in lines[number + 1 :]:
+        if not told.endswith(":") or len(told) > _LONGEST:
+            break
+        told += f" {line}"
+    return told if len(told) <= _LONGEST else f"{told[: _LONGEST - 3]}..."

@@ -31,15 +31,21 @@ class Module:
         kind: `torchscript`; `exported`, by torch.export; `compiled`, by AOTInductor; or `onnx`.
         digest: tells it from others, what lies beside it included.
         fields: names of the tensors that it gives for an image; empty: not known yet.
-        size: height and width of the only images that it takes; None: it takes several, or does not
-            tell.
+        smallest, largest: height and width of the images that it takes; None: of any size, or it
+            does not tell.
     """
 
     path: str
     kind: str
     digest: str
     fields: Tuple[str, ...] = ()
-    size: Optional[Tuple[int, int]] = None
+    smallest: Optional[Tuple[int, int]] = None
+    largest: Optional[Tuple[int, int]] = None
+
+    @property
+    def size(self) -> Optional[Tuple[int, int]]:
+        """Height and width of the only images that it takes, if there is but one size."""
+        return self.smallest if self.smallest == self.largest else None
 
 
 @dataclass(frozen=True)

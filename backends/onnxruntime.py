@@ -261,10 +261,9 @@ def create_session(graph: bytes, providers: Sequence[Any], threads: int) -> Any:
     """
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors; warnings of these models fill screens
+    from detectors.exported import session_options
+
+    options = session_options(threads)
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
         return onnxruntime.InferenceSession(graph, options, providers=list(providers))

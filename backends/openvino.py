@@ -22,6 +22,8 @@ CALIBRATION_IMAGES = 4
 HEAVY_LAYERS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
 # What they are called in a model that is not yet compiled.
 HEAVY_OPERATORS = ("Convolution", "ConvolutionBackpropData", "MatMul")
+# How the CPU plugin says that it has no such operator, or not for such types.
+_NOT_HAD = "Unsupported operation"
 NO_LAYERS = ("Const", "Input", "Output", "Reorder", "Parameter", "Result")
 
 
@@ -187,6 +189,8 @@ def convert(module: Any, export: Export) -> Any:
     for port, smallest, largest in bounds:
         shape = openvino.PartialShape([3, *zip(smallest, largest)])
         port.get_node().set_partial_shape(shape)
+        if port.get_element_type().is_dynamic():  # Of some scripted modules.
+            port.get_node().set_element_type(openvino.Type.f32)
     model.validate_nodes_and_infer_types()
     _keep_regions_exact(model)
     return model
@@ -208,6 +212,9 @@ def compile_model(model: Any, precision: str, threads: int, cache: Optional[Path
 
     Args:
         cache: directory that compiled models are kept in and taken from.
+
+    Raises:
+        errors.Unsupported: the CPU plugin does not have one of its operators.
     """
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
@@ -216,7 +223,12 @@ def compile_model(model: Any, precision: str, threads: int, cache: Optional[Path
     }
     if cache is not None:
         settings["CACHE_DIR"] = str(cache)
-    return _core().compile_model(model, "CPU", settings)
+    try:
+        return _core().compile_model(model, "CPU", settings)
+    except RuntimeError as error:
+        if _NOT_HAD not in str(error):
+            raise
+        raise Unsupported(f"OpenVINO cannot compile the model: {first_cause(error)}") from error
 
 
 @functools.lru_cache(maxsize=None)

@@ -93,28 +93,25 @@ def autocasting(precision: str, device: str) -> Optional[Callable[[], ContextMan
 
 
 def count_flops(module: Callable, images: Tuple[Any, ...]) -> Optional[int]:
-    """Floating-point operations of a call, see `call_and_count`."""
-    return call_and_count(module, images)[1]
-
-
-def call_and_count(
-    module: Callable, images: Tuple[Any, ...]
-) -> Tuple[Tuple[Any, ...], Optional[int]]:
-    """What a call gives, and its floating-point operations.
+    """Floating-point operations of a call.
 
     These are two for each multiply-add of a convolution or product, as `torch.utils.flop_counter`
-    counts them, nothing else counted; None before PyTorch 2.1, which does not have it.
+    counts them, nothing else counted; None where it cannot: before PyTorch 2.1, which does not have
+    it, and of loops (`while_loop`). What the module gives meanwhile is of no use: of `torch.cond`
+    both branches are run, and what comes out is always that of the first.
     """
     import torch
 
-    with torch.no_grad():
+    try:
+        from torch.utils.flop_counter import FlopCounterMode
+    except ImportError:
+        return None
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         try:
-            from torch.utils.flop_counter import FlopCounterMode
-        except ImportError:
-            return module(*images), None
-        with FlopCounterMode(display=False) as counter:
-            outputs = module(*images)
-        return outputs, int(counter.get_total_flops())
+            module(*images)
+        except Exception:  # Other calls of the module do not fail.
+            return None
+    return int(counter.get_total_flops())
 
 
 # What PyTorch's profiler calls operators that have kernels of lower precision, fused ones included.

@@ -270,7 +270,9 @@ def _is_real(tensor: Tensor) -> bool:
     return tensor.is_floating_point()
 
 
-def load_into(model: nn.Module, state: Dict[str, Tensor], source: str) -> None:
+def load_into(
+    model: nn.Module, state: Dict[str, Tensor], source: str, has_keys: bool = True
+) -> None:
     """Loads a state dict into a model: every key and every shape has to fit.
 
     Exempt are the keys that Detectron2 ignores or fills in (`_is_ignored`, `_frozen_statistics`).
@@ -281,6 +283,7 @@ def load_into(model: nn.Module, state: Dict[str, Tensor], source: str) -> None:
         model: any Detectron2-compatible module, bundled or Detectron2's own.
         state: parameter name -> tensor, from `read`.
         source: what the error message calls the checkpoint.
+        has_keys: whether a configuration with Detectron2's keys could make it fit.
 
     Raises:
         InputError: the checkpoint belongs to another architecture, has other classes, or has whole
@@ -294,7 +297,8 @@ def load_into(model: nn.Module, state: Dict[str, Tensor], source: str) -> None:
         compared = {
             key: value for key, value in own.items() if not _is_ignored(key) or key in state
         }
-        raise InputError(f"checkpoint {source} {explain(compared, state, '; '.join(differences))}")
+        told = explain(compared, state, "; ".join(differences), has_keys)
+        raise InputError(f"checkpoint {source} {told}")
     for key, value in state.items():
         if own[key].is_floating_point() and not _is_real(value):
             raise InputError(

@@ -126,7 +126,8 @@ def _run(own: Detectron2Model) -> DictConfig:
 
 def _of_program(own: Detectron2Model) -> nn.Module:
     config = _run(own)
-    with _told(f"Detectron2 cannot build {own.name}"):
+    overrides = " ".join(f"{key}={value}" for key, value in own.settings)
+    with _told(f"Detectron2 cannot build {own.name}" + f" with {overrides}" * bool(overrides)):
         detector = instantiate(config.model)
     if not isinstance(detector, nn.Module):
         raise InputError(f"the model of {own.name} is no PyTorch module")

@@ -6,6 +6,7 @@ does not have says so in its row.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 from typing import Any, Callable, Dict, List, Sequence, Tuple
@@ -75,17 +76,21 @@ class ExportedElsewhere(Export):
     def failure(self, image: Tensor, error: BaseException) -> str:
         """What to say where the file cannot be run on an image."""
         height, width = image.shape[-2:]
-        try:  # Where operations are counted, TorchScript loses the words.
-            with torch.no_grad():
-                self.eager(image)
-        except Exception as plain:
-            plain.__suppress_context__ = True
-            error = plain
-        return (
-            f"{self.name_of_file} cannot be run on an image of {height}x{width}: "
-            f"{first_cause(error)} (if it was made for one size, --image-size, --min-size and "
-            "--max-size are to be that one)"
-        )
+        problem = f"{self.name_of_file} cannot be run on an image of {height}x{width}"
+        for what, other in (
+            ("a batch of images, 1 x 3 x H x W, where one of 3 x H x W is given", image[None]),
+            ("an image of uint8, where one of float32 is given", image.to(torch.uint8)),
+        ):
+            with contextlib.suppress(Exception), torch.no_grad():
+                self.eager(other)
+                return f"{problem}: it takes {what}"
+        hint = ""
+        if self.kind in ("torchscript", "compiled"):  # Of others the sizes are known.
+            hint = (
+                " (if it was made for one size, --image-size, --min-size and --max-size are to be "
+                "that one)"
+            )
+        return f"{problem}: {first_cause(error)}{hint}"
 
     @property
     def compared_fields(self) -> Tuple[str, ...]:
@@ -110,7 +115,7 @@ class ExportedElsewhere(Export):
             raise Unsupported(f"it takes TorchScript, and the file is {KINDS[self.kind]}")
         if isinstance(self.eager, torch.jit.ScriptModule):
             return self.eager
-        if isinstance(self.eager, _OfDictionaries) and not self.eager.in_tuple:
+        if isinstance(self.eager, _OfDictionaries) and self.eager.call is _in_list:
             # Tracing a call with a list of them takes the image for a constant.
             raise Unsupported(
                 "it takes an image, and the file takes a list of dictionaries, which is not traced"
@@ -166,17 +171,34 @@ def _load_torchscript(path: str) -> nn.Module:
     arguments = module.forward.schema.arguments[1:]
     required = [x for x in arguments if not x.has_default_value()]
     kind = str(required[0].type) if len(required) == 1 else ""
-    if kind == "Tensor" and str(module.forward.schema.returns[0].type) == "Tensor":
+    gives = str(module.forward.schema.returns[0].type)
+    if kind == "Tensor" and getattr(module, "training", False):
+        module = module.eval()
+    if kind == "Tensor" and gives == "Tensor":
         return _OfOne(module)
+    if kind == "Tensor" and _DICTIONARY.search(gives):
+        return _OfDictionaries(module, lambda image: image)
     if kind == "Tensor":
-        return module.eval() if getattr(module, "training", False) else module
-    if re.search(r"Dict[\[(]str, Tensor[\])]", kind):
-        return _OfDictionaries(module, in_tuple=kind.startswith("Tuple"))
+        return module
+    if _DICTIONARY.search(kind):
+        return _OfDictionaries(module, _in_tuple if kind.startswith("Tuple") else _in_list)
     takes = ", ".join(f"{x.name}: {x.type}" for x in arguments) or "nothing"
     raise InputError(
         f"--module {file_name(path)} takes {takes}: it is to take an image, or a list of "
         "Detectron2's dictionaries with an image"
     )
+
+
+# As TorchScript and Python write the type.
+_DICTIONARY = re.compile(r"Dict[\[(]str, Tensor[\])]")
+
+
+def _in_tuple(image: Tensor) -> Tuple[Dict[str, Tensor], ...]:
+    return ({"image": image},)
+
+
+def _in_list(image: Tensor) -> List[Dict[str, Tensor]]:
+    return [{"image": image}]
 
 
 class _AsExported(nn.Module):
@@ -199,43 +221,64 @@ class _OfOne(_AsExported):
 
 
 class _OfDictionaries(_AsExported):
-    """A scripted detector as Detectron2 exports it: dictionaries in, dictionaries of fields out."""
+    """A scripted module that gives a dictionary of fields, or, as Detectron2 has it, a list of one.
 
-    def __init__(self, module: torch.jit.ScriptModule, in_tuple: bool) -> None:
+    Attributes:
+        call: makes of an image what the module takes.
+        names: of the fields, in the order of Detectron2's tracing.
+    """
+
+    def __init__(self, module: torch.jit.ScriptModule, call: Callable[[Tensor], Any]) -> None:
         super().__init__()
         self.module = module
-        self.in_tuple = in_tuple
+        self.call = call
         self.names: Tuple[str, ...] = ()
 
     def forward(self, image: Tensor) -> Tuple[Tensor, ...]:
-        call = [{"image": image}]
-        found = self.module(tuple(call) if self.in_tuple else call)[0]
-        # In the order of Detectron2's tracing.
+        found = self.module(self.call(image))
+        found = found if isinstance(found, dict) else found[0]
         self.names = self.names or tuple(sorted(found))
         return tuple(found[name] for name in self.names)
 
 
-class _Program(_AsExported):
+class _OfExport(_AsExported):
+    """What was made by `torch.export`: gives a tensor, several, or a dictionary of them.
+
+    Attributes:
+        names: of the fields, where it gives a dictionary.
+    """
+
+    call: Callable[[Tensor], Any]
+    names: Tuple[str, ...] = ()
+
+    def forward(self, image: Tensor) -> Tuple[Tensor, ...]:
+        found = self.call(image)
+        if isinstance(found, dict):
+            self.names = tuple(found)
+        return _flat(found)
+
+
+class _Program(_OfExport):
     """A program of torch.export."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
         self.program = torch.export.load(path)
-        self.module = self.program.module()
+        takes = self.program.graph_signature.user_inputs
+        if len(takes) != 1:
+            raise InputError(
+                f"--module {file_name(path)} takes {', '.join(map(str, takes)) or 'nothing'}: it "
+                "is to take an image"
+            )
+        self.call = self.program.module()
 
-    def forward(self, image: Tensor) -> Tuple[Tensor, ...]:
-        return _flat(self.module(image))
 
-
-class _Compiled(_AsExported):
+class _Compiled(_OfExport):
     """A package of AOTInductor."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
-        self.package = torch._inductor.aoti_load_package(path)
-
-    def forward(self, image: Tensor) -> Tuple[Tensor, ...]:
-        return _flat(self.package(image))
+        self.call = torch._inductor.aoti_load_package(path)
 
 
 class _Onnx(_AsExported):
@@ -245,10 +288,7 @@ class _Onnx(_AsExported):
         super().__init__()
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3  # Errors.
+        options = session_options(torch.get_num_threads())
         self.session = onnxruntime.InferenceSession(
             path, options, providers=["CPUExecutionProvider"]
         )
@@ -260,6 +300,20 @@ class _Onnx(_AsExported):
         return tuple(torch.from_numpy(np.asarray(x)) for x in self.session.run(None, given))
 
 
+def session_options(threads: int) -> Any:
+    """What all sessions of ONNX Runtime have in common: threads, and no warnings.
+
+    Those of detectors fill screens.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # Errors.
+    return options
+
+
 def onnx_type(port: Any) -> Any:
     """The NumPy type of the images that a session takes."""
     kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
@@ -269,6 +323,8 @@ def onnx_type(port: Any) -> Any:
 
 
 def _flat(found: Any) -> Tuple[Tensor, ...]:
+    if isinstance(found, dict):
+        return tuple(found.values())
     return tuple(found) if isinstance(found, (tuple, list)) else (found,)
 
 

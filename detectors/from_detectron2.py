@@ -29,14 +29,18 @@ def check_weights(own: Detectron2Model, state: Dict[str, Tensor], weights_name: 
     Raises:
         errors.InputError: they do not, or Detectron2 cannot build it.
     """
-    load_into(detector_of(own), state, weights_name)
+    _loaded(own, state, weights_name)
+
+
+def _loaded(own: Detectron2Model, state: Dict[str, Tensor], weights_name: str) -> nn.Module:
+    detector = detector_of(own)
+    load_into(detector, state, weights_name, has_keys=own.program is None)
+    return detector
 
 
 def _detector(model: Model, state: Dict[str, Tensor], weights_name: str) -> nn.Module:
     if model.detectron2 is not None:
-        detector = detector_of(model.detectron2)
-        load_into(detector, state, weights_name)
-        return detector
+        return _loaded(model.detectron2, state, weights_name)
     config = model_zoo.get_config(model.config + ".yaml")
     config.MODEL.DEVICE = "cpu"
     config.MODEL.WEIGHTS = ""

@@ -59,6 +59,7 @@ class View:
         longest: length that the longer edge has at most, where there is resizing.
         format: the order of the channels, `BGR` or `RGB`.
         smallest, largest: the sizes of `min` and `max`; None: see `view_sizes`.
+        least, most: sizes that `min` and `max` stay between, as a file takes no others; None: any.
     """
 
     size: Optional[Size] = None
@@ -67,6 +68,19 @@ class View:
     format: str = "BGR"
     smallest: Optional[Size] = None
     largest: Optional[Size] = None
+    least: Optional[Size] = None
+    most: Optional[Size] = None
+
+    def takes(self, size: Size) -> bool:
+        """Whether a size lies between `least` and `most`."""
+        least, most = self.least or size, self.most or size
+        return all(a <= b <= c for a, b, c in zip(least, size, most))
+
+    @property
+    def taken(self) -> str:
+        """What lies between `least` and `most`, in words."""
+        least, most = ("x".join(map(str, x or ())) for x in (self.least, self.most))
+        return " ".join(filter(None, (least and f"from {least}", most and f"up to {most}")))
 
     def resized(self, size: Sequence[int]) -> Size:
         """The size that an image is resized to: the rule of Detectron2's predictor.
@@ -178,6 +192,13 @@ def read_images(paths: Sequence[Path], view: View, seed: int) -> List[np.ndarray
     # Small ones that are enlarged will do.
     least = 1 if view.shortest else SMALLEST_SIDE
     images = [read_image(path, view.size, least) for path in paths or (None,)]
+    for path, image in zip(paths or (default_image(),), images):
+        own = view.resized(image.shape[-2:])
+        if not view.takes(own):
+            raise InputError(
+                f"image {path} has {own[0]}x{own[1]} pixels, and the file takes images "
+                f"{view.taken}: give an --image-size"
+            )
     ranges = view_sizes(images, view, seed)
     smallest, largest = ranges["min"], ranges["max"]
     for path, image in zip(paths or (default_image(),), images):
@@ -307,8 +328,14 @@ def view_sizes(images: Sequence[Any], view: View, seed: int) -> Dict[str, Size]:
         ranges["min"] = smallest[0], smallest[1]
         ranges["max"] = max(x[0] for x in sizes), max(x[1] for x in sizes)
         ranges[TURNED] = sizes[0][::-1] if _is_elongated(sizes[0]) else view.resized(shapes[2])
-    ranges["min"] = view.smallest or ranges["min"]
-    ranges["max"] = view.largest or ranges["max"]
+    for name, wanted, end, choose in (
+        ("min", view.smallest, view.least, max),
+        ("max", view.largest, view.most, min),
+    ):
+        ranges[name] = wanted or ranges[name]
+        if end is not None:
+            height, width = map(choose, ranges[name], end)
+            ranges[name] = height, width
     if any(a > b for a, b in zip(ranges["min"], ranges["max"])):
         smallest, largest = ("x".join(map(str, ranges[name])) for name in ("min", "max"))
         raise InputError(f"no image fits between {smallest} and {largest} (--min-size, --max-size)")

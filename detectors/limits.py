@@ -38,7 +38,8 @@ RANGES: Dict[str, Range] = {
     "nms_thresh": ANY,
     "conv_dims": (-1, COUNT[1]),
     "num_classes": COUNT,
-    "score_thresh_test": ANY,
+    # Below 0 everything is listed, and from 1 on nothing.
+    "score_thresh_test": (ANY[0], 1 - 1e-9),
     "nms_thresh_test": ANY,
     "pooler_resolution": (1, 1000),
     "pooler_sampling_ratio": REPEATS,

@@ -466,13 +466,14 @@ def _only_classes(own: State, state: State) -> bool:
     )
 
 
-def explain(own: State, state: State, differences: str) -> str:
+def explain(own: State, state: State, differences: str, has_keys: bool = True) -> str:
     """What a checkpoint that does not fit is, and which keys would make it fit.
 
     Args:
         own: of the detector.
         state: of the checkpoint.
         differences: the same in numbers of keys.
+        has_keys: whether the detector is made of a configuration with such keys.
 
     Returns:
         What comes after the name of the checkpoint in a sentence.
@@ -482,7 +483,8 @@ def explain(own: State, state: State, differences: str) -> str:
         return other
     findings = _findings(own, state)[:MOST]
     if not findings:
-        return f"belongs to another architecture ({differences}); {HINT}"
+        hint = f"; {HINT}" if has_keys else ""
+        return f"belongs to another architecture ({differences}){hint}"
     *first, last = (finding.setting for finding in findings)
     settings = f"{', '.join(first)} and {last}" if first else last
     if len(findings) == 1 and list(_classes(own, state)) and _only_classes(own, state):
@@ -490,4 +492,4 @@ def explain(own: State, state: State, differences: str) -> str:
     else:
         told = "; ".join(finding.what for finding in findings)
         told = f"belongs to another architecture: {told} ({differences})"
-    return f"{told}: is {settings}? ({HINT})"
+    return f"{told}: is {settings}? ({HINT})" if has_keys else told

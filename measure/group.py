@@ -500,7 +500,8 @@ class Measurement:
                 outputs[name] = self.detect(run, name, folder)
             except (RunFailed, InputError, Unsupported, OSError, ValueError) as error:
                 reason = getattr(error, "strerror", None) or error
-                where = f"while its detections were computed at {name}"
+                several = len(self.inputs_to_check(run)) > 1
+                where = "while its detections were computed" + f" at {name}" * several
                 run.give_up("failed", f"{WHERE_NOTHING_IS if name == BLANK else where}: {reason}")
                 return
         if self.plan.costs:
@@ -556,7 +557,10 @@ class Measurement:
     def inputs_to_check(self, run: Running) -> list[str]:
         """Inputs that a run is called with once more: those it was just timed on come first."""
         timed, sizes = self.model.facts.timed, self.model.facts.sizes
-        others = [name for name in sizes if name not in (*timed, BLANK)]
+        # Of one size they are the image of `opt` itself: a file may take no other.
+        others = [
+            name for name in sizes if name not in (*timed, BLANK) and sizes[name] != sizes["opt"]
+        ]
         if self.is_reference(run):
             return others if self.times_sizes else []
         return [*timed, *others, *(name for name in sizes if name == BLANK)]

@@ -178,6 +178,8 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
     if options.threads is not None and options.threads > cores:
         raise InputError(f"--threads {options.threads}: only {cores} cores can be used here")
     threads = options.threads or cores
+    if options.opts and options.config_file is None:
+        raise InputError("--opts goes with --config-file")
     assumed = None
     if options.module is None:
         models, assumed = _with_input(models_of(options), threads, hosts)
@@ -295,7 +297,8 @@ def _view_of(dataset: Dataset, view: View, images: Sequence[Path]) -> View:
         errors.InputError: one of them cannot be read.
     """
     sizes = [picture.size for picture in dataset.images]
-    sizes += [image.shape[-2:] for image in inputs.read_images(images, view, 0)]
+    # Whether these lie in the range is seen when that is known.
+    sizes += [inputs.read_image(path, view.size, least=1).shape[-2:] for path in images]
     resized = np.array([view.resized(size) for size in sizes])
     smallest, largest = resized.min(axis=0).tolist(), resized.max(axis=0).tolist()
     least = inputs.SMALLEST_SIDE
@@ -320,10 +323,9 @@ def models_of(options: argparse.Namespace) -> tuple[Model, ...]:
             "nothing else is run"
         )
     if options.config_file is None:
-        for name in ("opts", "min_size", "max_size"):
+        for name in ("min_size", "max_size"):
             if getattr(options, name):
-                also = "" if name == "opts" else " or --module"
-                raise InputError(f"--{name.replace('_', '-')} goes with --config-file{also}")
+                raise InputError(f"--{name.replace('_', '-')} goes with --config-file or --module")
         return tuple(
             MODELS[name] for name in (MODELS if options.all else dict.fromkeys(options.model))
         )
@@ -372,8 +374,6 @@ def module_of(options: argparse.Namespace, threads: int, hosts: Hosts) -> Model:
     ):
         if is_named:
             raise InputError(f"{name} does not go with --module, which has its weights in it")
-    if options.config_file is None and options.opts:
-        raise InputError("--opts goes with --config-file")
     configuration = None
     if options.config_file is not None:
         configuration = read_configuration(options.config_file, options.opts)
@@ -432,14 +432,25 @@ def _view(options: argparse.Namespace, model: Model) -> View:
     Raises:
         errors.InputError: it resizes them to nothing, or takes no images of the size asked for.
     """
-    if model.module is not None and model.module.size is not None:
-        return _fixed_view(options, model, model.module.size)
+    module = model.module
+    if module is not None and module.size is not None:
+        return _fixed_view(options, model, module.size)
+    ends = View() if module is None else View(least=module.smallest, most=module.largest)
+    for name in ("image_size", "min_size", "max_size"):
+        asked = getattr(options, name)
+        if asked is not None and not ends.takes(asked):
+            raise InputError(
+                f"--{name.replace('_', '-')}: {model.config} takes images {ends.taken}"
+            )
     images = model.input
     if images is None and options.dataset is not None and model.module is None:
         images = Input()  # Of the model zoo, whose test models see images as they are else.
     if images is None:
-        return View(options.image_size, smallest=options.min_size, largest=options.max_size)
-    view = View(
+        return replace(
+            ends, size=options.image_size, smallest=options.min_size, largest=options.max_size
+        )
+    view = replace(
+        ends,
         size=options.image_size,
         shortest=0 if options.image_size else images.min_size_test,
         longest=images.max_size_test,

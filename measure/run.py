@@ -121,7 +121,9 @@ def prepare_model(request: protocol.PrepareModel) -> protocol.ModelFacts:
     Raises:
         errors.InputError: image or weights cannot be had.
     """
-    from backends.torch import call_and_count
+    import torch
+
+    from backends.torch import count_flops
     from detectors import build, inputs
     from models import BLANK, timed
 
@@ -134,16 +136,18 @@ def prepare_model(request: protocol.PrepareModel) -> protocol.ModelFacts:
     weights = build.find_weights(model, request.weights, calls, request.detections, request.seed)
     _save_arrays(folder / "state.npz", _arrays(weights.state))
     export = build.build(model, weights.state, weights.name, calls, request.source)
-    flops = {}
     for name, call in calls.items():
-        with _told(export, call):
-            found, flops[name] = call_and_count(export.eager, call)
+        with _told(export, call), torch.no_grad():
+            found = export.eager(*call)
             _check_detections(export, found, call)
+            if name == "opt":
+                _check_repeats(export, found, call)
             found = export.completed(found, call)
         _save_outputs(folder / f"reference-{name}.npz", found)
     blank_failure = None
     try:
-        blank = _blank(export, inputs.plain(calls["min"]))
+        with torch.no_grad():
+            blank = _blank(export, inputs.plain(calls["min"]))
         if blank is not None:
             calls[BLANK], found = blank
             found = export.completed(found, calls[BLANK])
@@ -157,7 +161,7 @@ def prepare_model(request: protocol.PrepareModel) -> protocol.ModelFacts:
     return protocol.ModelFacts(
         sizes=inputs.describe_sizes(calls),
         timed=tuple(names),
-        flops={name: flops[name] for name in names},
+        flops={name: count_flops(export.eager, calls[name]) for name in names},
         image_digests={name: inputs.digest(x.numpy() for x in calls[name]) for name in names},
         weights=weights.record,
         fields=export.compared_fields,
@@ -170,13 +174,11 @@ def prepare_model(request: protocol.PrepareModel) -> protocol.ModelFacts:
 
 def _blank(export: Any, plain: Iterable[Tuple[Any, ...]]) -> Optional[Tuple[Any, Any]]:
     """The first of some calls in which nothing is found, and what it gives; None: there is none."""
-    from backends.torch import call_and_count
-
     # A proposal network always proposes something, and a map labels each pixel of any picture.
     if "scores" not in export.fields:
         return None
     for call in plain:
-        found, _ = call_and_count(export.eager, call)
+        found = export.eager(*call)
         if not any(len(found[at]) for at in _places("scores", export.fields, found)):
             return call, found
     return None
@@ -225,6 +227,33 @@ def _check_detections(export: Any, found: Any, call: Tuple[Any, ...]) -> None:
             f"{export.name_of_file} gives no detections, taken for {fields}: {error} (--fields "
             "says what they are)"
         ) from None
+
+
+def _check_repeats(export: Any, found: Any, call: Tuple[Any, ...]) -> None:
+    """Makes sure that what the suite has not built itself finds the same once more.
+
+    Else whatever differs would be put down to an engine.
+
+    Raises:
+        errors.InputError: it does not.
+    """
+    from measure import verify
+
+    model = export.model
+    if model.module is None and model.detectron2 is None:
+        return
+    both = [
+        list(_arrays({str(place): x for place, x in enumerate(each)}).values())
+        for each in (export.completed(x, call) for x in (found, export.eager(*call)))
+    ]
+    # What a list may hold at all is another question.
+    agreement = verify.verify(*both, export.compared_fields, "fp32", None, None)
+    if agreement.is_wrong:
+        name = model.config if model.module is None else export.name_of_file
+        raise InputError(
+            f"{name} does not reproduce itself, so that no engine can be held against it: called "
+            f"with the same image again, it finds something else ({agreement.reason})"
+        )
 
 
 def _places(field: str, fields: Tuple[str, ...], outputs: Any) -> range:

@@ -165,7 +165,7 @@ class Session:
         earlier = load(output / RESULTS)
         ignored = ("memory_mb", "kernel", "cpu.governor")
         differing = facts.differences(earlier, self.empty, ignored)
-        differing += self._other_files(earlier.settings)
+        differing += facts.other_files(earlier.settings, self.empty.settings)
         differing += self._other_images(earlier.groups)
         differing += self._other_environments(earlier.groups)
         if differing:
@@ -177,20 +177,6 @@ class Session:
         self.aa, self.peaks = earlier.aa, earlier.peaks
         self.earlier = earlier if self.groups else None
         self.found = load_found(output)
-
-    def _other_files(self, earlier: Settings) -> list[str]:
-        """Whether a file is another than that of earlier settings."""
-        found = []
-        for name, option in (
-            ("weights_digest", "--weights"),
-            ("config_digest", "--config-file"),
-            ("module_digest", "--module"),
-            ("dataset_digest", "--dataset"),
-        ):
-            digests = (getattr(earlier, name), getattr(self.empty.settings, name))
-            if None not in digests and digests[0] != digests[1]:
-                found.append(f"{option}: another file of the same name")
-        return found
 
     def _other_images(self, kept: Sequence[Group]) -> list[str]:
         """Whether groups were measured on other images, by whatever name."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import astuple, fields, replace
 from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from results.record import Agreement, Cpu, Environment, Group, Results, Stages, Weights
+from models import BLANK, timed
+from results.record import Agreement, Cpu, Environment, Group, Results, Settings, Stages, Weights
 
 # Objects that synthetic weights find unless something else is asked for.
 OBJECTS = 100
@@ -68,10 +69,17 @@ def worst(agreements: Mapping[str, Agreement]) -> Agreement:
     """The one that agrees least of several, say at `min`, `opt` and `max`.
 
     One with too few detections to tell counts only where there is no other. Its reason begins with
-    its key, where it has one.
+    its key, where it has one, and where there are several.
     """
-    name, agreement = min(agreements.items(), key=lambda item: rank(item[1]))
-    if not agreement.reason:
+    # Of several that agree as well, what was timed.
+    name, agreement = min(
+        agreements.items(), key=lambda item: (rank(item[1]), not timed([item[0]]))
+    )
+    if not agreement.reason or len(agreements) == 1:
+        return agreement
+    if name == BLANK:
+        return replace(agreement, reason=f"on a plain picture: {agreement.reason}")
+    if not set(agreements) - {name, BLANK}:
         return agreement
     return replace(agreement, reason=f"at {name}: {agreement.reason}")
 
@@ -113,6 +121,22 @@ def differing(before: Results, after: Results) -> List[str]:
     old, new = facts(before), facts(after)
     names = dict.fromkeys([*old, *new])
     return [name for name in names if _differs(name, old.get(name), new.get(name))]
+
+
+def other_files(before: Settings, after: Settings) -> List[str]:
+    """Which files are others, though they are called the same, a line each."""
+    found = []
+    for name, digest in (
+        ("weights", "weights_digest"),
+        ("config_file", "config_digest"),
+        ("module", "module_digest"),
+        ("dataset", "dataset_digest"),
+    ):
+        digests = {getattr(before, digest), getattr(after, digest)}
+        same_name = getattr(before, name) == getattr(after, name)
+        if same_name and None not in digests and len(digests) == 2:
+            found.append(f"--{name.replace('_', '-')}: another file of the same name")
+    return found
 
 
 def _differs(name: str, old: Any, new: Any) -> bool:

@@ -696,6 +696,10 @@ def cases_table(groups: Sequence[Group]) -> Table:
             *left("Speedup", "Detections"),
         ),
         rows=tuple(_case_cells(group, run, several) for group, run in lines),
+        notes=(
+            "found: in the image itself; Detections: the worst of all sizes at which it was "
+            "compared",
+        ),
     )
 
 

@@ -472,6 +472,20 @@ def test_inductor_says_when_it_compiled_again():
 
 
 @needs_openvino
+def test_openvino_says_what_its_plugin_does_not_have():
+    """An image of no type."""
+    import openvino
+    from openvino import opset13 as ops
+
+    from backends.openvino import compile_model
+
+    image = ops.parameter([3, 8, 8], openvino.Type.dynamic)
+    model = openvino.Model([ops.convert(image, "f32")], [image], "cast")
+    with pytest.raises(Unsupported, match=r"^OpenVINO cannot compile the model: .*Convert"):
+        compile_model(model, "fp32", 1)
+
+
+@needs_openvino
 def test_openvino_quantizes_the_heavy_layers_and_finds_the_objects():
     pytest.importorskip("nncf")
     optimized = engine("testRetinaNet", "openvino", "int8")

@@ -234,6 +234,7 @@ OTHER_SIZE = {"opt": [[32, 32]]}
         (lambda d: d["settings"].update(device="cuda"), "--device differs"),
         (lambda d: d["settings"].update(weights="mine.pth"), "--weights differs"),
         (lambda d: d["settings"].update(config_digest="b"), "configuration differs"),
+        (lambda d: d["settings"].update(module_digest="b"), "--module: another file of the same"),
         (lambda d: d["groups"][0].update(image_digest="b"), "image digest differs"),
         (lambda d: d["groups"][0].update(image_sizes=OTHER_SIZE), "image sizes differs"),
     ],
@@ -242,6 +243,7 @@ def test_what_is_not_comparable_is_refused(command, change, words):
     before, after = measured(0), measured(1)
     for document in (before, after):
         document["groups"][0]["image_digest"] = "a"
+        document["settings"].update(module="m.ts", module_digest="a")
         document["environment"]["gpu"] = "A"
         document["environment"]["cpu"]["flags"] = ["fma", "avx2", "avx512f"]
     change(after)

@@ -101,6 +101,22 @@ def test_the_first_image_of_the_data_set_is_timed(measured):
     assert group.evaluated.images == 4
 
 
+def test_engines_are_made_for_the_images_that_are_timed_too(main, tmp_path):  # noqa: F811
+    from PIL import Image
+
+    tall = tmp_path / "tall.png"
+    with Image.open(IMAGES / "000003.png") as image:
+        image.resize((100, 200)).save(tall)
+    asked = (*OWN, *DATA, *QUICK, "--backend", "torch", "--image", IMAGES / "000010.png", tall)
+    outcome = main(*asked, "--output", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    group = load(tmp_path / "out" / "results.json").groups[0]
+    assert group.image_sizes["image 2"] == ((320, 160),)
+    assert group.image_sizes["min"] == ((160, 160),)
+    assert group.image_sizes["max"] == ((320, 200),)
+    assert group.evaluated.images == 4
+
+
 def test_images_that_do_not_fit_or_cannot_be_read_are_left_out_on_all_sides(main, tmp_path):  # noqa: F811
     data = data_with(tmp_path / "data")
     (tmp_path / "data" / "000010.png").write_bytes(b"no image")

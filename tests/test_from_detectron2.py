@@ -416,6 +416,9 @@ def test_a_lazy_configuration_from_the_command_line(main, tmp_path):  # noqa: F8
     assert "fcos.py does not say it: images are taken as BGR" in outcome.err
     outcome = main(*asked, "--opts", "model.num_classes=4")
     assert_refused(outcome, "of 3 classes, not of 4")
+    assert "MODEL." not in outcome.err
+    outcome = main(*asked, "--opts", "model.num_classes=-3")
+    assert_refused(outcome, "Detectron2 cannot build fcos.py with model.num_classes=-3: ")
 
 
 @pytest.mark.parametrize("name", ["semantic", "proposal_network"])

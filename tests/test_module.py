@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import pickle
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -21,9 +22,12 @@ from conftest import arrays
 from test_cli import assert_refused, main  # noqa: F401
 from test_example import CONFIG, IMAGES, QUICK, detector  # noqa: F401
 from torch import Tensor, nn
+from torch._higher_order_ops.while_loop import while_loop
 
 import run_blade
 from backends import base
+from backends.torch import count_flops
+from detectors import module_file
 from detectors.build import build
 from detectors.exported import guess
 from detectors.inputs import View, inputs, read_image
@@ -78,12 +82,27 @@ class Renamed(Scripted):
         return [{"confidence": scores, "xyxy": boxes, "labels": classes}]
 
 
+class Casting(Scripted):
+    """The same of an image of any type. OpenVINO knows it only where the module is called self."""
+
+    def forward(this, image: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        return this.model(image.float())
+
+
 class Listed(Scripted):
     """The same, of a list of dictionaries."""
 
     def forward(self, inputs: List[Dict[str, Tensor]]) -> List[Dict[str, Tensor]]:
         boxes, classes, scores = self.model(inputs[0]["image"])
         return [{"scores": scores, "pred_boxes": boxes, "pred_classes": classes}]
+
+
+class Keyed(Scripted):
+    """The same of an image, by names."""
+
+    def forward(self, image: Tensor) -> Dict[str, Tensor]:
+        boxes, classes, scores = self.model(image)
+        return {"scores": scores, "boxes": boxes, "labels": classes}
 
 
 class Map(nn.Module):
@@ -100,6 +119,32 @@ class Fragile(Sized):
     def forward(self, image: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
         boxes, classes, scores, size = super().forward(image)
         return boxes + 0 * scores.max(), classes, scores, size
+
+
+class Conditional(Spots):
+    """Takes the second branch of a condition; the first finds spots elsewhere."""
+
+    def forward(self, image: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        image = torch.cond(image.mean() > 300, lambda x: x.flip(-1), lambda x: x.clone(), (image,))
+        return super().forward(image)
+
+
+class Looped(Spots):
+    """Has a loop."""
+
+    def forward(self, image: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        _, image = while_loop(
+            lambda n, x: n < 2, lambda n, x: (n + 1, x.clone()), (torch.tensor(0), image)
+        )
+        return super().forward(image)
+
+
+class Random(Sized):
+    """Draws random numbers, as with a dropout that was left in the mode of training."""
+
+    def forward(self, image: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        boxes, classes, scores, size = super().forward(image)
+        return boxes + 20 * torch.rand_like(boxes), classes, scores, size
 
 
 @pytest.fixture(scope="module")
@@ -123,13 +168,21 @@ def files(picture, tmp_path_factory) -> Path:
     for name, module in (
         ("scripted", Scripted()),
         ("renamed", Renamed()),
+        ("casting", Casting()),
+        ("keyed", Keyed()),
         ("map", Map()),
         ("listed", Listed()),
     ):
         torch.jit.script(module).save(str(folder / f"{name}.ts"))
     free = {1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
-    for name, shapes in (("exported", (free,)), ("fixed", None)):
-        program = torch.export.export(Spots(), (picture,), dynamic_shapes=shapes)
+    some = {1: torch.export.Dim("h", min=90, max=200), 2: torch.export.Dim("w", min=50, max=150)}
+    for name, module, shapes in (
+        ("exported", Spots(), (free,)),
+        ("ranged", Spots(), (some,)),
+        ("keyed", Keyed(), (free,)),
+        ("fixed", Spots(), None),
+    ):
+        program = torch.export.export(module, (picture,), dynamic_shapes=shapes)
         torch.export.save(program, folder / f"{name}.pt2")
     for name, axes in (("graph", {"image": {1: "height", 2: "width"}}), ("fixed", {})):
         torch.onnx.export(
@@ -164,6 +217,7 @@ def built(path: Path, calls: Dict[str, Tuple[Tensor, ...]], fields: Tuple[str, .
         ("scripted.ts", "torchscript", None),
         ("exported.pt2", "exported", None),
         ("fixed.pt2", "exported", SIZE),
+        ("ranged.pt2", "exported", None),
         ("graph.onnx", "onnx", None),
         ("fixed.onnx", "onnx", SIZE),
     ],
@@ -226,6 +280,28 @@ def with_size(name: str, content: bytes) -> bytes:
     return json.dumps(document).encode()
 
 
+def with_condition(name: str, content: bytes) -> bytes:
+    if name != "models/model.json":
+        return content
+    document = json.loads(content)
+    document["guards_code"].append("open('x', 'w') is not None")
+    return json.dumps(document).encode()
+
+
+def with_argument(name: str, content: bytes) -> bytes:
+    return content.replace(b'"forward_arg_names": ["image"]', b'"forward_arg_names": ["a(b)"]')
+
+
+def with_structure(name: str, content: bytes) -> bytes:
+    return content.replace(b'\\"type\\": \\"builtins.dict\\"', b'\\"type\\": \\"os.dict\\"')
+
+
+def with_loop(name: str, content: bytes) -> bytes:
+    return content.replace(
+        b"torch.ops.aten.max_pool2d.default", b"torch.ops.higher_order.while_loop"
+    )
+
+
 def with_pickle(name: str, content: bytes) -> bytes:
     return content.replace(b'{"config": {}}', b'{"config": {"a": {"use_pickle": true}}}')
 
@@ -236,6 +312,14 @@ def with_pickle(name: str, content: bytes) -> bytes:
         (with_target, "names 'torch.hub.load' for an operator"),
         (with_size, "has \"open\\('x', 'w'\\)\" for a size"),
         (with_pickle, "holds pickles"),
+        (with_condition, 'has "open\\(.x., .w.\\) is not None" for a condition'),
+        (with_argument, r"has 'a\(b\)' for a name"),
+        (with_structure, "for the structure of what goes in or out"),
+        (
+            with_loop,
+            r"has conditions or loops \(torch.ops.higher_order.while_loop\), "
+            "which are not looked into",
+        ),
     ],
 )
 def test_a_program_of_torch_export_is_taken_as_data_only(files, tmp_path, change, message):
@@ -268,6 +352,95 @@ def test_nothing_of_a_program_is_run(files, tmp_path):
     with contextlib.suppress(Exception):
         torch.export.load(inside)
     assert planted.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "is_guard"),
+    [
+        ("((1 + (((-1) + L['x'].size()[1]) // 16))) != 1 and L['a'][0].size()[2] >= 2", True),
+        ("math.trunc(0.5*torch.sym_float(L['x'].size()[1])) >= 2", True),
+        ("Mod(L['x'].size()[1], 32) == 0", True),
+        ("torch.load('x')", False),
+        ("torch.ops.load_library('x')", False),
+        ("L['x'].size.__globals__", False),
+        ("L['\\', open(1)']", False),
+        ("(lambda: 1)()", False),
+        ("[x for x in L]", False),
+        ("1); open(1", False),
+        (1, False),
+    ],
+)
+def test_conditions_of_sizes(text, is_guard):
+    assert module_file._is_guard(text) == is_guard
+
+
+@pytest.mark.parametrize(
+    ("text", "is_expression"),
+    [
+        ("Add(TruncToInt(Mul(Float('0.5', precision=53), Symbol('s1', integer=True))), 1)", True),
+        ("Add(Float('1.0e-5', precision=53), Integer(-1))", True),
+        ("Add('os.path')", False),
+        ("Add('open(1)')", False),
+        ("Symbol('x').__class__", False),
+    ],
+)
+def test_arithmetic_of_sizes(text, is_expression):
+    assert module_file._is_expression(text) == is_expression
+
+
+def test_no_condition_of_a_program_is_run(files, tmp_path):
+    """PyTorch writes Python of what a program says of its sizes, and runs it."""
+    planted = tmp_path / "planted"
+
+    def plant(name: str, content: bytes) -> bytes:
+        if name != "models/model.json":
+            return content
+        document = json.loads(content)
+        document["guards_code"] = [f"open({str(planted)!r}, 'w') is not None"]
+        return json.dumps(document).encode()
+
+    path = changed(files / "exported.pt2", tmp_path / "bomb.pt2", plant)
+    with pytest.raises(InputError, match="for a condition, so that loading it could run anything"):
+        inspect(path)
+    assert not planted.exists()
+    with contextlib.suppress(Exception):
+        torch.export.load(path).module()(torch.zeros(3, *SIZE))
+    assert planted.exists()
+
+
+@pytest.mark.parametrize("name", ["other/models/model.json", "exported/models/MODEL.json"])
+def test_nothing_is_looked_up_twice_in_a_program(files, tmp_path, name):
+    """PyTorch may read the other one than was looked into."""
+    path = tmp_path / "twice.pt2"
+    shutil.copy(files / "exported.pt2", path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, "{}")
+    with pytest.raises(InputError, match=r"has .models/model.json. 2 times, so that loading it"):
+        inspect(path)
+
+
+def test_damaged_files_are_called_so(files, tmp_path):
+    for name in ("traced.ts", "exported.pt2"):
+        content = (files / name).read_bytes()
+        half, flipped, empty = (tmp_path / f"{kind}-{name}" for kind in ("half", "flip", "empty"))
+        half.write_bytes(content[: len(content) // 2])
+        with pytest.raises(InputError, match="is damaged: the end of the archive is missing"):
+            inspect(half)
+        empty.touch()
+        with pytest.raises(InputError, match=f"--module {empty.name} is empty$"):
+            inspect(empty)
+    place = content.index(b"max_pool2d")
+    flipped.write_bytes(content[:place] + b"min" + content[place + 3 :])
+    with pytest.raises(InputError, match=r"is damaged: .*CRC"):
+        inspect(flipped)
+    nothing = tmp_path / "nothing.onnx"
+    nothing.touch()
+    with pytest.raises(InputError, match=r"nothing\.onnx is empty$"):
+        inspect(nothing)
+    with zipfile.ZipFile(tmp_path / "void.ts", "w"):
+        pass
+    with pytest.raises(InputError, match=r"void\.ts is an empty archive"):
+        inspect(tmp_path / "void.ts")
 
 
 def external(files: Path, to: Path, location: str) -> Path:
@@ -337,6 +510,19 @@ def test_dictionaries_of_other_names(files, calls):
         assert all(torch.equal(*pair) for pair in zip(found, (scores, classes, boxes)))
 
 
+@pytest.mark.parametrize("name", ["keyed.ts", "keyed.pt2"])
+def test_one_dictionary(files, calls, name):
+    """Its keys are names: where they are not known, types and shapes tell what they are."""
+    export = built(files / name, calls)
+    boxes, classes, scores = Spots()(*calls["min"])
+    wanted = {"pred_boxes": boxes, "pred_classes": classes, "scores": scores}
+    assert set(export.fields) == set(wanted)
+    optimized = base.load("openvino").optimize(export, "fp32", "cpu")
+    for found in (export.eager(*calls["min"]), optimized.call(*calls["min"])):
+        for field, ours in zip(export.fields, found):
+            assert torch.allclose(ours, wanted[field], atol=1e-4)
+
+
 def test_a_list_of_dictionaries_is_run_and_not_traced(files, calls):
     """Tracing would take the image for a constant, which one size alone does not show."""
     export = built(files / "listed.ts", calls)
@@ -379,6 +565,7 @@ NO_TORCHSCRIPT, NO_PYTHON = "it takes TorchScript, and", "it takes a Python modu
         ("scripted.ts", "torchscript", None),
         ("scripted.ts", "openvino", None),
         ("scripted.ts", "onnxruntime", None),
+        ("casting.ts", "openvino", None),
         ("exported.pt2", "torchscript", f"{NO_TORCHSCRIPT} the file is a program of torch.export"),
         ("exported.pt2", "onnxruntime", f"{NO_TORCHSCRIPT} the file is a program of torch.export"),
         ("exported.pt2", "openvino", None),
@@ -482,7 +669,7 @@ def test_fields_are_told_by_types_and_shapes(outputs, fields):
         ((torch.zeros(1, 7, 4), torch.zeros(1, 7)), r"\? \(float32 1x7x4\), \? \(float32 1x7\);"),
         (torch.zeros(1000), r"\? \(float32 1000\);"),
         ((), "types and shapes: none;"),
-        ({"boxes": BOXES}, "it gives a dict, where a tensor of detections is expected"),
+        ({"boxes": {"first": BOXES}}, "it gives a dict, where a tensor of detections is expected"),
         ((BOXES, [SCORES]), "it gives a list, where"),
     ],
 )
@@ -536,6 +723,15 @@ def test_an_onnx_file_that_takes_one_size(main, files, tmp_path):  # noqa: F811
     assert_refused(outcome, "--max-size: fixed.onnx was made for images of 96x128 and no others")
 
 
+def test_one_size_is_checked_once(main, files, tmp_path):  # noqa: F811
+    output = tmp_path / "output"
+    outcome = main("--module", files / "fixed.onnx", *QUICK, "--output", output)
+    assert outcome.code == 0, outcome.err
+    (group,) = load(output / "results.json").groups
+    checked = [set(run.detections) for run in group.runs if run.detections]
+    assert checked == [{"opt", "blank"}]
+
+
 def test_a_file_that_fails_where_nothing_is_found(main, files):  # noqa: F811
     outcome = main(
         *("--module", files / "fragile.ts", *QUICK, "--backend", "torchscript"),
@@ -547,6 +743,34 @@ def test_a_file_that_fails_where_nothing_is_found(main, files):  # noqa: F811
     )
     row = next(line for line in outcome.out.splitlines() if "| TorchScript |" in line)
     assert "match" in row
+
+
+def test_a_condition_is_held_against_the_branch_that_it_takes(main, picture, tmp_path):  # noqa: F811
+    """To count its operations, PyTorch runs both branches, and gives what the first one gave."""
+    path = tmp_path / "conditional.pt2"
+    torch.export.save(torch.export.export(Conditional(), (picture,)), path)
+    outcome = main("--module", path, "--trust-module", *QUICK, "--backend", "openvino")
+    assert outcome.code == 0, outcome.err
+
+
+def test_a_loop_whose_operations_cannot_be_counted(picture, tmp_path):
+    path = tmp_path / "looped.pt2"
+    torch.export.save(torch.export.export(Looped(), (picture,)), path)
+    module = inspect(path, is_trusted=True)
+    model = Model("spots", path.name, kind=module.kind, module=module)
+    export = build(model, {}, "", dict.fromkeys(TUNING, (picture,)))
+    assert count_flops(export.eager, (picture,)) is None
+    for ours, theirs in zip(export.eager(picture), Spots()(picture)):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_file_that_does_not_reproduce_itself(main, picture, tmp_path):  # noqa: F811
+    path = tmp_path / "random.ts"
+    torch.jit.trace(Random(), picture, check_trace=False).save(str(path))
+    outcome = main("--module", path, *QUICK, "--image-size", "96x128")
+    assert_refused_late(
+        outcome, "--module random.ts does not reproduce itself", "detections", "are lost"
+    )
 
 
 @pytest.mark.parametrize(
@@ -604,6 +828,71 @@ def test_a_module_of_another_size_than_it_is_called_with(main, picture, tmp_path
     sizes = [f"--{name}-size=96x128" for name in ("image", "min", "max")]
     outcome = main("--module", path, *QUICK, "--backend", "torchscript", *sizes)
     assert outcome.code == 0, outcome.err
+
+
+def test_a_program_that_takes_a_range_of_sizes(main, files, tmp_path):  # noqa: F811
+    module = inspect(files / "ranged.pt2")
+    assert (module.smallest, module.largest) == ((90, 50), (200, 150))
+    output = tmp_path / "output"
+    asked = ["--module", files / "ranged.pt2", *QUICK, "--backend", "openvino"]
+    outcome = main(*asked, "--image-size", "96x128", "--output", output)
+    assert outcome.code == 0, outcome.err
+    (group,) = load(output / "results.json").groups
+    assert group.image_sizes["min"][0][0] == 90
+    assert group.image_sizes["max"] == ((200, 150),)
+    outcome = main(*asked, "--image-size", "64x64")
+    assert_refused(outcome, "--image-size: ranged.pt2 takes images from 90x50 up to 200x150")
+    assert_refused(
+        main(*asked), "480x640 pixels, and the file takes images from 90x50 up to 200x150"
+    )
+
+
+class Batch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Spots()
+
+    def forward(self, images: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        assert images.dim() == 4
+        return self.model(images[0])
+
+
+class Bytes(Batch):
+    def forward(self, image: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        assert image.dtype == torch.uint8
+        return self.model(image.float())
+
+
+class Never(Batch):
+    def forward(self, image: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        assert image.dim() == 7
+        return self.model(image)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Batch(), "an image of 96x128: it takes a batch of images, 1 x 3 x H x W, where one of"),
+        (Bytes(), "an image of 96x128: it takes an image of uint8, where one of float32 is given"),
+        (Never(), "an image of 96x128: AssertionError, without a word of why (if it was made for"),
+    ],
+)
+def test_what_a_module_takes_is_found_out(calls, picture, tmp_path, module, message):
+    path = tmp_path / "model.ts"
+    torch.jit.script(module).save(str(path))
+    with pytest.raises(InputError, match=re.escape(message)):
+        built(path, dict.fromkeys(TUNING, (picture,)))
+
+
+def test_a_program_that_takes_no_image(picture, tmp_path):
+    class Two(Spots):
+        def forward(self, first: Tensor, second: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+            return super().forward(first + second)
+
+    path = tmp_path / "two.pt2"
+    torch.export.save(torch.export.export(Two(), (picture, picture)), path)
+    with pytest.raises(InputError, match=r"two\.pt2 takes first, second: it is to take an image"):
+        built(path, dict.fromkeys(TUNING, (picture,)))
 
 
 def test_the_plan_knows_what_a_file_is(files, hosts, monkeypatch):

@@ -561,6 +561,7 @@ def test_counts_of_objects_have_a_line_each():
 
     table = tables.cases_table([timed(0, 0), timed(30, 29)])
     assert headings(table)[3:6] == ["objects", "found", "Median(ms)"]
+    assert table.notes[0].startswith("found: in the image itself; Detections: the worst of all")
     assert [row[1:6] for row in table.rows] == [
         ("Torch", "fp32", "0", "0", "100.0"),
         ("Torch", "fp32", "30", "29", "130.0"),

@@ -596,6 +596,14 @@ def test_worst_size_is_named():
     error = Agreement("error", "the output is malformed")
     agreement = facts.worst({"opt": none, "max": error})
     assert (agreement.text, agreement.reason) == ("ERROR", "at max: the output is malformed")
+    # Of several that agree as well, that which was timed.
+    fewer = replace(match, expected=80, matched=80)
+    assert facts.worst({"min": fewer, "opt": match, "max": fewer}) == match
+    # One size has no need of a name.
+    for judged in ({"opt": error}, {"opt": error, "blank": match}):
+        assert facts.worst(judged).reason == "the output is malformed"
+    agreement = facts.worst({"opt": match, "blank": error})
+    assert agreement.reason == "on a plain picture: the output is malformed"
 
 
 # Flat tuples

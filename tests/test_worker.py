@@ -324,6 +324,14 @@ def test_the_message_of_torchscript_is_that_of_its_operator():
     assert "\n" not in message
 
 
+def test_a_message_that_announces_more_is_told_with_it():
+    assert (
+        first_cause(ValueError("These differ:\n  a: 1\n  b: 2")) == "ValueError: These differ: a: 1"
+    )
+    long = first_cause(ValueError("These differ:\n" + 1000 * "x"))
+    assert (long[-4:], len(long)) == ("x...", 300 + len("ValueError: "))
+
+
 def test_a_users_error_comes_through(start, prepared):
     one = start()
     with pytest.raises(InputError, match="belongs to another architecture"):
