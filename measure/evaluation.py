@@ -17,7 +17,7 @@ from detectors.inputs import View
 from errors import InputError
 from measure import protocol
 from measure.coco_results import kept_images
-from measure.dataset import Dataset, Picture
+from measure.dataset import OTHER_SIZE, Dataset, Picture
 from measure.plan import Plan
 from measure.progress import Progress
 from measure.worker import CALL_LIMIT_S, Command, Hosts, Worker
@@ -41,7 +41,6 @@ TASKS: tuple[tuple[Task, str], ...] = (
     ("segm", "pred_masks"),
     ("keypoints", "pred_keypoints"),
 )
-OTHER_SIZE = "would be resized to sizes that the engines are not made for"
 
 
 def tasks_of(

@@ -172,10 +172,12 @@ class Session:
             ("config_digest", "--config-file"),
             ("module_digest", "--module"),
             ("dataset_digest", "--dataset"),
+            ("calibration_digest", "--calibration"),
         ):
             digests = (getattr(earlier, name), getattr(self.empty.settings, name))
             if None not in digests and digests[0] != digests[1]:
-                found.append(f"{option}: another file of the same name")
+                what = "other images" if option == "--calibration" else "another file"
+                found.append(f"{option}: {what} of the same name")
         return found
 
     def _other_images(self, kept: Sequence[Group]) -> list[str]:
@@ -457,6 +459,11 @@ def settings(plan: Plan, options: argparse.Namespace) -> Settings:
         dataset_digest=plan.dataset and plan.dataset.digest,
         limit=options.limit,
         min_ap_ratio=options.min_ap_ratio,
+        calibration=options.calibration and file_name(options.calibration),
+        calibration_annotations=options.calibration_annotations
+        and file_name(options.calibration_annotations),
+        calibration_limit=options.calibration_limit,
+        calibration_digest=plan.calibration and plan.calibration.digest,
     )
 
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import astuple, fields, replace
 from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from results.record import Agreement, Cpu, Environment, Group, Results, Stages, Weights
+from results.record import (
+    Agreement,
+    Calibrated,
+    Cpu,
+    Environment,
+    Group,
+    Results,
+    Stages,
+    Weights,
+)
 
 # Objects that synthetic weights find unless something else is asked for.
 OBJECTS = 100
@@ -27,6 +36,7 @@ DECISIVE_SETTINGS = (
     *("warmup", "iterations", "time_budget"),
     *("stages", "trace"),
     *("dataset", "limit", "min_ap_ratio"),
+    *("calibration", "calibration_annotations", "calibration_limit"),
 )
 # Beyond these a reader should know. A quarter of a core on two of them is an eighth.
 MOST_IQR = 0.10
@@ -160,6 +170,22 @@ def weights_note(weights: Weights) -> str:
         return f"weights: {weights.file} of the model zoo"
     reason = f" ({weights.no_zoo})" if weights.no_zoo else ""
     return f"weights: synthetic, made to find {weights.objects} objects{reason}"
+
+
+def calibration_note(calibrated: Calibrated) -> str:
+    """Which images int8 took its ranges from, in a line."""
+    if calibrated.source is None:
+        which = "the timed image, which is evaluated, too" * calibrated.is_evaluated
+        return (
+            f"int8: calibrated on crops of {which or 'the timed image'}: --calibration DIR takes "
+            "images of yours"
+        )
+    left_out = [
+        f"{count} left out, which {reason} ({', '.join(names)}{', ...' * (count > len(names))})"
+        for reason, (count, names) in calibrated.left_out.items()
+    ]
+    taken = f"calibrated on {calibrated.images} images of {calibrated.source}"
+    return f"int8: {'; '.join([taken, *left_out])}"
 
 
 def missing_notes(results: Results) -> List[str]:

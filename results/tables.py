@@ -26,7 +26,15 @@ import tabulate
 from benchmark import BreakEven, Speedup, Statistics, StopRule, samples_to_bound
 from models import BLANK, MODELS, TUNING, TURNED, runner
 from results import published
-from results.facts import case, case_name, ceiling, missing_notes, weights_note, worst
+from results.facts import (
+    calibration_note,
+    case,
+    case_name,
+    ceiling,
+    missing_notes,
+    weights_note,
+    worst,
+)
 from results.record import (
     Coverage,
     Group,
@@ -349,6 +357,7 @@ def _model_notes(
         yield from aa_note(results)
     yield from missing_notes(results)
     yield from dict.fromkeys(_weights_note(group) for group in groups if group.weights)
+    yield from (calibration_note(group.calibrated) for group in groups if group.calibrated)
     if any(group.weights and group.weights.source == "synthetic" for group in groups):
         yield SYNTHETIC_NOTE
 
