@@ -111,7 +111,8 @@ def read(
         images=count,
         source=source,
         left_out={
-            reason: (len(names), tuple(sorted(names)[:3])) for reason, names in left_out.items()
+            reason: (len(names), tuple(sorted(names)[:3]))
+            for reason, names in sorted(left_out.items())
         },
     )
     return Calibration(record, str(into), digest.hexdigest()[:16])
