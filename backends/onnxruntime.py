@@ -157,7 +157,7 @@ def convert(module: Any, export: Export) -> bytes:
     return file.getvalue()
 
 
-def quantize(graph: bytes, export: Export) -> bytes:
+def quantize(graph: bytes, export: Export, **changes: Any) -> bytes:
     """Static quantization by ONNX Runtime's own tool, of a serialized model.
 
     Convolutions and matrix products with learned weights are quantized, and the activations that
@@ -166,6 +166,9 @@ def quantize(graph: bytes, export: Export) -> bytes:
     points of AP, boxes could not have less. Ranges from histograms (entropy, percentiles) are no
     better on RetinaNet, and the tool cannot make them where the number of objects varies
     (tools/compare_quantization.py).
+
+    Args:
+        changes: arguments of `quantize_static` in place of ours, for comparing them.
 
     Raises:
         errors.Unsupported: it cannot be quantized.
@@ -190,17 +193,15 @@ def quantize(graph: bytes, export: Export) -> bytes:
             simple, quantized = (str(Path(folder) / name) for name in ("simple", "quantized"))
             # Norms become part of the convolutions.
             create_session(graph, [CPU], 1, simple, basic=True)
-            quantize_static(
-                simple,
-                quantized,
-                Reader(),
-                op_types_to_quantize=[*QUANTIZED, "Relu"],
-                nodes_to_quantize=_to_quantize(onnx.load(simple)),
-                per_channel=True,
-                reduce_range=_saturates(),
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-            )
+            ours = {
+                "op_types_to_quantize": [*QUANTIZED, "Relu"],
+                "nodes_to_quantize": _to_quantize(onnx.load(simple)),
+                "per_channel": True,
+                "reduce_range": _saturates(),
+                "activation_type": QuantType.QUInt8,
+                "weight_type": QuantType.QInt8,
+            }
+            quantize_static(simple, quantized, Reader(), **{**ours, **changes})
             model = onnx.load(quantized)
     except Unsupported:
         raise

@@ -78,7 +78,7 @@ class OpenVINO(Backend):
         )
 
 
-def quantize(model: Any, export: Export) -> Any:
+def quantize(model: Any, export: Export, **changes: Any) -> Any:
     """Post-training quantization of a converted model by NNCF, with two choices of ours.
 
     What handles boxes stays exact, and ranges are the extremes over all calls. NNCF's own choice
@@ -86,6 +86,9 @@ def quantize(model: Any, export: Export) -> Any:
     most calls find nothing. On two trained detectors, calibrated on 200 images, this keeps AP
     within its interval; with NNCF's defaults RetinaNet finds nothing, and Mask R-CNN has no mask
     (tools/compare_quantization.py).
+
+    Args:
+        changes: arguments of `nncf.quantize` in place of ours, for comparing them.
 
     Raises:
         errors.Unsupported: NNCF is not installed, or cannot quantize the model.
@@ -96,20 +99,18 @@ def quantize(model: Any, export: Export) -> Any:
     except ImportError as error:
         raise Unsupported(f"int8 needs NNCF ({error}): pip install nncf") from error
     calls = export.calibration_calls()
-    ranges = nncf.AdvancedQuantizationParameters(
-        activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
-    )
+    ours = {
+        "preset": nncf.QuantizationPreset.MIXED,
+        "subset_size": len(calls),
+        "ignored_scope": nncf.IgnoredScope(names=_exact_operators(model), validate=False),
+        "advanced_parameters": nncf.AdvancedQuantizationParameters(
+            activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
+        ),
+    }
     _core()  # Before NNCF makes cores of its own.
     dataset = nncf.Dataset(calls, lambda images: [image.numpy() for image in images])
     try:
-        return nncf.quantize(
-            model,
-            dataset,
-            preset=nncf.QuantizationPreset.MIXED,
-            subset_size=len(calls),
-            ignored_scope=nncf.IgnoredScope(names=_exact_operators(model), validate=False),
-            advanced_parameters=ranges,
-        )
+        return nncf.quantize(model, dataset, **{**ours, **changes})
     except Exception as error:
         raise Unsupported(f"NNCF cannot quantize the model: {first_cause(error)}") from error
 

@@ -407,6 +407,10 @@ def test_onnxruntime_quantizes_what_layers_take_and_give_and_nothing_else(name, 
             producers.add(before.op_type)
     assert kinds <= producers
     assert not producers & {"Exp", "Clip", "NonMaxSuppression", "TopK", "Sigmoid", "Softmax"}
+    # A feature level of RetinaNet without candidates failed.
+    call = onnxruntime.caller(onnxruntime.quantized_session(graph, 1)[0], export)
+    for images in (export.inputs, *inputs.plain(export.inputs)):
+        assert len(call(*images)) == len(export.fields)
 
 
 def test_cpus_that_saturate_get_weights_of_seven_bits(monkeypatch):
