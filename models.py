@@ -12,6 +12,8 @@ VERSION = "0.1.0"
 
 # Seconds of timed rounds for each call of a round; seven models at two precisions are 14 groups.
 RUN_BUDGET_S = 15.0
+# That int8 is calibrated on, if there are so many: NNCF's own default.
+CALIBRATION_IMAGES = 300
 # That the test models tell apart.
 COCO_CLASSES = 80
 # Names of the inputs that engines are made for; `opt` is timed.

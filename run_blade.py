@@ -19,7 +19,7 @@ from typing import Any, Callable, Iterator, Optional, Sequence, Tuple
 
 from backends import base
 from errors import InputError, Parser
-from models import MODELS, RUN_BUDGET_S
+from models import CALIBRATION_IMAGES, MODELS, RUN_BUDGET_S
 
 # A time budget above a year is a slip, and may be too large a number for the result file.
 LONGEST_S = 366 * 86400
@@ -194,6 +194,23 @@ def parser() -> argparse.ArgumentParser:
         "--json",
         action="store_true",
         help="print which run to ship as JSON; the tables go to standard error",
+    )
+    add(
+        "--calibration",
+        metavar="DIR",
+        help="images that int8 takes its ranges from, which are never those of --dataset "
+        "(default: crops of the timed image)",
+    )
+    add(
+        "--calibration-annotations",
+        metavar="FILE",
+        help="the images of these annotations in COCO's format, in --calibration or beside them",
+    )
+    add(
+        "--calibration-limit",
+        type=_at_least(1),
+        metavar="N",
+        help=f"calibrate on so many of them, drawn by --seed (default: {CALIBRATION_IMAGES})",
     )
     add("--rerun", action="store_true", help="measure what --output has already, too")
     add("--cache", metavar="DIR", help="keep engines there, and take them from there next time")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from configuration import Configuration
 from detectors.config import NO_DETECTIONS, fields
+from detectors.inputs import crops
 from detectors.instances import Instances, flatten
 from models import Model
 
@@ -75,6 +76,8 @@ class Export:
         tuning_inputs: `min`, `opt`, `max` -> the images of a call, float tensors 3 x H x W.
         other_inputs: images of calls that are timed besides `opt`, for backends that compile when
             they first see a size.
+        calibration: calls with images of the user's that int8 takes its ranges from; empty: see
+            `calibration_calls`.
         fields: names of the tensors that the flat tuple has for each image.
         score_threshold: detections score more; None: there is no threshold, or, of a file, it is
             not known.
@@ -86,6 +89,7 @@ class Export:
     """
 
     other_inputs: Sequence[Tuple[Tensor, ...]] = ()
+    calibration: Sequence[Tuple[Tensor, ...]] = ()
     score_threshold: Optional[float]
     limit: Optional[int]
     own_runner: Optional[str] = None
@@ -113,6 +117,20 @@ class Export:
     def inputs(self) -> Tuple[Tensor, ...]:
         """The images that are timed: those of `opt`."""
         return self.tuning_inputs["opt"]
+
+    def calibration_calls(self) -> Sequence[Tuple[Tensor, ...]]:
+        """Calls that int8 takes the ranges of activations from.
+
+        Without images of the user's they are made of every size that the model is tuned for:
+        activations at `max` leave the ranges of `opt`.
+        """
+        if len(self.calibration):
+            return self.calibration
+        return [
+            call
+            for images in self.tuning_inputs.values()
+            for call in zip(*(crops(image) for image in images))
+        ]
 
     def script_module(self) -> torch.jit.ScriptModule:
         """The traced or scripted module, called like `eager`; made the first time it is needed."""

@@ -45,6 +45,9 @@ MOST_ELONGATED = 2.0
 # Grey, black, and what is not in the photographs that detectors are trained on.
 PLAIN_COLOURS = ((128, 128, 128), (0, 0, 0), (0, 255, 0), (255, 255, 0))
 
+# Images that int8 is calibrated on where there are none of the user's, of each size.
+CROPS = 4
+
 # Height and width in pixels.
 Size = Tuple[int, int]
 
@@ -394,6 +397,53 @@ def inputs(
         for place, image in enumerate(rest, start=2)
     }
     return {**tuning_inputs(first, images_per_call, seed, sizes), **others}
+
+
+class Calls(Sequence[Any]):
+    """Calls with the images of a file, read one by one: together they may take gigabytes.
+
+    Args:
+        path: of `numpy.savez`, with images 3 x H x W, uint8.
+        images_per_call: a last call that is not full has its last image several times.
+    """
+
+    def __init__(self, path: Path, images_per_call: int) -> None:
+        self._file = np.load(str(path), allow_pickle=False)
+        self._names = list(self._file.files)
+        self._count = images_per_call
+
+    def __len__(self) -> int:
+        return -(-len(self._names) // self._count)
+
+    def __getitem__(self, place: Any) -> Any:
+        """The images of a call, float tensors 3 x H x W."""
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        own = self._names[place * self._count : (place + 1) * self._count]
+        own += own[-1:] * (self._count - len(own))
+        return tuple(_tensor(self._file[name].astype(np.float32)) for name in own)
+
+
+def crops(image: Tensor, count: int = CROPS) -> List[Tensor]:
+    """The image and seeded crops of it, every other one flipped, all of its size.
+
+    Args:
+        image: 3 x H x W.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    height, width = image.shape[-2:]
+    generator = np.random.default_rng(0)
+    images = [image]
+    for number in range(1, count):
+        share = generator.uniform(0.5, 1)
+        rows, columns = max(1, int(share * height)), max(1, int(share * width))
+        top, left = generator.integers(height - rows + 1), generator.integers(width - columns + 1)
+        crop = image[None, :, top : top + rows, left : left + columns]
+        crop = F.interpolate(crop, size=(height, width), mode="bilinear", align_corners=False)[0]
+        images.append(torch.flip(crop, dims=[2]) if number % 2 else crop)
+    return images
 
 
 def plain(like: Sequence[Tensor]) -> Iterator[Tuple[Tensor, ...]]:

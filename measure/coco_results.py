@@ -15,6 +15,7 @@ import numpy as np
 from detectors import inputs
 from errors import InputError
 from measure import accuracy, protocol
+from measure.dataset import OTHER_THAN_ANNOTATED, UNREADABLE
 from measure.detections import Detections, Malformed, split
 from results.record import AveragePrecision
 
@@ -30,10 +31,10 @@ def read_batch(request: protocol.ReadBatch) -> dict[str, str]:
         try:
             pixels = inputs.read_image(Path(image.path), None, least=1)
         except InputError:
-            left_out[str(image.id)] = "unreadable"
+            left_out[str(image.id)] = UNREADABLE
             continue
         if pixels.shape[-2:] != tuple(image.size):
-            left_out[str(image.id)] = "of another size than the annotations say"
+            left_out[str(image.id)] = OTHER_THAN_ANNOTATED
             continue
         images[str(image.id)] = inputs.seen(pixels, request.view).astype(np.uint8)
     np.savez(request.file, **images)

@@ -23,6 +23,11 @@ MOST_BYTES = 4 << 30
 # What a character of compressed run lengths can be: 48 and six bits.
 RUN_CHARACTERS = range(48, 48 + 64)
 
+# Why images are left out.
+UNREADABLE = "unreadable"
+OTHER_THAN_ANNOTATED = "of another size than the annotations say"
+OTHER_SIZE = "of a size that the engines are not made for"
+
 
 class _Image(msgspec.Struct):
     id: int
@@ -113,12 +118,19 @@ class Dataset:
         path.write_text(json.dumps(content))
 
 
-def read(annotations: Path, root: Path, limit: int | None, seed: int) -> Dataset:
+def read(
+    annotations: Path,
+    root: Path,
+    limit: int | None,
+    seed: int,
+    options: tuple[str, str] = ("--dataset", "--image-root"),
+) -> Dataset:
     """Reads annotations and looks for their images.
 
     Args:
         root: folder that the names of the images start from.
         limit: how many images are taken, drawn by `seed`; None: all.
+        options: that name the two on the command line.
 
     Raises:
         errors.InputError: they cannot be read, are of another format, contradict themselves, name
@@ -130,7 +142,7 @@ def read(annotations: Path, root: Path, limit: int | None, seed: int) -> Dataset
             raise InputError(f"{name} has more than {MOST_BYTES >> 30} GiB")
         content = annotations.read_bytes()
     except OSError as error:
-        raise InputError(f"--dataset {annotations}: {error.strerror or error}") from None
+        raise InputError(f"{options[0]} {annotations}: {error.strerror or error}") from None
     try:
         file = msgspec.json.decode(content, type=_File)
     except msgspec.ValidationError as error:
@@ -144,7 +156,7 @@ def read(annotations: Path, root: Path, limit: int | None, seed: int) -> Dataset
         Picture(x.id, root / x.file_name, file_name(x.file_name), (x.height, x.width))
         for x in images
     )
-    _check_files(pictures, name, root)
+    _check_files(pictures, name, root, options[1])
     sizes = {picture.id: picture.size for picture in pictures}
     taken = [x for x in file.annotations if x.image_id in sizes]
     if not any(not x.iscrowd for x in taken):
@@ -222,14 +234,14 @@ def _check(file: _File, name: str) -> None:
             raise InputError(f"{where} has the box {list(x.bbox)}: x, y, width, height were wanted")
 
 
-def _check_files(pictures: Sequence[Picture], name: str, root: Path) -> None:
+def _check_files(pictures: Sequence[Picture], name: str, root: Path, option: str) -> None:
     """Makes sure that the files of images are there.
 
     Raises:
         errors.InputError: some are not.
     """
     if not root.is_dir():
-        raise InputError(f"--image-root {root} is no folder")
+        raise InputError(f"{option} {root} is no folder")
     missing = [picture.name for picture in pictures if not picture.path.is_file()]
     if missing:
         more = ", ..." if len(missing) > 3 else ""

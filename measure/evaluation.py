@@ -20,7 +20,7 @@ from errors import InputError
 from measure import protocol
 from measure import worst as worst_images
 from measure.coco_results import kept_images
-from measure.dataset import Dataset, Picture
+from measure.dataset import OTHER_SIZE, Dataset, Picture
 from measure.plan import Plan
 from measure.progress import Progress
 from measure.worker import CALL_LIMIT_S, Command, Hosts, Worker
@@ -47,7 +47,6 @@ TASKS: tuple[tuple[Task, str], ...] = (
     ("segm", "pred_masks"),
     ("keypoints", "pred_keypoints"),
 )
-OTHER_SIZE = "of a size that the engines are not made for"
 
 
 def tasks_of(
@@ -306,7 +305,8 @@ class Evaluator:
     def _resume(self, kept: Path, facts: protocol.RunFacts) -> set[int]:
         """The images of which there is what was found; what is of another run is removed."""
         stamp = kept.with_suffix(".stamp")
-        run = (facts.precision, facts.provider, facts.python, facts.versions)
+        calibration = self.plan.calibration and self.plan.calibration.digest
+        run = (facts.precision, facts.provider, facts.python, facts.versions, calibration)
         decisive = (self.dataset.digest, self.model, self.view, self.fields, self.weights, run)
         digest = hashlib.sha256(repr(decisive).encode()).hexdigest()
         if not kept.exists() or not stamp.exists() or stamp.read_text() != digest:

@@ -15,6 +15,7 @@ import benchmark
 from benchmark import RunFailed, StopRule
 from errors import InputError, Unsupported
 from measure import protocol, quiet, verify
+from measure.calibration import Calibration
 from measure.drawing import drawn_runs
 from measure.evaluation import EVALUATED, Evaluator, NotJudged, check_model
 from measure.plan import Choice, Plan
@@ -45,6 +46,8 @@ FP32 = "torch fp32"
 AGAIN_HALF_WIDTH = 0.02
 # Calls of which the stages are timed.
 STAGE_CALLS = 5
+# An image goes through the network several times, with every activation looked at.
+CALIBRATION_LIMIT_S = 20.0
 # A process that has not stood still in time this often is not waited for any more.
 MOST_UNSETTLED = 3
 
@@ -370,6 +373,7 @@ class Measurement:
         model, plan = self.model, self.plan
         self.progress.say(f"{model.name}: preparing {run.label} {run.precision}")
         run.log = folder / f"{run.key}.log"
+        calibration = plan.calibration if run.precision == "int8" else None
         request = protocol.PrepareRun(
             model=model.model,
             backend=run.choice.backend.name,
@@ -378,10 +382,11 @@ class Measurement:
             source=plan.source if run.choice.command.name is None else "bundled",
             folder=str(model.folder),
             cache=plan.cache and str(plan.cache),
+            calibration=None if calibration is None else calibration.path,
         )
         try:
             run.worker = _start(hosts, run, plan)
-            run.facts = run.ask(request, PREPARE_LIMIT_S)
+            run.facts = run.ask(request, _prepare_limit_s(calibration))
             run.artifacts = self.keep(run.choice, run.facts.artifacts)
             limit_s = PREPARE_LIMIT_S * len(model.facts.timed)
             run.warmup_s = run.ask(protocol.Warm.by(plan.warm_up), limit_s).seconds
@@ -666,6 +671,7 @@ class Measurement:
         found = [reference_detections(self.model, name) for name in timed]
         together = place is None
         evaluator = self.model.evaluator
+        calibration = self.plan.calibration if self.precision == "int8" else None
         return Group(
             model=self.model.name,
             export=self.model.model.kind,
@@ -689,6 +695,7 @@ class Measurement:
             fp32_samples_s=tuple(self.samples(FP32, place)),
             not_compared=self.model.not_compared,
             evaluated=evaluator.evaluated() if together and evaluator else None,
+            calibrated=calibration.record if together and calibration else None,
         )
 
     def samples(self, key: str, place: int | None = None) -> list[float]:
@@ -791,6 +798,12 @@ def _start(hosts: Hosts, run: Running, plan: Plan) -> Worker:
         return hosts.of(run.choice.command).start(run.log, plan.threads)
     except InputError as error:
         raise RunFailed(str(error)) from None
+
+
+def _prepare_limit_s(calibration: Calibration | None) -> float:
+    """Seconds to prepare a run, of which each image that it is calibrated on takes some."""
+    images = 0 if calibration is None else calibration.record.images
+    return PREPARE_LIMIT_S + images * CALIBRATION_LIMIT_S
 
 
 def _timed_call(run: Running, images: int) -> Callable[[], float]:

@@ -20,11 +20,12 @@ from detectors import inputs, zoo
 from detectors.config_file import is_program, read_configuration, read_program, read_settings
 from detectors.inputs import View
 from errors import InputError
-from measure import protocol
+from measure import calibration, protocol
+from measure.calibration import Calibration
 from measure.dataset import Dataset, Picture
 from measure.dataset import read as read_dataset
 from measure.worker import READY_LIMIT_S, Command, Hosts, Worker
-from models import MODELS, Detectron2Model, Model
+from models import CALIBRATION_IMAGES, MODELS, Detectron2Model, Model
 from results.environment import cpu_flags, file_name, free_memory_mb, has_native_bf16, usable_cores
 from results.facts import OBJECTS
 from results.file import prepare_directory
@@ -98,6 +99,7 @@ class Plan:
         without: precision -> labels of the backends that do not compute in it.
         note: what to say before it begins, or None.
         dataset: that runs are evaluated on, or None.
+        calibration: images that int8 takes its ranges from; None: nothing is measured at int8.
         min_ap_ratio: share of Torch fp32's AP that a run is to keep.
     """
 
@@ -129,6 +131,7 @@ class Plan:
     note: str | None = None
     dataset: Dataset | None = None
     min_ap_ratio: float = 0.99
+    calibration: Calibration | None = None
 
 
 # From options ----------------------------------------------------------------------------------
@@ -210,6 +213,7 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
     precisions, without = _precisions(options.precision, device, choices)
     if options.module is None:
         _check_weights(models, weights, threads, hosts)
+    calibrated = _calibration(options, precisions, images, view, sizes, dataset, hosts)
     versions: dict[str, str] = {}
     for choice in choices:
         if choice.command.name is None:
@@ -244,6 +248,7 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
         note="; ".join(filter(None, (assumed, note))) or None,
         dataset=dataset,
         min_ap_ratio=options.min_ap_ratio,
+        calibration=calibrated,
     )
 
 
@@ -275,6 +280,46 @@ def _dataset(options: argparse.Namespace, models: Sequence[Model]) -> Dataset | 
                 f"{len(dataset.classes)} categories: {_some(dataset.classes)}"
             )
     return dataset
+
+
+def _calibration(
+    options: argparse.Namespace,
+    precisions: Sequence[str],
+    images: Sequence[str],
+    view: View,
+    sizes: dict[str, inputs.Size],
+    dataset: Dataset | None,
+    hosts: Hosts,
+) -> Calibration | None:
+    """The images that int8 is calibrated on; None where nothing is measured at int8.
+
+    Args:
+        images: that are timed.
+        sizes: of the tuning inputs.
+
+    Raises:
+        errors.InputError: there are none, or none that are not evaluated, too.
+    """
+    folder, annotations = options.calibration, options.calibration_annotations
+    for name in ("calibration", "calibration_annotations"):
+        if getattr(options, name) is not None and "int8" not in precisions:
+            raise InputError(f"--{name.replace('_', '-')} goes with --precision int8")
+    if folder is None and annotations is None:
+        if options.calibration_limit is not None:
+            raise InputError("--calibration-limit goes with --calibration DIR")
+        if "int8" not in precisions:
+            return None
+        return calibration.of_timed([Path(x) for x in images], dataset)
+    return calibration.read(
+        folder and Path(folder),
+        annotations and Path(annotations),
+        options.calibration_limit or CALIBRATION_IMAGES,
+        options.seed,
+        view,
+        (sizes["min"], sizes["max"]),
+        dataset,
+        hosts.folder / "calibration.npz",
+    )
 
 
 def _some(names: Sequence[str]) -> str:

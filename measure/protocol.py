@@ -398,6 +398,8 @@ class PrepareRun(Request[RunFacts]):
     Attributes:
         folder: where `PrepareModel` has left weights and inputs.
         cache: folder in which engines are kept between invocations, or None.
+        calibration: file with images to calibrate int8 on, see `detectors.inputs.Calls`; None: they
+            are made of the timed one.
     """
 
     answer: ClassVar = RunFacts
@@ -408,6 +410,7 @@ class PrepareRun(Request[RunFacts]):
     source: str
     folder: str
     cache: Optional[str] = None
+    calibration: Optional[str] = None
 
 
 @dataclass(frozen=True)

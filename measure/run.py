@@ -331,6 +331,7 @@ class Run:
 
         from backends import base
         from detectors import build
+        from detectors.inputs import Calls
         from models import TUNING, timed
 
         start = time.perf_counter()
@@ -345,6 +346,9 @@ class Run:
         tuning = {name: self.inputs[name] for name in TUNING}
         self.export = build.build(request.model, state, "the weights", tuning, request.source)
         self.export.other_inputs = [self.inputs[name] for name in self.timed if name != "opt"]
+        if request.calibration is not None:
+            count = request.model.images_per_call
+            self.export.calibration = Calls(Path(request.calibration), count)
         self.export.eager.to(device)
         run = (self.export, request.precision, request.device)
         cache = request.cache and base.cache_folder(Path(request.cache), self.backend, *run)

@@ -480,6 +480,11 @@ def settings(plan: Plan, options: argparse.Namespace) -> Settings:
         max_latency_ms=options.max_latency_ms,
         max_memory_mb=options.max_memory_mb,
         max_prepare_s=options.max_prepare_s,
+        calibration=options.calibration and file_name(options.calibration),
+        calibration_annotations=options.calibration_annotations
+        and file_name(options.calibration_annotations),
+        calibration_limit=options.calibration_limit,
+        calibration_digest=plan.calibration and plan.calibration.digest,
     )
 
 

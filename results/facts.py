@@ -6,7 +6,17 @@ from dataclasses import astuple, fields, replace
 from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from models import BLANK, timed
-from results.record import Agreement, Cpu, Environment, Group, Results, Settings, Stages, Weights
+from results.record import (
+    Agreement,
+    Calibrated,
+    Cpu,
+    Environment,
+    Group,
+    Results,
+    Settings,
+    Stages,
+    Weights,
+)
 
 # Objects that synthetic weights find unless something else is asked for.
 OBJECTS = 100
@@ -28,6 +38,7 @@ DECISIVE_SETTINGS = (
     *("warmup", "iterations", "time_budget"),
     *("stages", "trace"),
     *("dataset", "limit", "min_ap_ratio"),
+    *("calibration", "calibration_annotations", "calibration_limit"),
 )
 # Beyond these a reader should know. A quarter of a core on two of them is an eighth.
 MOST_IQR = 0.10
@@ -131,11 +142,13 @@ def other_files(before: Settings, after: Settings) -> List[str]:
         ("config_file", "config_digest"),
         ("module", "module_digest"),
         ("dataset", "dataset_digest"),
+        ("calibration", "calibration_digest"),
     ):
         digests = {getattr(before, digest), getattr(after, digest)}
         same_name = getattr(before, name) == getattr(after, name)
         if same_name and None not in digests and len(digests) == 2:
-            found.append(f"--{name.replace('_', '-')}: another file of the same name")
+            what = "other images" if name == "calibration" else "another file"
+            found.append(f"--{name.replace('_', '-')}: {what} of the same name")
     return found
 
 
@@ -184,6 +197,32 @@ def weights_note(weights: Weights) -> str:
         return f"weights: {weights.file} of the model zoo"
     reason = f" ({weights.no_zoo})" if weights.no_zoo else ""
     return f"weights: synthetic, made to find {weights.objects} objects{reason}"
+
+
+def calibration_note(calibrated: Calibrated) -> str:
+    """Which images int8 took its ranges from, in a line."""
+    if calibrated.source is None:
+        which = "the timed image, which is evaluated, too" * calibrated.is_evaluated
+        return (
+            f"int8: calibrated on crops of {which or 'the timed image'}: --calibration DIR takes "
+            "images of yours"
+        )
+    taken = f"int8: calibrated on {calibrated.images} images of {calibrated.source}"
+    if not calibrated.left_out:
+        return taken
+    return f"{taken}; left out: {left_out_note(calibrated.left_out)}"
+
+
+def left_out_note(left_out: Mapping[str, Tuple[int, Tuple[str, ...]]]) -> str:
+    """Which images were left out: `2 unreadable (a.jpg, b.jpg)`.
+
+    Args:
+        left_out: what they are -> how many, and the names of the first three.
+    """
+    return "; ".join(
+        f"{count} {what} ({', '.join(names)}{', ...' * (count > len(names))})"
+        for what, (count, names) in left_out.items()
+    )
 
 
 def missing_notes(results: Results) -> List[str]:

@@ -102,6 +102,9 @@ class Settings:
         environment: names of the environments that were given, as in `openvino@old`.
         dataset: name of the annotations; `dataset_digest` tells them from others.
         limit: how many of its images are taken.
+        calibration: name of the folder with images that int8 takes its ranges from;
+            `calibration_annotations`: of what is in them; `calibration_limit`: how many are taken;
+            `calibration_digest` tells those that were taken from others, as the detector sees them.
     """
 
     model: Tuple[str, ...] = ()
@@ -148,6 +151,10 @@ class Settings:
     max_latency_ms: Optional[float] = None
     max_memory_mb: Optional[float] = None
     max_prepare_s: Optional[float] = None
+    calibration: Optional[str] = None
+    calibration_annotations: Optional[str] = None
+    calibration_limit: Optional[int] = None
+    calibration_digest: Optional[str] = None
 
 
 @dataclass(frozen=True)
@@ -429,6 +436,23 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Calibrated:
+    """The images that int8 took the ranges of activations from.
+
+    Attributes:
+        images: how many.
+        source: name of their folder or annotations; None: they were made of the timed image.
+        left_out: why some were not taken -> how many these are, and the names of the first three.
+        is_evaluated: whether runs are evaluated on the timed image, which they were made of.
+    """
+
+    images: int
+    source: Optional[str] = None
+    left_out: Dict[str, Tuple[int, Tuple[str, ...]]] = field(default_factory=dict)
+    is_evaluated: bool = False
+
+
+@dataclass(frozen=True)
 class Run:
     """One test model, backend and precision, measured.
 
@@ -586,6 +610,7 @@ class Group:
         fp32_samples_s: of Torch at fp32, which took part in the rounds of a lower precision.
         not_compared: names of what the detector gives besides, and nobody knows how to compare.
         evaluated: the images of a data set; None where none was given.
+        calibrated: at int8, the images that ranges were taken from.
         runs: the baseline first.
     """
 
@@ -611,6 +636,7 @@ class Group:
     fp32_samples_s: Tuple[float, ...] = ()
     not_compared: Tuple[str, ...] = ()
     evaluated: Optional[Evaluated] = None
+    calibrated: Optional[Calibrated] = None
 
     @property
     def baseline(self) -> Run:

@@ -28,7 +28,16 @@ import tabulate
 from benchmark import BreakEven, Speedup, Statistics, StopRule, samples_to_bound
 from models import BLANK, MODELS, TUNING, TURNED, runner
 from results import published
-from results.facts import case, case_name, ceiling, missing_notes, weights_note, worst
+from results.facts import (
+    calibration_note,
+    case,
+    case_name,
+    ceiling,
+    left_out_note,
+    missing_notes,
+    weights_note,
+    worst,
+)
 from results.record import (
     APVerdict,
     AveragePrecision,
@@ -395,12 +404,9 @@ def _accuracy_notes(results: Results, groups: Sequence[Group]) -> Iterator[str]:
             "larger half of its 95% interval; AP is kept where the interval lies above "
             f"{settings.min_ap_ratio:g} of fp32's, and lost where it lies below"
         )
-    left_out = [
-        f"{count} {reason} ({', '.join(names)}{', ...' if count > len(names) else ''})"
-        for reason, (count, names) in evaluated.left_out.items()
-    ]
-    if left_out:
-        yield f"images of {settings.dataset} that were left out: {'; '.join(left_out)}"
+    if evaluated.left_out:
+        left_out = left_out_note(evaluated.left_out)
+        yield f"images of {settings.dataset} that were left out: {left_out}"
     for task, reason in evaluated.not_judged.items():
         yield f"no AP of {TASKS[task]}s: {reason}"
     for group in groups:
@@ -529,6 +535,7 @@ def _model_notes(
         yield from aa_note(results)
     yield from missing_notes(results)
     yield from dict.fromkeys(_weights_note(group) for group in groups if group.weights)
+    yield from (calibration_note(group.calibrated) for group in groups if group.calibrated)
     if any(group.weights and group.weights.source == "synthetic" for group in groups):
         yield SYNTHETIC_NOTE
 

@@ -536,17 +536,6 @@ def test_a_quantized_model_has_exact_boxes():
     assert not quantized & exact
 
 
-def test_calibration_images_are_different_images_of_one_size():
-    image = small_export("testRetinaNet").inputs[0]
-    images = sys.modules["backends.openvino"].calibration_images(image, count=6)
-    assert len(images) == 6
-    assert all(x.shape == image.shape for x in images)
-    assert torch.equal(images[0], image)
-    assert all(not torch.equal(x, y) for x, y in itertools.combinations(images, 2))
-    again = sys.modules["backends.openvino"].calibration_images(image, count=6)
-    assert all(torch.equal(x, y) for x, y in zip(images, again))
-
-
 def test_torchscript_counts_operators_and_seconds():
     optimized = engine("testRetinaNet", "torchscript", "fp32")
     assert optimized.coverage.operators > 200
