@@ -80,18 +80,16 @@ def worst(agreements: Mapping[str, Agreement]) -> Agreement:
     """The one that agrees least of several, say at `min`, `opt` and `max`.
 
     One with too few detections to tell counts only where there is no other. Its reason begins with
-    its key, where it has one, and where there are several.
+    its key, where it has one, and where there are several sizes.
     """
     # Of several that agree as well, what was timed.
     name, agreement = min(
         agreements.items(), key=lambda item: (rank(item[1]), not timed([item[0]]))
     )
-    if not agreement.reason or len(agreements) == 1:
+    if not agreement.reason or (name == "opt" and set(agreements) <= {"opt", BLANK}):
         return agreement
     if name == BLANK:
         return replace(agreement, reason=f"on a plain picture: {agreement.reason}")
-    if not set(agreements) - {name, BLANK}:
-        return agreement
     return replace(agreement, reason=f"at {name}: {agreement.reason}")
 
 
