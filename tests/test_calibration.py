@@ -206,7 +206,7 @@ def test_an_image_of_another_size_than_annotated_is_not_taken(tmp_path):
     fill(tmp_path / "images", [1], height=80, width=64)
     file = annotate(tmp_path / "train.json", ["0.png", "1.png"])
     assert read(tmp_path / "images", tmp_path, file).record.left_out == {
-        "have another size than the annotations say": (1, ("1.png",))
+        "of another size than the annotations say": (1, ("1.png",))
     }
 
 
