@@ -31,6 +31,8 @@ CONFIDENCE = 0.95
 RECALLS = np.linspace(0.0, 1.0, 101)
 # Intersection over union from which a detection finds an object.
 IOUS = np.linspace(0.5, 0.95, 10)
+# Fewer images tell nothing, however little they differ.
+LEAST_IMAGES = 10
 # Above this many times the images that there are, their number is no answer.
 MOST_TIMES = 1000
 
@@ -262,7 +264,9 @@ def with_difference(
     ratio_low, ratio_high = np.percentile(mine / theirs, tails).tolist()
     needed = None
     verdict: APVerdict = "too few"
-    if ratio_low >= least_ratio:
+    if images < LEAST_IMAGES:  # Resamples of a few images are much the same.
+        needed = LEAST_IMAGES
+    elif ratio_low >= least_ratio:
         verdict = "keeps"
     elif ratio_high < least_ratio:
         verdict = "loses"

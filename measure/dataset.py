@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,10 +18,12 @@ import numpy as np
 
 from detectors.inputs import Size
 from errors import InputError
-from results.environment import file_name
+from results.environment import file_name, readable
 
 # Larger annotations are a slip; those of all that COCO has are a tenth of it.
 MOST_BYTES = 4 << 30
+# pycocotools draws polygons step by step, and crashes where they leave the image by too much.
+MOST_COORDINATE = 1e5
 # What a character of compressed run lengths can be: 48 and six bits.
 RUN_CHARACTERS = range(48, 48 + 64)
 
@@ -47,7 +51,7 @@ class _Annotation(msgspec.Struct):
     bbox: tuple[float, float, float, float]
     id: int | None = None
     area: float | None = None
-    iscrowd: int = 0
+    iscrowd: int | bool | None = 0
     segmentation: Any = None
     keypoints: list[float] | None = None
     num_keypoints: int | None = None
@@ -80,7 +84,7 @@ class Dataset:
 
     Attributes:
         name: of the file of annotations.
-        digest: tells that file from others.
+        digest: tells it from others: the annotations, and names and bytes of the images.
         classes: names of the categories in the order of their ids, which is that of the classes.
         category_ids: in the same order.
         images: those that are taken, in the order of their ids.
@@ -144,7 +148,7 @@ def read(
     except OSError as error:
         raise InputError(f"{options[0]} {annotations}: {error.strerror or error}") from None
     try:
-        file = msgspec.json.decode(content, type=_File)
+        file = msgspec.json.decode(content.removeprefix(codecs.BOM_UTF8), type=_File)
     except msgspec.ValidationError as error:
         raise InputError(f"{name} is not in COCO's format: {error}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -175,7 +179,7 @@ def read(
             x.setdefault("num_keypoints", 0)
     return Dataset(
         name=name,
-        digest=hashlib.sha256(content).hexdigest()[:16],
+        digest=_digest(content, pictures),
         classes=_names(categories),
         category_ids=tuple(category.id for category in categories),
         images=pictures,
@@ -184,6 +188,14 @@ def read(
         keypoints=keypoints,
         has_masks=all("segmentation" in x for x in complete),
     )
+
+
+def _digest(content: bytes, pictures: Sequence[Picture]) -> str:
+    """Of annotations and, as far as their sizes tell, of the images: there may be many."""
+    hasher = hashlib.sha256(content)
+    for picture in pictures:
+        hasher.update(repr((picture.name, picture.path.stat().st_size)).encode())
+    return hasher.hexdigest()[:16]
 
 
 def _names(categories: Sequence[_Category]) -> tuple[str, ...]:
@@ -230,6 +242,8 @@ def _check(file: _File, name: str) -> None:
             raise InputError(f"{where} is of image {x.image_id}, which is not there")
         if x.category_id not in categories:
             raise InputError(f"{where} is of category {x.category_id}, which is not there")
+        if x.area is not None and x.area < 0:
+            raise InputError(f"{where} has the area {x.area:g}")
         if not all(map(math.isfinite, x.bbox)) or min(x.bbox[2:]) < 0:
             raise InputError(f"{where} has the box {list(x.bbox)}: x, y, width, height were wanted")
 
@@ -242,11 +256,13 @@ def _check_files(pictures: Sequence[Picture], name: str, root: Path, option: str
     """
     if not root.is_dir():
         raise InputError(f"{option} {root} is no folder")
-    missing = [picture.name for picture in pictures if not picture.path.is_file()]
+    missing = [picture.path for picture in pictures if not os.path.isfile(picture.path)]
     if missing:
+        # As the annotations have them: a folder may be there twice.
+        names = [readable(os.path.relpath(path, root))[:80] for path in missing[:3]]
         more = ", ..." if len(missing) > 3 else ""
         count = f"{len(missing)} of {len(pictures)} images"
-        raise InputError(f"{name}: {count} are not in {root}: {', '.join(missing[:3])}{more}")
+        raise InputError(f"{name}: {count} are not in {root}: {', '.join(names)}{more}")
 
 
 def _complete(x: _Annotation, number: int, size: Size, name: str) -> dict[str, Any]:
@@ -293,6 +309,8 @@ def mask_flaw(mask: Any, size: Size) -> str | None:
                 return "a polygon has three points or more, x and y each"
             if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in polygon):
                 return "a polygon has coordinates that are no numbers"
+            if max(map(abs, polygon)) > MOST_COORDINATE:
+                return f"a polygon has the coordinate {max(polygon, key=abs):g}"
         return None
     if not isinstance(mask, dict) or "counts" not in mask:
         return "it is neither polygons nor run lengths"

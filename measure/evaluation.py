@@ -144,6 +144,8 @@ class Evaluator:
         # What Torch fp32 has, once it was evaluated.
         self.reference: Accuracy | None = None
         self._reference_kept: Path | None = None
+        # Why something could not be kept.
+        self.failures: list[str] = []
         # Key in `detections.json` -> an image that is worth a look.
         self.pictures: dict[str, DrawnPicture] = {}
 
@@ -176,7 +178,9 @@ class Evaluator:
         taken = set(names) - set(self.left_out)
         return Evaluated(
             images=len(taken),
-            objects=sum(1 for x in self.dataset.annotations if x["image_id"] in taken),
+            objects=sum(
+                1 for x in self.dataset.annotations if x["image_id"] in taken and not x["iscrowd"]
+            ),
             left_out={reason: (len(each), tuple(each[:3])) for reason, each in left_out.items()},
             not_judged=self.not_judged,
         )
@@ -307,7 +311,9 @@ class Evaluator:
         stamp = kept.with_suffix(".stamp")
         calibration = self.plan.calibration and self.plan.calibration.digest
         run = (facts.precision, facts.provider, facts.python, facts.versions, calibration)
-        decisive = (self.dataset.digest, self.model, self.view, self.fields, self.weights, run)
+        images = [(x.id, x.path.stat().st_mtime_ns) for x in self.dataset.images]
+        data = (self.dataset.digest, images)
+        decisive = (data, self.model, self.view, self.fields, self.weights, run)
         digest = hashlib.sha256(repr(decisive).encode()).hexdigest()
         if not kept.exists() or not stamp.exists() or stamp.read_text() != digest:
             kept.write_text("")
@@ -328,6 +334,7 @@ class Evaluator:
             write_text(self.plan.output / file, json.dumps(found))
         except InputError as error:
             self.progress.say(str(error))
+            self.failures.append(str(error))
             return None
         return file
 

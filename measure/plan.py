@@ -262,6 +262,8 @@ def _dataset(options: argparse.Namespace, models: Sequence[Model]) -> Dataset | 
         for name in ("image_root", "limit"):
             if getattr(options, name) is not None:
                 raise InputError(f"--{name.replace('_', '-')} goes with --dataset")
+        if "loses-ap" in options.fail_on:
+            raise InputError("--fail-on loses-ap goes with --dataset")
         return None
     if options.weights == "synthetic" or options.detections != (OBJECTS,):
         raise InputError("--dataset needs a trained model: synthetic weights find nothing in it")
@@ -277,7 +279,7 @@ def _dataset(options: argparse.Namespace, models: Sequence[Model]) -> Dataset | 
         if model.classes not in (None, len(dataset.classes)):
             raise InputError(
                 f"{model.name} tells {model.classes} classes apart, and {dataset.name} has "
-                f"{len(dataset.classes)} categories: {_some(dataset.classes)}"
+                f"{len(dataset.classes)} categories: {_some(dataset.classes)}{_unused(dataset)}"
             )
     return dataset
 
@@ -322,14 +324,27 @@ def _calibration(
     )
 
 
+def _unused(dataset: Dataset) -> str:
+    """Which categories are there for nothing, as some programs write them."""
+    used = {x["category_id"] for x in dataset.annotations}
+    names = [
+        name
+        for number, name in zip(dataset.category_ids, dataset.classes, strict=True)
+        if number not in used
+    ]
+    return f" (without objects: {_some(names)})" if names else ""
+
+
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _typical(dataset: Dataset, view: View) -> Picture:
-    """The first image of the most frequent size."""
-    sizes = [view.resized(picture.size) for picture in dataset.images]
-    return dataset.images[sizes.index(Counter(sizes).most_common(1)[0][0])]
+    """The first image of the most frequent size, of those with objects in them."""
+    with_objects = {x["image_id"] for x in dataset.annotations if not x["iscrowd"]}
+    images = [picture for picture in dataset.images if picture.id in with_objects]
+    sizes = [view.resized(picture.size) for picture in images]
+    return images[sizes.index(Counter(sizes).most_common(1)[0][0])]
 
 
 def _view_of(dataset: Dataset, view: View, images: Sequence[Path]) -> View:

@@ -41,7 +41,7 @@ from results.file import (
     save_found,
 )
 from results.recommendation import recommend, sentences
-from results.record import Group, Picture, Results, Settings
+from results.record import Accuracy, Group, Picture, Results, Settings
 
 # What to do about results that must not be mixed with what is asked for.
 WAY_OUT = "choose another --output, or measure all again with --rerun"
@@ -148,6 +148,8 @@ class Session:
         self.found: Found = {}
         self.complete = False
         self.failures: list[str] = []
+        # What could not be kept on the way, and is not there any more.
+        self.lost: list[str] = []
         if plan.output is not None:
             if options.rerun:
                 shutil.rmtree(plan.output / EVALUATED, ignore_errors=True)
@@ -170,10 +172,15 @@ class Session:
         differing += self._other_environments(earlier.groups)
         if differing:
             # What was asked for comes before what follows from it.
-            differing.sort(key=lambda line: not line.startswith("--"))
+            first = ("--dataset", "--")
+            differing.sort(key=lambda line: [not line.startswith(each) for each in first])
             raise InputError(f"{output} has results of another run ({differing[0]}): {WAY_OUT}")
         unfinished = ("interrupted", "all failed")
-        self.groups = [group for group in earlier.groups if group.stopped not in unfinished]
+        self.groups = [
+            group
+            for group in earlier.groups
+            if group.stopped not in unfinished and not _is_to_be_judged(group)
+        ]
         self.aa, self.peaks = earlier.aa, earlier.peaks
         self.earlier = earlier if self.groups else None
         self.found = load_found(output)
@@ -260,7 +267,7 @@ class Session:
         self._print_tables()
         if self.options.json:
             print(as_json(self.recommended().recommendations))
-        return 2 if self.failures else exit_code(self.groups, self.options.fail_on)
+        return 2 if self.failures or self.lost else exit_code(self.groups, self.options.fail_on)
 
     def _print_tables(self) -> None:
         """Those that are about all test models."""
@@ -386,6 +393,8 @@ class Session:
         for name, picture in self._pictures_of(model).items():
             self.found[picture].runs[precision] = measured.found.get(name, {})
         if model.evaluator is not None:
+            self.lost += model.evaluator.failures
+            model.evaluator.failures.clear()
             for name, picture in model.evaluator.pictures.items():
                 kept = self.found[name].runs if name in self.found else {}
                 self.found[name] = replace(picture, runs={**kept, **picture.runs})
@@ -431,6 +440,14 @@ class Session:
             reason = getattr(error, "strerror", None) or error
             self.failures.append(f"{what} could not be kept: {reason}")
             self.progress.say(self.failures[-1])
+
+
+def _is_to_be_judged(group: Group) -> bool:
+    """Whether a run could not be judged on the data set, though it did not fail."""
+    return any(
+        run.status == "ok" and run.accuracy is not None and run.accuracy.reason is not None
+        for run in group.runs
+    )
 
 
 def settings(plan: Plan, options: argparse.Namespace) -> Settings:
@@ -504,11 +521,21 @@ def _digest_of(model: Model) -> str | None:
     return hashlib.sha256(text).hexdigest()[:16]
 
 
+def _may_lose_ap(accuracy: Accuracy) -> bool:
+    if accuracy.verdict == "loses" or accuracy.reason is not None:
+        return True
+    # The reference itself: of an AP of 0, nothing can be lost.
+    return not any(known.ap for known in accuracy.tasks.values())
+
+
 def exit_code(of: Sequence[Group], fail_on: Sequence[str]) -> int:
-    """1 where a run failed or mismatched or, where that is in `fail_on`, was slower or lost AP."""
+    """1 where a run failed or mismatched or, where that is in `fail_on`, was slower or lost AP.
+
+    What is not known to have an AP counts as lost, too; too few images to tell do not.
+    """
     runs = [run for group in of for run in group.runs]
     slower = [run for run in runs if run.speedup and run.speedup.verdict == "slower"]
-    losing = [run for run in runs if run.accuracy and run.accuracy.verdict == "loses"]
+    losing = [run for run in runs if run.accuracy and _may_lose_ap(run.accuracy)]
     if any(run.status in ("failed", "mismatch") for run in runs):
         return 1
     return int(bool((slower and "slower" in fail_on) or (losing and "loses-ap" in fail_on)))

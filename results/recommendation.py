@@ -9,6 +9,7 @@ can be compared.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Dict, List, Optional, Sequence, Tuple
 
 import benchmark
@@ -62,7 +63,8 @@ def _of_case(results: Results, which: Case) -> Recommendation:
     rest = [x for x in qualified if x is not ship]
     runner_up = _best(rest, resolution)[0]
     others = [x for x in runs if x not in (ship, runner_up)]
-    evaluated = [group.evaluated.images for group in groups if group.evaluated]
+    judged = any(run.accuracy and run.accuracy.tasks for x in groups for run in x.runs)
+    evaluated = [group.evaluated.images for group in groups if group.evaluated and judged]
     weights = [group.weights for group in groups if group.weights]
     return Recommendation(
         model=case_name(which),
@@ -95,7 +97,23 @@ def _candidates(groups: Sequence[Group], limits: Constraints, seed: int) -> List
             key = (run.name, run.requested_precision)
             if key not in found:
                 found[key] = _candidate(group, run, limits, torch_s[0] if torch_s else 0.0, seed)
+    timed = [group for group in groups if group.fp32_samples_s]
+    reference = (groups[0].baseline.name, "fp32")
+    if reference not in found and timed:
+        return [_unlisted_reference(timed[0], limits), *found.values()]
     return list(found.values())
+
+
+def _unlisted_reference(group: Group, limits: Constraints) -> Candidate:
+    """Torch fp32, where it took part in the rounds and has no row: its memory is not known."""
+    samples = group.fp32_samples_s
+    known = Candidate(
+        run=group.baseline.name,
+        label=group.baseline.label,
+        precision="fp32",
+        median_ms=benchmark.summarize(samples, group.images_per_call).median_ms,
+    )
+    return replace(known, excluded=_beyond(known, limits))
 
 
 def _over_fp32(group: Group, run: Run) -> Tuple[Optional[Speedup], Tuple[float, ...]]:
@@ -134,8 +152,7 @@ def _candidate(group: Group, run: Run, limits: Constraints, torch_s: float, seed
         pays_back=pays_back,
         packages=sum(1 for name in run.versions if name not in PYTORCH),
     )
-    excluded = _excluded(group, run, known, limits, is_torch_fp32)
-    return Candidate(**{**vars(known), "excluded": excluded})
+    return replace(known, excluded=_excluded(group, run, known, limits, is_torch_fp32))
 
 
 def _excluded(
@@ -152,14 +169,19 @@ def _excluded(
         verdict = run.accuracy.verdict if run.accuracy else None
         if verdict != "keeps":
             found.append("ap")
-    for name, value, most in (
+    return (*found, *_beyond(known, limits))
+
+
+def _beyond(known: Candidate, limits: Constraints) -> Tuple[Exclusion, ...]:
+    """Which limits a run does not keep to."""
+    values: Tuple[Tuple[Exclusion, Optional[float], Optional[float]], ...] = (
         ("latency", known.median_ms, limits.max_latency_ms),
         ("memory", known.memory_mb, limits.max_memory_mb),
         ("prepare", known.prepare_s, limits.max_prepare_s),
-    ):
-        if most is not None and (value is None or value > most):
-            found.append(name)
-    return tuple(found)
+    )
+    return tuple(
+        name for name, value, most in values if most is not None and (value is None or value > most)
+    )
 
 
 # The best --------------------------------------------------------------------------------------
@@ -205,7 +227,7 @@ def _log_half_width(candidate: Candidate) -> float:
 def sentences(answer: Recommendation) -> Tuple[str, ...]:
     """Four lines: what to ship, what it costs, the runner-up, and what would change the answer."""
     if answer.ship is None:
-        reasons = "; ".join(f"{x.name}: {_why_not(x, answer)}" for x in answer.others)
+        reasons = "; ".join(f"{x.name} ({_why_not(x, answer)})" for x in answer.others)
         return (
             f"Ship: nothing that was measured of {answer.model} qualifies.",
             f"Why: {reasons}." if reasons else "Why: nothing was measured.",
@@ -308,7 +330,7 @@ def _why_not(candidate: Candidate, answer: Recommendation) -> str:
         "prepare": f"{candidate.prepare_s or 0:.1f} s to prepare, --max-prepare-s "
         f"{limits.max_prepare_s or 0:g}",
     }
-    return " and ".join(reasons[each] for each in candidate.excluded)
+    return "; ".join(reasons[each] for each in candidate.excluded)
 
 
 def _why_not_ap(candidate: Candidate, answer: Recommendation) -> str:

@@ -66,6 +66,8 @@ AP_VERDICTS: Dict[APVerdict, str] = {
     "too few": "too few images",
 }
 
+# An AP of less than this, in percent, speaks of a mistake.
+LEAST_AP = 5.0
 # Of more classes, a table has those that lose most.
 MOST_CLASSES = 20
 
@@ -399,16 +401,25 @@ def _accuracy_notes(results: Results, groups: Sequence[Group]) -> Iterator[str]:
     settings = results.settings
     if _tasks(groups):
         yield (
-            f"AP: COCO's, in percent, on {evaluated.images} images of {settings.dataset} with "
-            f"{evaluated.objects} objects; dAP: from {runner(groups[0].export)} fp32, with the "
-            "larger half of its 95% interval; AP is kept where the interval lies above "
-            f"{settings.min_ap_ratio:g} of fp32's, and lost where it lies below"
+            f"AP: COCO's, in percent, on {_counted(evaluated.images, 'image')} of "
+            f"{settings.dataset} with {_counted(evaluated.objects, 'object')}; dAP: from "
+            f"{runner(groups[0].export)} fp32, with the larger half of its 95% interval; AP is "
+            "kept where the interval of its ratio to fp32's lies above "
+            f"{settings.min_ap_ratio:g}, and lost where it lies below"
         )
     if evaluated.left_out:
         left_out = left_out_note(evaluated.left_out)
         yield f"images of {settings.dataset} that were left out: {left_out}"
     for task, reason in evaluated.not_judged.items():
         yield f"no AP of {TASKS[task]}s: {reason}"
+    for task in _tasks(groups):
+        known = [_judged(run).get(task) for group in groups for run in group.runs]
+        reference = next((x.ap for x in known if x and x.difference is None), None)
+        if reference is not None and reference < LEAST_AP:
+            yield (
+                f"{_of(task, 'AP')} of {runner(groups[0].export)} fp32 is {percent(reference)}: "
+                "are classes, boxes (x, y, width, height) and images those of the annotations?"
+            )
     for group in groups:
         for run in group.runs:
             if run.accuracy and run.accuracy.reason and run.accuracy.reason not in str(run.reason):
@@ -421,6 +432,10 @@ def _accuracy_notes(results: Results, groups: Sequence[Group]) -> Iterator[str]:
                         f"{run.label} {_precision(run)}: {_of(task, 'AP')} would take {about} "
                         "images to tell, if it is what it is here"
                     )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def accuracy_table(groups: Sequence[Group]) -> Table:

@@ -277,6 +277,14 @@ def test_the_limit_itself_cannot_be_told():
     assert told.images_needed is None
 
 
+@pytest.mark.parametrize(("images", "verdict"), [(9, "too few"), (10, "keeps")])
+def test_a_few_images_tell_nothing(images, verdict):
+    values = np.full(50, 40.0)
+    own = with_difference(AveragePrecision(ap=40.0), 40.0, (values, values), images, 0.99)
+    assert own.difference.verdict == verdict
+    assert own.difference.images_needed == (10 if verdict == "too few" else None)
+
+
 def test_the_verdict_of_several_tasks_is_the_worst():
     from results.record import Accuracy
 

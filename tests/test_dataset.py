@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Callable, Dict
 
@@ -54,11 +55,28 @@ def test_classes_are_in_the_order_of_the_ids_of_categories(taken, content):
     own = taken(content)
     assert own.category_ids == (2, 5, 9)
     assert own.classes == ("circle", "square", "triangle")
-    assert [x.name for x in own.images] == [
-        f"{n}.png" for n in ("000003", "000010", "000012", "000017")
-    ]
+    names = [x.name for x in own.images]
+    assert names == sorted(names)
+    assert (len(names), names[0]) == (12, "000000.png")
     assert own.images[0].size == (128, 160)
-    assert (own.total, own.keypoints, own.has_masks) == (4, 0, True)
+    assert (own.total, own.keypoints, own.has_masks) == (12, 0, True)
+
+
+def test_what_other_programs_write_is_taken(taken, content):
+    content["annotations"][0]["iscrowd"] = False
+    content["annotations"][1]["iscrowd"] = None
+    own = taken(b"\xef\xbb\xbf" + json.dumps(content).encode())
+    assert {x["iscrowd"] for x in own.annotations} == {0}
+    assert len(own.annotations) == 38
+
+
+def test_another_image_of_the_same_name_is_another_data_set(tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(EXAMPLE / "images", folder)
+    before = read(EXAMPLE / "annotations.json", folder, None, 0).digest
+    assert before == read(EXAMPLE / "annotations.json", EXAMPLE / "images", None, 0).digest
+    shutil.copy(folder / "000003.png", folder / "000004.png")
+    assert read(EXAMPLE / "annotations.json", folder, None, 0).digest != before
 
 
 def test_two_categories_of_one_name_are_told_apart(taken, content):
@@ -70,10 +88,10 @@ def test_ids_start_at_one(taken, content):
     # pycocotools takes an object of id 0 for one that was not found.
     for place, each in enumerate(content["annotations"]):
         each["id"] = place
-    assert [x["id"] for x in taken(content).annotations] == list(range(1, 17))
+    assert [x["id"] for x in taken(content).annotations] == list(range(1, 39))
     for each in content["annotations"]:
         del each["id"]
-    assert [x["id"] for x in taken(content).annotations] == list(range(1, 17))
+    assert [x["id"] for x in taken(content).annotations] == list(range(1, 39))
 
 
 def test_what_may_be_left_out_is_filled_in(taken, content):
@@ -90,7 +108,7 @@ def test_an_object_without_keypoints_has_none_that_are_visible(taken, content):
     content["annotations"][2]["keypoints"] = [1, 2, 2, 3, 4, 1, 0, 0, 0]
     own = taken(content)
     assert own.keypoints == 3
-    assert [x["num_keypoints"] for x in own.annotations] == [0, 0, 2] + 13 * [0]
+    assert [x["num_keypoints"] for x in own.annotations] == [0, 0, 2] + 35 * [0]
     assert {len(x["keypoints"]) for x in own.annotations} == {9}
 
 
@@ -107,7 +125,7 @@ def test_a_sample_is_drawn_by_the_seed(taken, content):
     own = taken(content, 2, 3)
     assert own == taken(content, 2, 3)
     assert {x["image_id"] for x in own.annotations} <= {x.id for x in own.images}
-    assert own.total == 4
+    assert own.total == 12
     assert taken(content, 100) == taken(content)
 
 
@@ -142,11 +160,20 @@ def test_files_that_are_not_there(tmp_path, content):
         read(tmp_path / "none.json", tmp_path, None, 0)
     with pytest.raises(InputError, match="nowhere is no folder"):
         read(EXAMPLE / "annotations.json", tmp_path / "nowhere", None, 0)
-    with pytest.raises(InputError, match=r"4 of 4 images are not in .*: 000003.png, 000010.png"):
+    with pytest.raises(InputError, match=r"12 of 12 images are not in .*: 000000.png, 000001.png"):
         read(EXAMPLE / "annotations.json", tmp_path, None, 0)
     content["images"][1]["file_name"] = "../secret.png"
     (tmp_path / "own.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match=r"1 of 4 images are not in .*: secret.png$"):
+    with pytest.raises(InputError, match=r"1 of 12 images are not in .*: ../secret.png$"):
+        read(tmp_path / "own.json", EXAMPLE / "images", None, 0)
+    # The folder may be in the names already.
+    content["images"][1]["file_name"] = "images/000001.png"
+    (tmp_path / "own.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"1 of 12 images are not in .*: images/000001.png$"):
+        read(tmp_path / "own.json", EXAMPLE / "images", None, 0)
+    content["images"][1]["file_name"] = "x" * 5000
+    (tmp_path / "own.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"1 of 12 images are not in .*: x{80}$"):
         read(tmp_path / "own.json", EXAMPLE / "images", None, 0)
 
 
@@ -167,6 +194,9 @@ def change(**changes: Any) -> Callable[[Dict[str, Any]], None]:
         (change(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "three points or more"),
         (change(segmentation=[[1, 2, 3, 4, 5, "x"]]), "coordinates that are no numbers"),
         (change(segmentation=[1, 2]), "three points or more"),
+        (change(segmentation=[[1, 2, 3, 4, 5, 1e9]]), "the coordinate 1e+09"),
+        (change(segmentation=[[1, 2, -1e300, 4, 5, 6]]), "the coordinate -1e+300"),
+        (change(area=-1), "has the area -1"),
         (change(segmentation="mask"), "neither polygons nor run lengths"),
         (change(segmentation={"size": [128, 160], "counts": [1, 2]}), "add up to 3 pixels"),
         (change(segmentation={"size": [160, 128], "counts": [20480]}), "size [160, 128]"),

@@ -26,8 +26,8 @@ from results.record import Results, Run
 
 ANNOTATIONS, IMAGES = EXAMPLE / "annotations.json", EXAMPLE / "images"
 DATA = ["--dataset", ANNOTATIONS, "--image-root", IMAGES]
-# Detectron2's predictor on these four images, judged by pycocotools.
-AP = {"bbox": 56.0335534, "segm": 60.5884017}
+# Detectron2's predictor on these twelve images, judged by pycocotools.
+AP = {"bbox": 65.8650114, "segm": 69.9880677}
 
 
 def runs_of(path: Path) -> List[Run]:
@@ -71,14 +71,14 @@ def test_ap_is_that_of_detectron2_and_its_evaluator(measured, made):
             own = run.accuracy.tasks[task]
             assert own.ap == pytest.approx(ap, abs=1e-4)
             assert own.difference.verdict == "keeps"
-    assert torch.accuracy.images == 4
-    assert torch.accuracy.detections == 48
+    assert torch.accuracy.images == 12
+    assert torch.accuracy.detections == 95
     # The tables say it.
     first, second = outcome.out.split("\n\n\n")
     assert "| Detections" in first
     assert re.search(r"\| +AP \| dAP +\| mask AP \| mask dAP +\|", first)
-    assert "56.03 | +0.00 ±0.00 keeps AP |   60.59 | +0.00 ±0.00 keeps AP" in first
-    assert "on 4 images of annotations.json with 16 objects" in first
+    assert "65.87 | +0.00 ±0.00 keeps AP |   69.99 | +0.00 ±0.00 keeps AP" in first
+    assert "on 12 images of annotations.json with 38 objects" in first
     assert second.count("| box ") == second.count("| mask ") == 4
 
 
@@ -106,7 +106,7 @@ def test_the_first_image_of_the_data_set_is_timed(measured):
     assert group.image_sizes["opt"] == ((160, 200),)
     # Engines are made for what there is.
     assert group.image_sizes["min"] == group.image_sizes["max"] == ((160, 200),)
-    assert group.evaluated.images == 4
+    assert group.evaluated.images == 12
 
 
 def test_engines_are_made_for_the_images_that_are_timed_too(main, tmp_path):  # noqa: F811
@@ -122,7 +122,7 @@ def test_engines_are_made_for_the_images_that_are_timed_too(main, tmp_path):  # 
     assert group.image_sizes["image 2"] == ((240, 120),)
     assert group.image_sizes["min"] == ((160, 120),)
     assert group.image_sizes["max"] == ((240, 200),)
-    assert group.evaluated.images == 4
+    assert group.evaluated.images == 12
 
 
 def test_images_that_do_not_fit_or_cannot_be_read_are_left_out_on_all_sides(main, tmp_path):  # noqa: F811
@@ -136,12 +136,12 @@ def test_images_that_do_not_fit_or_cannot_be_read_are_left_out_on_all_sides(main
     outcome = main(*asked, "--output", tmp_path / "out")
     assert outcome.code == 0, outcome.err
     group = load(tmp_path / "out" / "results.json").groups[0]
-    assert group.evaluated.images == 2
+    assert group.evaluated.images == 10
     assert group.evaluated.left_out == {
         "unreadable": (1, ("000010.png",)),
         "of another size than the annotations say": (1, ("000012.png",)),
     }
-    assert [run.accuracy.images for run in group.runs] == [2, 2]
+    assert [run.accuracy.images for run in group.runs] == [10, 10]
     assert group.runs[1].accuracy.tasks["bbox"].difference.value == 0
     assert (
         "images of own.json that were left out: 1 unreadable (000010.png); "
@@ -151,7 +151,7 @@ def test_images_that_do_not_fit_or_cannot_be_read_are_left_out_on_all_sides(main
 
 def test_sizes_that_the_engines_are_not_made_for_are_counted(main, tmp_path):  # noqa: F811
     def taller(images):
-        return [{**x, "height": 160, "width": 128} if n == 3 else x for n, x in enumerate(images)]
+        return [{**x, "height": 160, "width": 128} if n == 11 else x for n, x in enumerate(images)]
 
     data = data_with(tmp_path / "data", images=taller)
     sizes = ("--min-size", "160x200", "--max-size", "160x200")
@@ -167,7 +167,7 @@ def test_sizes_that_the_engines_are_not_made_for_are_counted(main, tmp_path):  #
 def test_an_evaluation_that_was_interrupted_goes_on(main, measured, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(evaluation, "BATCH_IMAGES", 1)
     asked = (*OWN, *DATA, *QUICK, "--backend", "openvino", "--output", tmp_path / "out")
-    asks, limit = [], 6  # The third image of the second run is under way.
+    asks, limit = [], 14  # The second image of the second run is under way.
     real = evaluation.Worker.ask
 
     def ask(self, request, *rest):
@@ -180,7 +180,7 @@ def test_an_evaluation_that_was_interrupted_goes_on(main, measured, tmp_path, mo
     monkeypatch.setattr(evaluation.Worker, "ask", ask)
     assert main(*asked).code == 130
     kept = tmp_path / "out" / "evaluated"
-    assert len(list(kept_images(kept / "shapes.torch.fp32.jsonl"))) == 4
+    assert len(list(kept_images(kept / "shapes.torch.fp32.jsonl"))) == 12
     assert len(list(kept_images(kept / "shapes.openvino.fp32.jsonl"))) == 1
     # A line that was cut off is none.
     with open(kept / "shapes.openvino.fp32.jsonl", "a") as file:
@@ -189,11 +189,77 @@ def test_an_evaluation_that_was_interrupted_goes_on(main, measured, tmp_path, mo
     asks.clear()
     outcome = main(*asked)
     assert outcome.code == 0, outcome.err
-    assert len(asks) == 3
+    assert len(asks) == 11
     assert "shapes.openvino.fp32: evaluating, after 1 from before" in outcome.err
     before = {run.label: run.accuracy.tasks for run in runs_of(measured)}
     for run in runs_of(tmp_path / "out"):
         assert run.accuracy.tasks == before[run.label]
+
+
+def test_images_that_were_replaced_in_between_are_seen_again(main, tmp_path, monkeypatch):  # noqa: F811
+    data = data_with(tmp_path / "data")
+    asked = (*OWN, "--dataset", data, *QUICK, "--backend", "torch", "--output", tmp_path / "out")
+    real = evaluation.Worker.ask
+
+    def ask(self, request, *rest):
+        if isinstance(request, protocol.Judge):
+            raise KeyboardInterrupt
+        return real(self, request, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation.Worker, "ask", ask)
+        assert main(*asked).code == 130
+    shutil.copy(tmp_path / "data" / "000000.png", tmp_path / "data" / "000001.png")
+    outcome = main(*asked)
+    assert "from before" not in outcome.err
+    if outcome.code == 2:  # The file has another size: it is another data set.
+        assert "--dataset: another file of the same name" in outcome.err
+
+
+def test_what_could_not_be_judged_is_judged_the_next_time(main, tmp_path, monkeypatch):  # noqa: F811
+    asked = (*OWN, *DATA, *QUICK, "--backend", "torch", "--output", tmp_path)
+    real = evaluation.Worker.ask
+
+    def ask(self, request, *rest):
+        if isinstance(request, protocol.Judge):
+            os.kill(self.pid, signal.SIGKILL)
+        return real(self, request, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation.Worker, "ask", ask)
+        outcome = main(*asked, "--fail-on", "loses-ap")
+    # Nothing vouches for it.
+    assert outcome.code == 1
+    assert "AP was not looked at" in outcome.out
+    outcome = main(*asked)
+    assert outcome.code == 0
+    assert "kept from before" not in outcome.err
+    assert runs_of(tmp_path)[0].accuracy.tasks["bbox"].ap == pytest.approx(AP["bbox"], abs=1e-4)
+
+
+def test_an_ap_near_nothing_is_remarked_on(main, tmp_path):  # noqa: F811
+    def corners(annotations):
+        for each in annotations:
+            x, y, width, height = each["bbox"]
+            each["bbox"] = [x, y, x + width, y + height]
+            del each["segmentation"]
+        return annotations
+
+    data = data_with(tmp_path / "data", annotations=corners)
+    outcome = main(*OWN, "--dataset", data, *QUICK, "--backend", "torch")
+    assert "are classes, boxes (x, y, width, height) and images those of" in outcome.out
+    assert "no AP of masks: own.json has objects without masks" in outcome.out
+
+
+def test_an_image_with_objects_is_timed(main, tmp_path):  # noqa: F811
+    def without_first(annotations):
+        first = {1000, 1001}
+        return [each for each in annotations if each["image_id"] not in first]
+
+    data = data_with(tmp_path / "data", annotations=without_first)
+    outcome = main(*OWN, "--dataset", data, *QUICK, "--backend", "torch", "--output", tmp_path)
+    assert outcome.code == 0, outcome.err
+    assert load(tmp_path / "results.json").settings.image == ("000002.png",)
 
 
 def test_what_was_kept_of_other_weights_is_not_taken(main, tmp_path, monkeypatch):  # noqa: F811
@@ -265,8 +331,8 @@ def test_the_images_where_a_run_goes_wrong_are_kept(main, tmp_path, monkeypatch)
     assert openvino.accuracy.verdict == "loses"
     assert "LOSES AP" in outcome.out
     by_image = {each.image: each for each in openvino.accuracy.worst}
-    # In one of the four nobody finds anything.
-    assert len(by_image) == 3
+    # In one nobody finds anything.
+    assert len(by_image) == 11
     assert by_image["000010.png"].spurious == 0
     assert by_image["000010.png"].score_difference is None
     changed = by_image["000003.png"]
@@ -336,6 +402,7 @@ def test_a_disk_that_is_full_costs_the_ap(main, tmp_path, monkeypatch):  # noqa:
         ([*DATA, "--opts", "MODEL.ROI_HEADS.NUM_CLASSES", "4"], "tells 4 classes apart"),
         (["--image-root", IMAGES], "--image-root goes with --dataset"),
         (["--limit", "3"], "--limit goes with --dataset"),
+        (["--fail-on", "loses-ap"], "--fail-on loses-ap goes with --dataset"),
         ([*DATA, "--min-ap-ratio", "1.5"], "share above 0 and up to 1"),
         ([*DATA, "--min-ap-ratio", "nan"], "share above 0 and up to 1"),
         ([*DATA, "--limit", "0"], "is not at least 1"),

@@ -257,7 +257,7 @@ def test_nothing_qualifies():
     first, second, _, fourth = sentences(told)
     assert first == "Ship: nothing that was measured of own qualifies."
     for name, ms in (("OpenVINO fp32", 50), ("TorchScript fp32", 80), ("Torch fp32", 100)):
-        assert f"{name}: {ms} ms a call, --max-latency-ms 12.34" in second
+        assert f"{name} ({ms} ms a call, --max-latency-ms 12.34)" in second
     assert "OpenVINO fp32 (2.00x) would do with --max-latency-ms 50" in fourth
 
 
@@ -316,3 +316,24 @@ def test_of_everything_that_was_measured(path):
             fastest = max((x.ratio for x in runs if not x.excluded), default=0)
             assert each.ship.ratio > fastest / (1 + 2 * each.resolution) * 0.9
     assert constraints(results.settings).min_ap_ratio == 0.99
+
+
+def test_torch_fp32_is_named_where_it_took_part_without_a_row():
+    lower = group(
+        run("torch", "bf16", 120, 100), run("torchscript", "bf16", 110, 100), precision="bf16"
+    )
+    told = answer(lower)
+    assert told.ship.name == "Torch fp32"
+    assert told.ship.median_ms == pytest.approx(100, rel=0.01)
+    told = answer(lower, max_memory_mb=900)
+    assert told.ship.name == "TorchScript bf16"
+
+
+def test_ap_that_was_not_judged_was_not_looked_at():
+    reference, lower = evaluated("keeps")
+    unknown = [
+        dataclasses.replace(x, accuracy=Accuracy(reason="it crashed")) for x in reference.runs
+    ]
+    told = answer(dataclasses.replace(reference, runs=tuple(unknown)))
+    assert told.images is None
+    assert lower.evaluated is not None
