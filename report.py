@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import re
 import sys
 from contextlib import suppress
@@ -24,12 +25,12 @@ from markupsafe import Markup, escape
 
 from errors import InputError, Parser
 from models import BLANK, TUNING, TURNED, runner, timed
-from results import published, tables
+from results import published, scatter, tables
 from results.facts import case, case_name
 from results.file import Found, load, load_found, result_file, write_text
 from results.recommendation import recommend, sentences
 from results.record import Drawn, Group, Picture, Results, Run, Task, WorstImage
-from results.tables import Table, short_name
+from results.tables import TASKS, Table, short_name
 
 TEMPLATES = Path(tables.__file__).parent
 # Matplotlib writes these into the drawing; the page has other colours by day than by night.
@@ -40,8 +41,15 @@ COLOURS = {
     "#040404": "var(--points)",
     "#050505": "var(--accent)",
     "#060606": "var(--published)",
+    "#070707": "var(--green)",
+    "#080808": "var(--olive)",
+    "#090909": "var(--rose)",
+    "#0a0a0a": "var(--teal)",
 }
-INK, SOFT, LINE, POINTS, ACCENT, PUBLISHED = COLOURS
+INK, SOFT, LINE, POINTS, ACCENT, PUBLISHED, GREEN, OLIVE, ROSE, TEAL = COLOURS
+# Of backends, the baseline apart. Where there are more they begin anew, as labels tell, too.
+SERIES = (POINTS, GREEN, PUBLISHED, OLIVE, ROSE, TEAL)
+MARKERS = {"fp32": "o", "fp16": "s", "bf16": "D", "int8": "^"}
 STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -61,11 +69,12 @@ STYLE = {
     "ytick.labelcolor": INK,
     "figure.facecolor": "none",
 }
-# Points above and below: neighbours may have the same AP. And what a letter of a label takes.
-LABEL_OFFSETS = (7, -15, 20, -28, 33, -41, 46)
-LETTER, LINE_HEIGHT = 5.6, 12
 # Inches. Narrow, so that letters keep a size on a phone, where a drawing is scaled to its width.
 WIDTH, ROW, MARGIN = 6.4, 0.34, 0.9
+# Points: the size of a label in a scatter plot, and of a marker.
+LABEL, MARKER = 9.0, 6.5
+# An axis of times is logarithmic where the longest is more than so many times the shortest.
+LOGARITHMIC = 8
 
 
 @dataclass(frozen=True)
@@ -154,7 +163,7 @@ def samples_plot(groups: Sequence[Group], name: str) -> Optional[Plot]:
         axes.plot(milliseconds, heights, ".", color=POINTS, alpha=0.6, markeredgewidth=0)
         medians.append(float(np.median(milliseconds)))
         axes.plot([medians[-1]] * 2, [row - 0.38, row + 0.38], color=ACCENT, linewidth=2)
-    if max(medians) > 8 * min(medians):
+    if max(medians) > LOGARITHMIC * min(medians):
         axes.set_xscale("log")
     else:
         axes.set_xlim(left=0)
@@ -197,92 +206,147 @@ def speedup_plot(groups: Sequence[Group], name: str) -> Optional[Plot]:
     return Plot("Speedups", _svg(figure, f"speedups-{name}", caption), caption)
 
 
-def accuracy_plots(groups: Sequence[Group], name: str, least_ratio: float) -> List[Plot]:
-    """Time against average precision, one plot for each task that was judged."""
-    runs = [(group, run) for group in groups for run in group.runs if run.accuracy]
-    tasks = dict.fromkeys(task for _, run in runs for task in run.accuracy.tasks)
-    plots = [_accuracy_plot(runs, task, name, least_ratio) for task in tasks]
-    return [plot for plot in plots if plot is not None]
-
-
-def _accuracy_plot(
-    runs: Sequence[Tuple[Group, Run]], task: Task, name: str, least_ratio: float
+def accuracy_plot(
+    groups: Sequence[Group], name: str, task: Task, least_ratio: float
 ) -> Optional[Plot]:
-    points: Dict[str, Tuple[float, float, float, float]] = {}
-    reference = None
-    for label, (_, run) in zip(_names(runs), runs):
-        known = run.accuracy.tasks.get(task)
-        if known is None or known.ap is None or run.statistics is None:
-            continue
-        below = above = 0.0
-        if known.difference is None:
-            reference = known.ap
-        else:
-            below = max(0.0, known.difference.value - known.difference.low)
-            above = max(0.0, known.difference.high - known.difference.value)
-        # Torch fp32 stands in several groups.
-        points.setdefault(label, (run.statistics.median_ms, known.ap, below, above))
-    if len(points) < 2:
+    """Average precision against the time of a call; None where there is nothing to compare.
+
+    Args:
+        least_ratio: the share of the reference's AP that is to be kept.
+    """
+    found = scatter.points(groups, task)
+    if len(found) < 2:
         return None
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, 4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.4 + 0.08 * len(found)), layout="constrained")
     axes = figure.subplots()
-    facts = []
-    points = dict(sorted(points.items(), key=lambda item: item[1][0]))
-    for label, (ms, ap, below, above) in points.items():
-        is_best = not any(
-            other[0] <= ms and other[1] >= ap and other[:2] != (ms, ap) for other in points.values()
-        )
-        axes.errorbar(
-            ms,
-            ap,
-            yerr=[[below], [above]],
-            fmt="o",
-            color=POINTS,
-            markerfacecolor=POINTS if is_best else "none",
-            linewidth=1.5,
-        )
-        facts.append(f"{label}: {ms:.4g} ms, {ap:.2f}")
-    if reference is not None:
-        axes.axhspan(least_ratio * reference, reference, color=LINE, alpha=0.5, linewidth=0)
-        axes.axhline(reference, color=ACCENT, linewidth=1)
-    times = [point[0] for point in points.values()]
-    if max(times) > 8 * min(times):
-        axes.set_xscale("log")
-    else:
-        axes.set_xlim(0, 1.25 * max(times))
-    axes.margins(y=0.15)
-    _label(figure, axes, {label: point[:2] for label, point in points.items()})
-    axes.set(xlabel="ms a call (median)", ylabel=f"{tables.TASKS[task]} AP")
+    labels = dict.fromkeys(x.label for x in found if x.label != groups[0].baseline.label)
+    known = dict(zip(labels, itertools.cycle(SERIES)))
+    colours = [known.get(x.label, ACCENT) for x in found]
+    for point, colour in zip(found, colours):
+        _mark(axes, point, colour)
+    steps = scatter.frontier(found)
+    axes.plot(*zip(*steps), color=SOFT, linewidth=1, linestyle=":", zorder=1)
+    theirs = scatter.reference_ap(groups, task)
+    baseline = f"{runner(groups[0].export)} fp32"
+    if theirs is not None:
+        _mark_reference(axes, theirs, least_ratio, baseline)
+    axes.margins(x=0.1, y=0.1)
+    _time_axis(axes, [x.ms for x in found])
+    axes.set(xlabel="ms a call", ylabel=f"{TASKS[task]} AP (%)")
     axes.grid(axis="y", color=LINE)
     axes.tick_params(axis="y", labelcolor=SOFT)
-    caption = (
-        "The upper left is what one wants. Filled: nothing else is both as fast and as good. Bars: "
-        "95% intervals of the difference from the reference, which is the line; AP is kept down to "
-        f"{least_ratio:g} of it, the band. {'; '.join(facts)}."
-    )
-    title = f"Time against {tables.TASKS[task]} AP"
-    return Plot(title, _svg(figure, f"ap-{task}-{name}", caption), caption)
-
-
-def _label(figure: Any, axes: Any, points: Dict[str, Tuple[float, float]]) -> None:
-    """Writes names beside points, where they do not hide each other as far as there is room."""
-    figure.draw_without_rendering()  # From here on it is known where points are.
-    taken: List[Tuple[float, float, float]] = []
-    for label, place in points.items():
-        x, y = axes.transData.transform(place) * 72 / figure.dpi
-        width = LETTER * len(label)
-        for offset in LABEL_OFFSETS:
-            if all(
-                abs(y + offset - other_y) > LINE_HEIGHT or x > end or x + width < start
-                for start, end, other_y in taken
-            ):
-                break
-        taken.append((x, x + width, y + offset))
-        axes.annotate(
-            _literal(label), place, xytext=(7, offset), textcoords="offset points", fontsize=9
+    lines = [list(line) for line in zip(steps, steps[1:])]
+    lines += [[(x.ms, end) for end in x.interval] for x in found if x.interval]
+    if theirs is not None:
+        lines.append([(low, theirs) for low in axes.get_xlim()])
+    _label(figure, axes, found, colours, lines)
+    title = f"Time against {TASKS[task]} AP"
+    caption = "Filled: of the runs that match, no other is as fast and finds as much."
+    if theirs is not None:
+        caption += (
+            f" Bars: 95% intervals of the difference from {baseline}, whose AP is the line. The "
+            f"band below is what may be lost of it: down to {least_ratio:.4g} of it."
         )
+    words = f"{title}. {caption} {_spoken(found)}"
+    return Plot(title, _svg(figure, f"{task}-{name}", words), caption)
+
+
+def _mark(axes: Any, point: scatter.Point, colour: str) -> None:
+    """A point with its interval: filled, if it is efficient."""
+    if point.interval is not None:
+        axes.plot([point.ms] * 2, point.interval, color=colour, linewidth=1.2, zorder=2)
+    axes.plot(
+        point.ms,
+        point.ap,
+        MARKERS.get(point.precision, "o"),
+        color=colour,
+        markersize=MARKER,
+        markerfacecolor=colour if point.is_efficient else "none",
+        markeredgewidth=1.3,
+        zorder=3,
+    )
+
+
+def _mark_reference(axes: Any, ap: float, least_ratio: float, baseline: str) -> None:
+    """A line at the reference's AP, and a band down to what has to be kept of it."""
+    least = least_ratio * ap
+    axes.axhline(ap, color=ACCENT, linewidth=1, zorder=1)
+    axes.axhspan(least, ap, color=ACCENT, alpha=0.13, linewidth=0, zorder=0)
+    texts = ((ap, baseline, "bottom"), (least, f"{least_ratio:.4g} of it", "top"))
+    for height, text, side in texts:  # Beside the drawing, and away from each other.
+        axes.text(
+            *(1.01, height, _literal(text)),
+            transform=axes.get_yaxis_transform(),
+            color=ACCENT,
+            fontsize=LABEL,
+            va=side,
+        )
+
+
+def _time_axis(axes: Any, milliseconds: Sequence[float]) -> None:
+    if max(milliseconds) > LOGARITHMIC * min(milliseconds):
+        axes.set_xscale("log")
+        _label_decades(axes.xaxis)
+        axes.minorticks_off()
+
+
+def _label_decades(axis: Any) -> None:
+    """Matplotlib labels powers of ten only on a logarithmic axis, which may be but one."""
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+
+def _label(
+    figure: Any,
+    axes: Any,
+    found: Sequence[scatter.Point],
+    colours: Sequence[str],
+    lines: Sequence[Sequence[Tuple[float, float]]],
+) -> None:
+    """The name of each point beside it.
+
+    Args:
+        lines: ends of those that a name must not lie on: upright ones and level ones.
+    """
+    figure.draw_without_rendering()  # From here on it is known what lies where.
+    unit = 72 / figure.dpi
+    places = [axes.transData.transform((x.ms, x.ap)) * unit for x in found]
+    taken = [scatter.around([place], MARKER / 2) for place in places]
+    taken += [scatter.around(axes.transData.transform(line) * unit, 1.0) for line in lines]
+    within = tuple(axes.bbox.extents * unit)
+    names = [f"{x.name}{'' if x.is_right else ', MISMATCH'}" for x in found]
+    labels = scatter.place_labels(names, places, taken, within, LABEL)
+    for point, name, (x, y), label, colour in zip(found, names, places, labels, colours):
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
+        axes.annotate(
+            _literal(name),
+            (point.ms, point.ap),
+            (label.x - x, label.y - y),
+            textcoords="offset points",
+            color=colour,
+            fontsize=LABEL,
+            fontweight="bold" if point.is_efficient else "normal",
+            ha="right" if label.is_left else "left",
+            va="center",
+            arrowprops=line if label.is_far else None,
+            in_layout=False,
+        )
+
+
+def _spoken(found: Sequence[scatter.Point]) -> str:
+    """What a scatter plot shows, for those who cannot see it; the table has it for the others."""
+    facts = [
+        f"{x.name}: {x.ms:.4g} ms, AP {x.ap:.2f}"
+        + (f" ({x.interval[0]:.2f} to {x.interval[1]:.2f})" if x.interval else "")
+        + ("" if x.is_right else ", mismatch")
+        + (", filled" if x.is_efficient else "")
+        for x in found
+    ]
+    return "; ".join(facts)
 
 
 def sizes_plot(groups: Sequence[Group], name: str) -> Optional[Plot]:
@@ -300,7 +364,6 @@ def sizes_plot(groups: Sequence[Group], name: str) -> Optional[Plot]:
     if not runs:
         return None
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     figure = Figure(figsize=(WIDTH, 3.4 + 0.1 * len(runs)), layout="constrained")
     axes = figure.subplots()
@@ -329,9 +392,7 @@ def sizes_plot(groups: Sequence[Group], name: str) -> Optional[Plot]:
     axes.grid(axis="y", color=LINE)
     axes.tick_params(axis="y", labelcolor=SOFT)
     axes.set_xticks(sorted(ticks), labels=[f"{area:.2g}" for area in sorted(ticks)])
-    # On a logarithmic axis Matplotlib labels powers of ten only, which may be but one.
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    _label_decades(axes.yaxis)
     axes.minorticks_off()
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9, labelcolor=INK)
     caption = (
@@ -608,8 +669,9 @@ def _section(results: Results, name: str, all_found: Found, images: Dict[str, by
     found = all_found.get(name)
     image = _identifier(found.image) if found and found.image in images else None
     made = (samples_plot, speedup_plot, sizes_plot)
+    tasks, least = tables.judged_tasks(groups), results.settings.min_ap_ratio
     plots = [
-        *accuracy_plots(groups, identifier, results.settings.min_ap_ratio),
+        *(accuracy_plot(groups, identifier, task, least) for task in tasks),
         *(make(groups, identifier) for make in made),
     ]
     return Section(

@@ -311,7 +311,7 @@ def model_table(results: Results, groups: Sequence[Group], peaks: bool = False) 
             cells[-1] += f" {mark}"
             statuses.append(f"{mark} {run.label} {_precision(run)}: {run.reason}")
         rows.append(cells)
-    tasks = _tasks(groups)
+    tasks = judged_tasks(groups)
     columns += tuple(
         x for task in tasks for x in (*right(_of(task, "AP")), *left(_of(task, "dAP")))
     )
@@ -353,13 +353,14 @@ def _statistics_cells(statistics: Statistics) -> List[str]:
     ]
 
 
-def _tasks(groups: Sequence[Group]) -> List[Task]:
+def judged_tasks(groups: Sequence[Group]) -> List[Task]:
     """What the runs were judged by on a data set, in the order of COCO's names."""
-    known = {task for group in groups for run in group.runs for task in _judged(run)}
+    known = {task for group in groups for run in group.runs for task in judged(run)}
     return [task for task in get_args(Task) if task in known]
 
 
-def _judged(run: Run) -> Dict[Task, AveragePrecision]:
+def judged(run: Run) -> Dict[Task, AveragePrecision]:
+    """What a run has on a data set; nothing where it was not evaluated."""
     return {} if run.accuracy is None else run.accuracy.tasks
 
 
@@ -370,7 +371,7 @@ def _of(task: Task, heading: str) -> str:
 
 def _accuracy_cells(run: Run, task: Task) -> Tuple[str, str]:
     """What stands below `AP` and `dAP`."""
-    known = _judged(run).get(task)
+    known = judged(run).get(task)
     if known is None:
         return "-", "-"
     return percent(known.ap), "-" if known.difference is None else describe_difference(
@@ -399,7 +400,7 @@ def _accuracy_notes(results: Results, groups: Sequence[Group]) -> Iterator[str]:
     if evaluated is None:
         return
     settings = results.settings
-    if _tasks(groups):
+    if judged_tasks(groups):
         yield (
             f"AP: COCO's, in percent, on {_counted(evaluated.images, 'image')} of "
             f"{settings.dataset} with {_counted(evaluated.objects, 'object')}; dAP: from "
@@ -424,7 +425,7 @@ def _accuracy_notes(results: Results, groups: Sequence[Group]) -> Iterator[str]:
         for run in group.runs:
             if run.accuracy and run.accuracy.reason and run.accuracy.reason not in str(run.reason):
                 yield f"{run.label} {_precision(run)}: no AP: {run.accuracy.reason}"
-            for task, known in _judged(run).items():
+            for task, known in judged(run).items():
                 if known.difference and known.difference.verdict == "too few":
                     needed = known.difference.images_needed
                     about = f"about {needed}" if needed else "far more than anyone has"
@@ -443,7 +444,7 @@ def accuracy_table(groups: Sequence[Group]) -> Table:
     rows = []
     for group in groups:
         for run in group.runs:
-            for task, known in _judged(run).items():
+            for task, known in judged(run).items():
                 figures = (known.ap, known.ap50, known.ap75)
                 by_size = (known.small, known.medium, known.large)
                 rows.append(
@@ -477,7 +478,7 @@ def class_tables(groups: Sequence[Group]) -> List[Table]:
     made = []
     for name in dict.fromkeys(map(group_name, groups)):
         own = [group for group in groups if group_name(group) == name]
-        for task in _tasks(own):
+        for task in judged_tasks(own):
             table = _class_table(name, own, task)
             if table is not None:
                 made.append(table)
@@ -489,7 +490,7 @@ def _class_table(name: str, groups: Sequence[Group], task: Task) -> Optional[Tab
     reference: Optional[AveragePrecision] = None
     for group in groups:
         for run in group.runs:
-            known = _judged(run).get(task)
+            known = judged(run).get(task)
             if known is not None and known.difference is None:
                 reference = known
             elif known is not None:

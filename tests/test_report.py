@@ -594,8 +594,9 @@ def test_time_against_ap_is_a_plot(tmp_path):
     document["groups"][0]["runs"][0]["accuracy"] = accuracy_of(40.0, 0.0, "keeps")
     document["groups"][0]["runs"][0]["accuracy"]["tasks"]["bbox"]["difference"] = None
     page = Page(report.page(records(document), {}, {}))
-    (plot,) = [x for x in page.all("svg") if "AP is kept down to" in (x.get("aria-label") or "")]
-    assert "OpenVINO fp32: 205.1 ms, 30.00" in plot["aria-label"]
+    plot = page.all("svg")[0]["aria-label"]
+    assert plot.startswith("Time against box AP. Filled: of the runs that match, no other is as")
+    assert "; OpenVINO fp32: 205.1 ms, AP 30.00 (29.50 to 30.25), filled" in plot
     assert "Time against box AP" in "".join(page.text)
 
 
