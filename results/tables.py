@@ -413,8 +413,8 @@ def _accuracy_notes(results: Results, groups: Sequence[Group]) -> Iterator[str]:
         yield f"images of {settings.dataset} that were left out: {left_out}"
     for task, reason in evaluated.not_judged.items():
         yield f"no AP of {TASKS[task]}s: {reason}"
-    for task in _tasks(groups):
-        known = [_judged(run).get(task) for group in groups for run in group.runs]
+    for task in judged_tasks(groups):
+        known = [judged(run).get(task) for group in groups for run in group.runs]
         reference = next((x.ap for x in known if x and x.difference is None), None)
         if reference is not None and reference < LEAST_AP:
             yield (
