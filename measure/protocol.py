@@ -14,7 +14,7 @@ Valid on Python 3.8, as workers import it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import (
     Any,
     ClassVar,
@@ -645,9 +645,21 @@ def _typed(value: Any, hint: Any) -> Any:
         kinds = kinds[:1] * len(value) if kinds[-1] is ... else kinds
         return tuple(_typed(each, kind) for each, kind in zip(value, kinds))
     if is_dataclass(hint):
-        hints = get_type_hints(hint)
+        hints = _hints(hint)
         return hint(**{name: _typed(each, hints[name]) for name, each in value.items()})
     return value
+
+
+def _hints(record: Type[Any]) -> Dict[str, Any]:
+    """The types of a record's fields.
+
+    Python 3.8 refuses to evaluate `answer: ClassVar`, which is none, and the rest with it.
+    """
+    annotations = {each.name: each.type for each in fields(record)}
+    alone = type(
+        record.__name__, (), {"__annotations__": annotations, "__module__": record.__module__}
+    )
+    return get_type_hints(alone)
 
 
 def lines(buffer: bytearray) -> List[bytes]:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -677,6 +678,21 @@ def test_requests_survive_the_way():
         assert protocol.request(json.loads(line)) == asked
     rule = WarmUp.on("cuda")
     assert protocol.Warm.by(rule).rule == rule
+
+
+def test_requests_are_read_by_the_oldest_python(monkeypatch):
+    """Which refuses a class that has a bare `ClassVar` among its annotations."""
+    evaluated = protocol.get_type_hints
+
+    def strict(record: Any) -> Any:
+        assert "ClassVar" not in record.__annotations__.values()
+        return evaluated(record)
+
+    monkeypatch.setattr(protocol, "get_type_hints", strict)
+    run = protocol.PrepareRun(MODELS["testRetinaNet"], "torch", "fp32", "cpu", "bundled", "f")
+    for asked in (run, protocol.Detect("opt", "o"), protocol.Stop()):
+        line = json.dumps({"ask": type(asked).__name__, "with": dataclasses.asdict(asked)})
+        assert protocol.request(json.loads(line)) == asked
 
 
 @pytest.mark.parametrize(
