@@ -78,7 +78,7 @@ SIZES_OF_C4 = {"opt": (64, 96), "max": (75, 131)}
 BACKGROUND = {9: 4.0, 21: 5.0, 1204: 12.0, 1231: 12.0}
 # Scores of boxes are spread apart, each time twice as much, until so many objects are found.
 LEAST_FOUND = 10
-SPREADS = 6
+SPREADS = 8
 BOX_SCORES = re.compile(r"box_predictor.*cls_score\.weight$")
 MEMORY_BYTES = 8 << 30
 CELL_LIMIT_S = {"inductor": 1500.0}
@@ -480,7 +480,8 @@ def told(found: Dict[str, Agreement]) -> Tuple[str, str]:
     """
     for size, agreement in found.items():
         if agreement.verdict != "match":
-            return "", sentence(f"{agreement.verdict} at {size}: {agreement.reason}")
+            reason = agreement.reason or f"{agreement.matched} of {agreement.expected}"
+            return "", sentence(f"{agreement.verdict} at {size}: {reason}")
     matched = sum(agreement.matched for agreement in found.values())
     expected = sum(agreement.expected for agreement in found.values())
     least = min((x.labels for x in found.values() if x.labels is not None), default=1.0)
