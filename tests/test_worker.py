@@ -28,6 +28,7 @@ from detectors.zoo_configurations import zoo_configuration
 from errors import InputError, first_cause
 from measure import protocol, run, worker
 from measure.group import load_outputs
+from measure.run import SHORT_CALL_S
 from measure.worker import Command, Host, Hosts, Worker
 from models import MODELS, Detectron2Model, Model
 
@@ -104,7 +105,9 @@ def test_a_run(ready, exports, tmp_path):
         with torch.no_grad():
             wanted = export.eager(*images)
         answer = ready.ask(protocol.Detect(size, str(tmp_path / "found.npz")))
-        assert len(answer.seconds) == 2
+        # A call that takes long, as on a busy machine, is not repeated.
+        is_long = answer.seconds[0] >= SHORT_CALL_S
+        assert len(answer.seconds) == 2 or is_long
         assert all(0 < seconds < 60 for seconds in answer.seconds)
         found = load_outputs(tmp_path / "found.npz")
         assert len(found[0]) > 10
