@@ -204,7 +204,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--calibration-annotations",
         metavar="FILE",
-        help="the images of these annotations in COCO's format, in --calibration or beside them",
+        help="the images of these annotations in COCO's format, in --calibration or beside them; "
+        "layers that cost AP on them stay in fp32",
     )
     add(
         "--calibration-limit",

@@ -29,7 +29,7 @@ from errors import InputError
 
 if TYPE_CHECKING:
     from detectors.export import Export
-    from results.record import Coverage
+    from results.record import AccuracyControl, Coverage
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 DEVICES = ("cpu", "cuda")
@@ -80,6 +80,7 @@ class Optimized:
             of what it takes to build.
         read_artifact_bytes: the size of what was compiled, as one would deploy it, or None where
             there is no such file. It may take long, and is called after the timing.
+        control: at int8, which layers stay in fp32, where `Export.validation` has judged that.
         context: what a worker enters once, for all of its calls, as a program that serves would.
     """
 
@@ -95,6 +96,7 @@ class Optimized:
     label: Optional[str] = None
     cached: bool = False
     read_artifact_bytes: Optional[Callable[[], Optional[int]]] = None
+    control: Optional[AccuracyControl] = None
     context: Optional[Callable[[], ContextManager[Any]]] = None
 
 
@@ -147,6 +149,22 @@ class Backend:
             errors.Unsupported: the backend cannot take this export; the message says why.
         """
         raise NotImplementedError
+
+
+def module_name(operator: str) -> str:
+    """The module that an operator of a converted graph comes from, as Detectron2 names it.
+
+    Args:
+        operator: as OpenVINO or PyTorch's exporter to ONNX names it:
+            `__module.detector.backbone.fpn_lateral3/aten::_convolution/Convolution`,
+            `/detector/backbone/fpn_lateral3/Conv`.
+    """
+    name = operator.strip("/")
+    if name.startswith("__module."):
+        name = name[len("__module.") :].split("/")[0]
+    else:
+        name = ".".join(name.split("/")[:-1]) or name
+    return name[len("detector.") :] if name.startswith("detector.") else name
 
 
 def names() -> List[str]:

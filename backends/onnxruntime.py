@@ -16,10 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-from backends.base import Backend, Optimized, Phases, check_sizes, folder_bytes
+from backends.base import Backend, Optimized, Phases, check_sizes, folder_bytes, module_name
 from errors import Unsupported, first_cause
 from results.environment import cpu_flags
-from results.record import Coverage
+from results.record import AccuracyControl, Coverage
 
 if TYPE_CHECKING:
     from detectors.export import Export
@@ -84,7 +84,10 @@ class ONNXRuntime(Backend):
         exported = time.perf_counter()
         graph = convert(module, export)
         is_int8 = precision == "int8"
-        if is_int8:
+        control = None
+        if is_int8 and export.validation is not None:
+            graph, control = quantize_under_control(graph, export)
+        elif is_int8:
             graph = quantize(graph, export)
         converted = time.perf_counter()
         threads = torch.get_num_threads()
@@ -114,6 +117,7 @@ class ONNXRuntime(Backend):
                 convert=converted - exported,
                 compile=time.perf_counter() - converted,
             ),
+            control=control,
             cached=provider == TENSORRT and bool(before) and _engines(kept) == before,
             read_artifact_bytes=lambda: (
                 folder_bytes(kept, "*.engine") if provider == TENSORRT else len(graph)
@@ -173,6 +177,65 @@ def quantize(graph: bytes, export: Export, **changes: Any) -> bytes:
     Raises:
         errors.Unsupported: it cannot be quantized.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        return _quantized(_simplified(graph, folder), export, **changes)
+
+
+def quantize_under_control(graph: bytes, export: Export) -> Tuple[bytes, AccuracyControl]:
+    """The same, with the layers in fp32 that cost more AP than the export's validation allows.
+
+    Returns:
+        the model, and what of it stays in fp32.
+
+    Raises:
+        errors.Unsupported: it cannot be quantized.
+    """
+    import onnx
+    import torch
+
+    validation = export.validation
+    assert validation is not None
+    with tempfile.TemporaryDirectory() as folder:
+        simple = _simplified(graph, folder)
+        model = onnx.load(simple)
+        groups = _neighbours(model)
+        heavy = {x.name: module_name(x.name) for x in model.graph.node if x.op_type in QUANTIZED}
+        ranges = str(Path(folder) / "ranges.json")  # So that it is calibrated once.
+
+        def excluded(kept: Sequence[str]) -> List[str]:
+            return list(dict.fromkeys(node for name in kept for node in groups[name]))
+
+        def without(kept: Sequence[str]) -> bytes:
+            changes = {"nodes_to_exclude": excluded(kept), "calibration_cache_path": ranges}
+            return _quantized(simple, export, **changes)
+
+        def quantized(kept: Sequence[str]) -> Callable[..., Tuple[Any, ...]]:
+            return caller(create_session(without(kept), [CPU], torch.get_num_threads()), export)
+
+        # A group is two layers or more, and most of them have to stay in int8.
+        control = validation.layers_to_keep(list(groups), quantized, len(groups) // 4)
+        names = dict.fromkeys(heavy[x] for x in excluded(control.kept) if x in heavy)
+        layers = len({heavy[x] for x in _to_quantize(model) if x in heavy})
+        return without(control.kept), replace(control, kept=tuple(names), layers=layers)
+
+
+def _simplified(graph: bytes, folder: str) -> str:
+    """A file in a folder with the model in which norms are part of the convolutions.
+
+    Raises:
+        errors.Unsupported: ONNX Runtime cannot take the model.
+    """
+    simple = str(Path(folder) / "simple")
+    create_session(graph, [CPU], 1, simple, basic=True)
+    return simple
+
+
+def _quantized(simple: str, export: Export, **changes: Any) -> bytes:
+    """See `quantize`.
+
+    Args:
+        simple: file of the model.
+    """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
@@ -190,9 +253,7 @@ def quantize(graph: bytes, export: Export, **changes: Any) -> bytes:
 
     try:
         with tempfile.TemporaryDirectory() as folder:
-            simple, quantized = (str(Path(folder) / name) for name in ("simple", "quantized"))
-            # Norms become part of the convolutions.
-            create_session(graph, [CPU], 1, simple, basic=True)
+            quantized = str(Path(folder) / "quantized")
             ours = {
                 "op_types_to_quantize": [*QUANTIZED, "Relu"],
                 "nodes_to_quantize": _to_quantize(onnx.load(simple)),
@@ -203,8 +264,6 @@ def quantize(graph: bytes, export: Export, **changes: Any) -> bytes:
             }
             quantize_static(simple, quantized, Reader(), **{**ours, **changes})
             model = onnx.load(quantized)
-    except Unsupported:
-        raise
     except Exception as error:
         raise Unsupported(
             f"ONNX Runtime cannot quantize the model: {first_cause(error)}"
@@ -223,6 +282,32 @@ def _to_quantize(model: Any) -> List[str]:
         for node in model.graph.node
         if node.op_type == "Relu" or (node.op_type in QUANTIZED and node.input[1] in learned)
     ]
+
+
+def _neighbours(model: Any) -> Dict[str, List[str]]:
+    """Modules that are in fp32 together -> the nodes of which that takes.
+
+    They share what they take. That stays exact only where what gives it is not quantized either: it
+    would be rounded on the way out.
+    """
+    wanted = set(_to_quantize(model))
+    makers = {name: node for node in model.graph.node for name in node.output}
+    takers: Dict[str, List[Any]] = {}
+    for node in model.graph.node:
+        if node.name in wanted:
+            takers.setdefault(node.input[0], []).append(node)
+    groups: Dict[str, List[str]] = {}
+    for name, nodes in takers.items():
+        heavy = [node for node in nodes if node.op_type in QUANTIZED]
+        if not heavy:
+            continue
+        maker = makers.get(name)
+        while maker is not None and maker.name in wanted:
+            nodes = [*nodes, maker]
+            maker = makers.get(maker.input[0]) if maker.op_type == "Relu" else None
+        key = ", ".join(dict.fromkeys(module_name(node.name) for node in heavy))
+        groups.setdefault(key, []).extend(node.name for node in nodes)
+    return groups
 
 
 def _saturates() -> bool:

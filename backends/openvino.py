@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
-from backends.base import Backend, Optimized, Phases, check_sizes
+from backends.base import Backend, Optimized, Phases, check_sizes, module_name
 from errors import Unsupported, first_cause
-from results.record import Coverage
+from results.record import AccuracyControl, Coverage
 
 if TYPE_CHECKING:
     from detectors.export import Export
@@ -55,7 +56,10 @@ class OpenVINO(Backend):
         module = export.onnx_file or export.program or export.script_module()
         exported = time.perf_counter()
         model = convert(module, export)
-        if precision == "int8":
+        control = None
+        if precision == "int8" and export.validation is not None:
+            model, control = quantize_under_control(model, export)
+        elif precision == "int8":
             model = quantize(model, export)
         converted = time.perf_counter()
         compiled = compile_model(model, precision, torch.get_num_threads(), cache)
@@ -75,19 +79,20 @@ class OpenVINO(Backend):
                 convert=converted - exported,
                 compile=compiled_at - converted,
             ),
+            control=control,
             cached=bool(compiled.get_property("LOADED_FROM_CACHE")),
             read_artifact_bytes=lambda: len(compiled.export_model().getvalue()),
         )
 
 
 def quantize(model: Any, export: Export, **changes: Any) -> Any:
-    """Post-training quantization of a converted model by NNCF, with two choices of ours.
+    """Post-training quantization of a converted model by NNCF, with three choices of ours.
 
-    What handles boxes stays exact, and ranges are the extremes over all calls. NNCF's own choice
-    are averages, which cut off what is rare: activations at `max`, and those of a mask head, where
-    most calls find nothing. On two trained detectors, calibrated on 200 images, this keeps AP
-    within its interval; with NNCF's defaults RetinaNet finds nothing, and Mask R-CNN has no mask
-    (tools/compare_quantization.py).
+    What handles boxes stays exact. Ranges are the extremes over all calls: NNCF's own choice are
+    averages, which cut off what is rare, activations at `max`, and those of a mask head, where most
+    calls find nothing. Biases are not corrected: on two trained detectors, calibrated on 200
+    images, that costs AP. With NNCF's defaults RetinaNet finds nothing, and Mask R-CNN has no mask
+    (tools/compare_quantization.py, docs/performance.md).
 
     Args:
         changes: arguments of `nncf.quantize` in place of ours, for comparing them.
@@ -95,26 +100,132 @@ def quantize(model: Any, export: Export, **changes: Any) -> Any:
     Raises:
         errors.Unsupported: NNCF is not installed, or cannot quantize the model.
     """
+    nncf = _nncf()
+    arguments, advanced = _quantization(model, export)
+    ours = {**arguments, "advanced_parameters": advanced}
+    try:
+        return nncf.quantize(model, **{**ours, **changes})
+    except Exception as error:
+        raise Unsupported(f"NNCF cannot quantize the model: {first_cause(error)}") from error
+
+
+def quantize_under_control(model: Any, export: Export) -> Tuple[Any, AccuracyControl]:
+    """The same, with the layers in fp32 that cost more AP than the export's validation allows.
+
+    NNCF ranks its quantizers by what AP gains without each, and takes them out one by one.
+
+    Returns:
+        the model, and what of it stays in fp32.
+
+    Raises:
+        errors.Unsupported: NNCF is not installed, or cannot quantize the model.
+    """
+    import torch
+
+    nncf = _nncf()
+    validation = export.validation
+    assert validation is not None
+    arguments, advanced = _quantization(model, export)
+    calibration = arguments.pop("calibration_dataset")
+    layers = len(_layers(model))
+
+    shares: List[float] = []  # Of all calls: that of the model as it was comes first.
+
+    def judged(compiled: Any, places: Sequence[int]) -> Tuple[float, List[float]]:
+        call = _caller(compiled.create_infer_request(), export)
+        share, of_calls = validation.judged(call, list(places))
+        if len(of_calls) == len(validation):
+            shares.append(share)
+        return share, of_calls
+
+    try:
+        quantized = nncf.quantize_with_accuracy_control(
+            model,
+            calibration,
+            nncf.Dataset(range(len(validation))),
+            judged,
+            max_drop=1 - validation.least_ratio,
+            drop_type=nncf.DropType.RELATIVE,
+            advanced_quantization_parameters=advanced,
+            advanced_accuracy_restorer_parameters=nncf.AdvancedAccuracyRestorerParameters(
+                max_num_iterations=max(1, layers // 2),
+                ranking_subset_size=validation.ranking_calls,
+                num_ranking_workers=1,  # Each would have all threads.
+            ),
+            **arguments,
+        )
+    except Exception as error:
+        raise Unsupported(f"NNCF cannot quantize the model: {first_cause(error)}") from error
+    kept = tuple(name for name, is_int8 in _layers(quantized).items() if not is_int8)
+    after = shares[1]
+    if kept:  # The last that was judged need not be the one that came out.
+        compiled = compile_model(quantized, "int8", torch.get_num_threads())
+        after = judged(compiled, range(len(validation)))[0]
+    return quantized, AccuracyControl(validation.least_ratio, shares[1], after, kept, layers)
+
+
+def _nncf() -> Any:
+    """NNCF.
+
+    Raises:
+        errors.Unsupported: it is not installed.
+    """
     try:
         import nncf
-        from nncf.quantization.range_estimator import RangeEstimatorParametersSet
     except ImportError as error:
         raise Unsupported(f"int8 needs NNCF ({error}): pip install nncf") from error
+    _core()  # Before NNCF makes cores of its own.
+    return nncf
+
+
+def _quantization(model: Any, export: Export) -> Tuple[Dict[str, Any], Any]:
+    """Arguments of NNCF's functions, and its advanced parameters, which each calls differently."""
+    import nncf
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
+
     calls = export.calibration_calls()
-    ours = {
+    arguments = {
+        "calibration_dataset": nncf.Dataset(calls, lambda call: [image.numpy() for image in call]),
         "preset": nncf.QuantizationPreset.MIXED,
         "subset_size": len(calls),
         "ignored_scope": nncf.IgnoredScope(names=_exact_operators(model), validate=False),
-        "advanced_parameters": nncf.AdvancedQuantizationParameters(
-            activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
-        ),
     }
-    _core()  # Before NNCF makes cores of its own.
-    dataset = nncf.Dataset(calls, lambda images: [image.numpy() for image in images])
-    try:
-        return nncf.quantize(model, dataset, **{**ours, **changes})
-    except Exception as error:
-        raise Unsupported(f"NNCF cannot quantize the model: {first_cause(error)}") from error
+    advanced = nncf.AdvancedQuantizationParameters(
+        disable_bias_correction=True,
+        activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
+    )
+    return arguments, advanced
+
+
+def _layers(model: Any) -> Dict[str, bool]:
+    """Heavy layers with learned weights, by module, and whether these are all in int8."""
+    layers: Dict[str, bool] = {}
+    for op in model.get_ops():
+        if op.get_type_name() not in HEAVY_OPERATORS:
+            continue
+        kinds = _constant_types(op.input_value(1).get_node())
+        if kinds:
+            name = _layer_name(op)
+            is_int8 = bool({"i8", "u8"} & kinds)
+            layers[name] = layers.get(name, True) and is_int8
+    return layers
+
+
+def _layer_name(op: Any) -> str:
+    """The module of a heavy layer; into those without a name of it a norm was folded."""
+    follower = next(iter(op.output(0).get_target_inputs())).get_node()
+    names = [module_name(each.get_friendly_name()) for each in (op, follower)]
+    return names[0] if "." in names[0] else re.sub(r"\.norm$", "", names[1])
+
+
+def _constant_types(node: Any) -> Set[str]:
+    """Types of the constants that a value is computed from; empty where it is no constant."""
+    if node.get_type_name() == "Constant":
+        return {node.get_element_type().get_type_name()}
+    if node.get_type_name() == "Parameter" or not node.get_input_size():
+        return set()
+    own = [_constant_types(value.get_node()) for value in node.input_values()]
+    return set().union(*own) if all(own) else set()
 
 
 def _exact_operators(model: Any) -> List[str]:

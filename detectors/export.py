@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from detectors.config import NO_DETECTIONS, fields
 from detectors.inputs import crops
 from detectors.instances import Instances, flatten
 from models import Model
+
+if TYPE_CHECKING:
+    from measure.validation import Validation
 
 
 class Outcome(NamedTuple):
@@ -78,6 +81,7 @@ class Export:
             they first see a size.
         calibration: calls with images of the user's that int8 takes its ranges from; empty: see
             `calibration_calls`.
+        validation: judges what int8 costs on these; None: that is not judged.
         fields: names of the tensors that the flat tuple has for each image.
         score_threshold: detections score more; None: there is no threshold, or, of a file, it is
             not known.
@@ -90,6 +94,7 @@ class Export:
 
     other_inputs: Sequence[Tuple[Tensor, ...]] = ()
     calibration: Sequence[Tuple[Tensor, ...]] = ()
+    validation: Optional[Validation] = None
     score_threshold: Optional[float]
     limit: Optional[int]
     own_runner: Optional[str] = None

@@ -231,11 +231,22 @@ def resampled(evaluation: Evaluation, seed: int, resamples: int = RESAMPLES) -> 
     for start in range(0, resamples, BATCH):
         count = min(BATCH, resamples - start)
         weights = generator.multinomial(images, np.full(images, 1 / images), size=count)
-        parts = np.stack(
-            [precisions(x[0], weights.astype(float)).mean(axis=1) for x in evaluation.classes]
-        )
-        values.append(100 * _mean(parts, axis=0))
+        values.append(weighted(evaluation, weights.astype(float)))
     return np.concatenate(values)
+
+
+def weighted(evaluation: Evaluation, weights: np.ndarray) -> np.ndarray:
+    """AP in percent under weights of the images.
+
+    Args:
+        weights: B x images, how often each of them counts.
+
+    Returns:
+        B; NaN where no object is in the images that count.
+    """
+    parts = np.stack([precisions(x[0], weights).mean(axis=1) for x in evaluation.classes])
+    values: np.ndarray = 100 * _mean(parts, axis=0)
+    return values
 
 
 def with_difference(

@@ -7,7 +7,7 @@ import hashlib
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +32,18 @@ class Calibration:
         record: what a result file says of it.
         path: of a file with the images as the detector sees them, 3 x H x W uint8 each, as
             `numpy.savez` writes it; None: images are made of the timed one.
-        digest: tells the images from others; None where they are made of the timed one.
+        digest: tells the images, and what is in them, from others; None where they are made of the
+            timed one.
+        annotated: the images with what is in them, in the order of the file; None: that is not
+            known.
+        truth: file of their annotations, see `measure.accuracy.evaluate`.
     """
 
     record: Calibrated
     path: str | None = None
     digest: str | None = None
+    annotated: Dataset | None = None
+    truth: str | None = None
 
 
 def of_timed(images: Sequence[Path], dataset: Dataset | None) -> Calibration:
@@ -89,33 +95,42 @@ def read(
         candidates = [(x, file_name(x), None, view.size) for x in _images_in(folder)]
     known = _Evaluated(dataset)
     digest = hashlib.sha256()
+    taken: list[int] = []
     left_out: dict[str, list[str]] = defaultdict(list)
-    count = 0
     with _written(into) as write:
         for place in np.random.default_rng(seed).permutation(len(candidates)).tolist():
-            if count == limit:
+            if len(taken) == limit:
                 break
             path, name, size, crop = candidates[place]
             pixels = _read(path, size, crop, view, sizes, known)
             if isinstance(pixels, str):
                 left_out[pixels].append(name)
                 continue
-            write(str(count), pixels)
+            write(str(len(taken)), pixels)
             digest.update(repr(pixels.shape).encode())
             digest.update(pixels)
-            count += 1
-    if not count:
+            taken.append(place)
+    if not taken:
         reasons = ", ".join(f"{len(names)} {reason}" for reason, names in left_out.items())
         raise InputError(f"{source} has no image to calibrate on: {reasons}")
     record = Calibrated(
-        images=count,
+        images=len(taken),
         source=source,
         left_out={
             reason: (len(names), tuple(sorted(names)[:3]))
             for reason, names in sorted(left_out.items())
         },
     )
-    return Calibration(record, str(into), digest.hexdigest()[:16])
+    if annotations is None:
+        return Calibration(record, str(into), digest.hexdigest()[:16])
+    own = replace(annotated, images=tuple(annotated.images[place] for place in taken))
+    truth = into.with_suffix(".json")
+    try:
+        own.write([picture.id for picture in own.images], truth)
+    except OSError as error:
+        raise _no_room(error) from None
+    digest.update(truth.read_bytes())
+    return Calibration(record, str(into), digest.hexdigest()[:16], own, str(truth))
 
 
 def _images_in(folder: Path) -> list[Path]:
@@ -210,7 +225,11 @@ def _written(path: Path) -> Iterator[Callable[[str, np.ndarray], None]]:
         with zipfile.ZipFile(path, "w") as file:
             yield write
     except OSError as error:
-        raise InputError(
-            f"there is no room for the images to calibrate on: {error.strerror or error}; TMPDIR "
-            "names another folder for them, and --calibration-limit takes fewer"
-        ) from None
+        raise _no_room(error) from None
+
+
+def _no_room(error: OSError) -> InputError:
+    return InputError(
+        f"there is no room for the images to calibrate on: {error.strerror or error}; TMPDIR "
+        "names another folder for them, and --calibration-limit takes fewer"
+    )

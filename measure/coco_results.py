@@ -56,13 +56,13 @@ def keep_batch(request: protocol.KeepBatch) -> None:
                 detections = split(flat, request.fields)[0]
             except Malformed as error:
                 raise InputError(f"what it finds is malformed: {error}") from None
-            found = list(_results(detections, image.size, image.id, request.category_ids))
+            found = list(results(detections, image.size, image.id, request.category_ids))
             lines.append(json.dumps([image.id, found]))
     with open(request.kept, "a") as file:
         file.writelines(line + "\n" for line in lines)
 
 
-def _results(
+def results(
     detections: Detections, size: Sequence[int], image_id: int, category_ids: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
     """Detections of an image in COCO's format, in the image's own size.
@@ -156,7 +156,7 @@ def judge(request: protocol.Judge) -> tuple[int, dict[str, AveragePrecision]]:
     Returns:
         how many detections there are, and the figures of each task.
     """
-    found = [x for _, results in kept_images(Path(request.kept)) for x in results]
+    found = [x for _, each in kept_images(Path(request.kept)) for x in each]
     tasks, resamples = {}, {}
     reference = {} if request.is_reference else dict(np.load(request.resamples))
     for task in request.tasks:

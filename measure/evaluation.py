@@ -19,6 +19,8 @@ from detectors.inputs import View
 from errors import InputError
 from measure import protocol
 from measure import worst as worst_images
+from measure.accuracy import LEAST_IMAGES
+from measure.calibration import Calibration
 from measure.coco_results import kept_images
 from measure.dataset import OTHER_SIZE, Dataset, Picture
 from measure.plan import Plan
@@ -89,6 +91,42 @@ def check_model(dataset: Dataset, model: Model, fields: Sequence[str], weights: 
         raise InputError(
             f"{model.name} has synthetic weights, which find nothing in a data set: --weights FILE"
         )
+
+
+def validation_of(
+    calibration: Calibration,
+    model: Model,
+    fields: Sequence[str],
+    weights: str,
+    least_ratio: float,
+) -> protocol.Validate | str | None:
+    """How int8 is judged while it is made, or why it cannot be; None: nothing is annotated.
+
+    Args:
+        fields: names of the tensors of an image.
+        weights: where they come from, see `results.record.Weights`.
+        least_ratio: the share of the AP that is to be kept.
+    """
+    annotated = calibration.annotated
+    if annotated is None:
+        return None
+    if weights == "synthetic":
+        return "synthetic weights find nothing"
+    if model.classes not in (None, len(annotated.classes)):
+        return f"{len(annotated.classes)} categories, and {model.name} tells {model.classes} apart"
+    if len(annotated.images) < LEAST_IMAGES:
+        return f"{len(annotated.images)} images are too few"
+    tasks, _ = tasks_of(annotated, fields, model.oks_sigmas)
+    if not tasks:
+        return f"{model.name} gives {', '.join(fields)}"
+    return protocol.Validate(
+        truth=str(calibration.truth),
+        images=tuple(map(_as_asked, annotated.images)),
+        category_ids=annotated.category_ids,
+        tasks=tasks,
+        oks_sigmas=model.oks_sigmas,
+        least_ratio=least_ratio,
+    )
 
 
 class NotJudged(Exception):
@@ -310,7 +348,8 @@ class Evaluator:
         """The images of which there is what was found; what is of another run is removed."""
         stamp = kept.with_suffix(".stamp")
         calibration = self.plan.calibration and self.plan.calibration.digest
-        run = (facts.precision, facts.provider, facts.python, facts.versions, calibration)
+        control = facts.control and (facts.control.least_ratio, facts.control.kept)
+        run = (facts.precision, facts.provider, facts.python, facts.versions, calibration, control)
         images = [(x.id, x.path.stat().st_mtime_ns) for x in self.dataset.images]
         data = (self.dataset.digest, images)
         decisive = (data, self.model, self.view, self.fields, self.weights, run)

@@ -17,7 +17,7 @@ from errors import InputError, Unsupported
 from measure import protocol, quiet, verify
 from measure.calibration import Calibration
 from measure.drawing import drawn_runs
-from measure.evaluation import EVALUATED, Evaluator, NotJudged, check_model
+from measure.evaluation import EVALUATED, Evaluator, NotJudged, check_model, validation_of
 from measure.plan import Choice, Plan
 from measure.progress import Progress
 from measure.worker import CALL_LIMIT_S, PREPARE_LIMIT_S, Command, Hosts, Worker, scratch_folder
@@ -28,6 +28,7 @@ from results.file import write_text
 from results.record import (
     Accuracy,
     Agreement,
+    Calibrated,
     Coverage,
     DrawnRun,
     GpuState,
@@ -48,6 +49,7 @@ AGAIN_HALF_WIDTH = 0.02
 STAGE_CALLS = 5
 # An image goes through the network several times, with every activation looked at.
 CALIBRATION_LIMIT_S = 20.0
+VALIDATION_LIMIT_S = 200.0
 # A process that has not stood still in time this often is not waited for any more.
 MOST_UNSETTLED = 3
 
@@ -374,6 +376,8 @@ class Measurement:
         self.progress.say(f"{model.name}: preparing {run.label} {run.precision}")
         run.log = folder / f"{run.key}.log"
         calibration = plan.calibration if run.precision == "int8" else None
+        validation = self.validation if calibration else None
+        judged = isinstance(validation, protocol.Validate)
         request = protocol.PrepareRun(
             model=model.model,
             backend=run.choice.backend.name,
@@ -383,10 +387,11 @@ class Measurement:
             folder=str(model.folder),
             cache=plan.cache and str(plan.cache),
             calibration=None if calibration is None else calibration.path,
+            validation=validation if judged else None,
         )
         try:
             run.worker = _start(hosts, run, plan)
-            run.facts = run.ask(request, _prepare_limit_s(calibration))
+            run.facts = run.ask(request, _prepare_limit_s(calibration, judged))
             run.artifacts = self.keep(run.choice, run.facts.artifacts)
             limit_s = PREPARE_LIMIT_S * len(model.facts.timed)
             run.warmup_s = run.ask(protocol.Warm.by(plan.warm_up), limit_s).seconds
@@ -399,6 +404,16 @@ class Measurement:
                 raise
             # The cache, for example, cannot be written in there.
             run.give_up("failed", f"{run.choice.command}: {error}")
+
+    @property
+    def validation(self) -> protocol.Validate | str | None:
+        """How int8 is judged while it is made, or why it cannot be."""
+        known, calibration = self.model.facts, self.plan.calibration
+        if calibration is None:
+            return None
+        least = self.plan.min_ap_ratio
+        of = (self.model.model, known.fields, known.weights.source, least)
+        return validation_of(calibration, *of)
 
     def keep(self, choice: Choice, artifacts: dict[str, str]) -> tuple[str, ...]:
         """Writes texts that a backend wants kept; returns the names of their files."""
@@ -695,8 +710,14 @@ class Measurement:
             fp32_samples_s=tuple(self.samples(FP32, place)),
             not_compared=self.model.not_compared,
             evaluated=evaluator.evaluated() if together and evaluator else None,
-            calibrated=calibration.record if together and calibration else None,
+            calibrated=self.calibrated() if together and calibration else None,
         )
+
+    def calibrated(self) -> Calibrated:
+        """The record of what int8 is calibrated on."""
+        reason = self.validation
+        known = self.plan.calibration.record
+        return replace(known, not_judged=reason) if isinstance(reason, str) else known
 
     def samples(self, key: str, place: int | None = None) -> list[float]:
         """Seconds of a run's timed calls, means over the images, or of one of them."""
@@ -748,6 +769,7 @@ class Measurement:
             artifacts=run.artifacts if together else (),
             settled=run.settled,
             accuracy=run.accuracy if together else None,
+            control=known.control if known and together else None,
         )
 
     def speedup(
@@ -800,10 +822,14 @@ def _start(hosts: Hosts, run: Running, plan: Plan) -> Worker:
         raise RunFailed(str(error)) from None
 
 
-def _prepare_limit_s(calibration: Calibration | None) -> float:
-    """Seconds to prepare a run, of which each image that it is calibrated on takes some."""
+def _prepare_limit_s(calibration: Calibration | None, is_judged: bool) -> float:
+    """Seconds to prepare a run, of which each image that it is calibrated on takes some.
+
+    Args:
+        is_judged: whether layers are sought that stay in fp32, which calls it many times.
+    """
     images = 0 if calibration is None else calibration.record.images
-    return PREPARE_LIMIT_S + images * CALIBRATION_LIMIT_S
+    return PREPARE_LIMIT_S + images * (VALIDATION_LIMIT_S if is_judged else CALIBRATION_LIMIT_S)
 
 
 def _timed_call(run: Running, images: int) -> Callable[[], float]:

@@ -36,6 +36,7 @@ from configuration import Input
 from detectors.inputs import View
 from models import Detectron2Model, Model, Module
 from results.record import (
+    AccuracyControl,
     AveragePrecision,
     Coverage,
     GpuState,
@@ -174,6 +175,7 @@ class RunFacts:
     Attributes:
         label: what the table calls it, where that depends on what executes it.
         artifacts: name of a file that is worth keeping -> its text.
+        control: see `results.record.Run`.
     """
 
     precision: str
@@ -186,6 +188,7 @@ class RunFacts:
     threads: Optional[int] = None
     cached: bool = False
     artifacts: Dict[str, str] = field(default_factory=dict)
+    control: Optional[AccuracyControl] = None
 
 
 @dataclass(frozen=True)
@@ -392,6 +395,40 @@ class PrepareModel(Request[ModelFacts]):
 
 
 @dataclass(frozen=True)
+class DatasetImage:
+    """An image of a data set.
+
+    Attributes:
+        size: height and width that the annotations have.
+    """
+
+    id: int
+    path: str
+    size: Tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Validate:
+    """How int8 is judged while it is made.
+
+    Attributes:
+        truth: annotations of the images that it is calibrated on, see `measure.accuracy.evaluate`.
+        images: in the order in which they are in the file.
+        category_ids: in the order of the classes.
+        tasks: of `results.record.Task`.
+        oks_sigmas: see `measure.accuracy.evaluate`; empty: COCO's.
+        least_ratio: the share of the AP that is to be kept.
+    """
+
+    truth: str
+    images: Tuple[DatasetImage, ...]
+    category_ids: Tuple[int, ...]
+    tasks: Tuple[str, ...]
+    oks_sigmas: Tuple[float, ...]
+    least_ratio: float
+
+
+@dataclass(frozen=True)
 class PrepareRun(Request[RunFacts]):
     """Build a model and optimize it.
 
@@ -400,6 +437,7 @@ class PrepareRun(Request[RunFacts]):
         cache: folder in which engines are kept between invocations, or None.
         calibration: file with images to calibrate int8 on, see `detectors.inputs.Calls`; None: they
             are made of the timed one.
+        validation: how int8 is judged on these; None: it is not.
     """
 
     answer: ClassVar = RunFacts
@@ -411,6 +449,7 @@ class PrepareRun(Request[RunFacts]):
     folder: str
     cache: Optional[str] = None
     calibration: Optional[str] = None
+    validation: Optional[Validate] = None
 
 
 @dataclass(frozen=True)
@@ -522,19 +561,6 @@ class MeasurePeak(Request[Peak]):
     answer: ClassVar = Peak
     precision: str
     device: str
-
-
-@dataclass(frozen=True)
-class DatasetImage:
-    """An image of a data set.
-
-    Attributes:
-        size: height and width that the annotations have.
-    """
-
-    id: int
-    path: str
-    size: Tuple[int, int]
 
 
 @dataclass(frozen=True)

@@ -349,6 +349,8 @@ class Run:
         if request.calibration is not None:
             count = request.model.images_per_call
             self.export.calibration = Calls(Path(request.calibration), count)
+        if request.validation is not None:
+            self.export.validation = _validation(request.validation, self.export)
         self.export.eager.to(device)
         run = (self.export, request.precision, request.device)
         cache = request.cache and base.cache_folder(Path(request.cache), self.backend, *run)
@@ -377,6 +379,7 @@ class Run:
             python=platform.python_version(),
             versions=self.backend.versions(),
             artifacts=self.optimized.artifacts,
+            control=self.optimized.control,
         )
 
     def synchronize(self) -> None:
@@ -518,6 +521,25 @@ def _raise_mmap_threshold() -> None:
 
     limit = 32 << 20
     torch.empty(limit - 4096, dtype=torch.uint8)
+
+
+def _validation(request: protocol.Validate, export: Any) -> Any:
+    """What judges int8 while it is made.
+
+    Raises:
+        errors.Unsupported: what it takes is not installed here.
+    """
+    try:
+        import pycocotools  # noqa: F401
+        import scipy  # noqa: F401
+
+        from measure.validation import Validation
+    except ImportError as error:
+        raise Unsupported(
+            f"int8 is judged on --calibration-annotations, which needs {error.name}: pip install "
+            f"{error.name}"
+        ) from None
+    return Validation(request, export)
 
 
 def _flaw(outputs: Any) -> Optional[str]:

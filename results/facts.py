@@ -7,6 +7,7 @@ from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence, Tup
 
 from models import BLANK, timed
 from results.record import (
+    AccuracyControl,
     Agreement,
     Calibrated,
     Cpu,
@@ -45,6 +46,8 @@ MOST_IQR = 0.10
 MOST_STEAL = 0.02
 MOST_OTHERS = 0.10
 MOST_STOPS = 0.02
+# Layers that a sentence names; all are in the result file.
+NAMED_LAYERS = 6
 
 # Test model, objects that synthetic weights find, and which image: None where there is but one,
 # and for all of them together.
@@ -205,10 +208,27 @@ def calibration_note(calibrated: Calibrated) -> str:
             f"int8: calibrated on crops of {which or 'the timed image'}: --calibration DIR takes "
             "images of yours"
         )
-    taken = f"int8: calibrated on {calibrated.images} images of {calibrated.source}"
-    if not calibrated.left_out:
-        return taken
-    return f"{taken}; left out: {left_out_note(calibrated.left_out)}"
+    parts = [f"int8: calibrated on {calibrated.images} images of {calibrated.source}"]
+    if calibrated.left_out:
+        parts.append(f"left out: {left_out_note(calibrated.left_out)}")
+    if calibrated.not_judged:
+        parts.append(f"AP was not judged on them: {calibrated.not_judged}")
+    return "; ".join(parts)
+
+
+def control_note(control: AccuracyControl) -> str:
+    """Which layers of an int8 run stay in fp32, and what that is good for, in a line."""
+    where = "of fp32's AP on the images that it is calibrated on"
+    if not control.kept:
+        kept = f"keeps {control.before:.4f} {where}"
+        if control.before >= control.least_ratio:
+            return f"{kept}, with all layers in int8"
+        return f"{kept}, and no layer in fp32 helps"
+    names = ", ".join(control.kept[:NAMED_LAYERS]) + ", ..." * (len(control.kept) > NAMED_LAYERS)
+    return (
+        f"{len(control.kept)} of {control.layers} layers stay in fp32, with which it keeps "
+        f"{control.after:.4f} instead of {control.before:.4f} {where}: {names}"
+    )
 
 
 def left_out_note(left_out: Mapping[str, Tuple[int, Tuple[str, ...]]]) -> str:

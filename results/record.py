@@ -444,12 +444,35 @@ class Calibrated:
         source: name of their folder or annotations; None: they were made of the timed image.
         left_out: why some were not taken -> how many these are, and the names of the first three.
         is_evaluated: whether runs are evaluated on the timed image, which they were made of.
+        not_judged: why what int8 costs in AP was not judged on them, although they are annotated.
     """
 
     images: int
     source: Optional[str] = None
     left_out: Dict[str, Tuple[int, Tuple[str, ...]]] = field(default_factory=dict)
     is_evaluated: bool = False
+    not_judged: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class AccuracyControl:
+    """Layers that an int8 run has in fp32, as they cost too much of the AP.
+
+    It was judged on the images that int8 is calibrated on.
+
+    Attributes:
+        least_ratio: the share of Torch fp32's AP that is to be kept.
+        before, after: the share that is kept with all layers in int8, and with some in fp32; of the
+            task that keeps the least.
+        kept: names of those in fp32; empty: int8 keeps the AP, or nothing helps.
+        layers: how many there are in int8 otherwise.
+    """
+
+    least_ratio: float
+    before: float
+    after: float
+    kept: Tuple[str, ...]
+    layers: int
 
 
 @dataclass(frozen=True)
@@ -487,6 +510,7 @@ class Run:
         artifacts: names of files that were kept beside the result file.
         settled: whether its process stood still after its calls, before the next had its turn.
         accuracy: what it found in a data set; None where none was given.
+        control: at int8, which layers stay in fp32; None where that was not judged.
     """
 
     backend: str
@@ -519,6 +543,7 @@ class Run:
     artifacts: Tuple[str, ...] = ()
     settled: bool = True
     accuracy: Optional[Accuracy] = None
+    control: Optional[AccuracyControl] = None
 
     @property
     def name(self) -> str:

@@ -33,6 +33,7 @@ from results.facts import (
     case,
     case_name,
     ceiling,
+    control_note,
     left_out_note,
     missing_notes,
     weights_note,
@@ -552,6 +553,14 @@ def _model_notes(
     yield from missing_notes(results)
     yield from dict.fromkeys(_weights_note(group) for group in groups if group.weights)
     yield from (calibration_note(group.calibrated) for group in groups if group.calibrated)
+    for run in (run for group in groups for run in group.runs):
+        if run.control is not None:
+            yield f"{run.label} int8: {control_note(run.control)}"
+        elif run.requested_precision == "int8" and run.accuracy and run.accuracy.verdict == "loses":
+            yield (
+                f"{run.label} int8: --calibration-annotations, of images that are not evaluated, "
+                "finds the layers that cost AP and leaves them in fp32"
+            )
     if any(group.weights and group.weights.source == "synthetic" for group in groups):
         yield SYNTHETIC_NOTE
 

@@ -28,7 +28,7 @@ from detectors.export import Export
 from detectors.inputs import Calls
 from errors import InputError, Unsupported
 from measure import accuracy
-from measure.coco_results import _results
+from measure.coco_results import results
 from measure.detections import split
 from measure.evaluation import tasks_of
 from measure.plan import Plan, make_plan
@@ -110,7 +110,7 @@ class Judge:
             image = inputs.seen(inputs.read_image(picture.path, None, least=1), self.plan.view)
             outputs = [x.numpy() for x in call(torch.from_numpy(image))]
             (detections,) = split(outputs, self.export.fields)
-            found += _results(detections, picture.size, picture.id, self.dataset.category_ids)
+            found += results(detections, picture.size, picture.id, self.dataset.category_ids)
         return {task: self.judged(found, task) for task in self.tasks}
 
     def judged(self, found: list[dict[str, Any]], task: Any) -> AveragePrecision:
@@ -179,9 +179,10 @@ def ways_of_openvino(export: Export) -> Iterator[tuple[str, str, Callable[[], tu
         layers = openvino._coverage(compiled).heavy_layers
         return str(layers), openvino._caller(compiled.create_infer_request(), export)
 
-    def ranges(name: str) -> Any:
+    def ranges(name: str, disable_bias_correction: bool = False) -> Any:
         return nncf.AdvancedQuantizationParameters(
-            activations_range_estimator_params=getattr(RangeEstimatorParametersSet, name)
+            disable_bias_correction=disable_bias_correction,
+            activations_range_estimator_params=getattr(RangeEstimatorParametersSet, name),
         )
 
     everything: dict[str, Any] = {"ignored_scope": None}
@@ -193,6 +194,7 @@ def ways_of_openvino(export: Export) -> Iterator[tuple[str, str, Callable[[], tu
         ("ours: boxes exact, extremes", {}),
         ("ours, symmetric", {"preset": nncf.QuantizationPreset.PERFORMANCE}),
         ("ours, slow bias correction", {"fast_bias_correction": False}),
+        ("ours, no bias correction", {"advanced_parameters": ranges("MINMAX", True)}),
         ("boxes exact, medians", {"advanced_parameters": ranges("MEDIAN_MINMAX")}),
         ("boxes exact, histograms", {"advanced_parameters": ranges("HISTOGRAM")}),
     ):
