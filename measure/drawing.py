@@ -10,15 +10,19 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
+from scipy.ndimage import zoom
 
 from measure import geometry, verify
 from measure.detections import Detections
+from measure.outlines import outlines
 from results.record import Drawn, DrawnRun
 
 # Of a thousand proposals, nobody would see the picture any more.
 PROPOSALS_DRAWN = 100
 # Pixels of the longer side of a map of labels.
 MAP_SIDE = 320
+# Cells of an outline for each cell of a mask within its box, along either axis.
+FINER = 4
 
 
 def drawn(detections: Detections, size: Sequence[int]) -> Drawn:
@@ -46,7 +50,32 @@ def drawn(detections: Detections, size: Sequence[int]) -> Drawn:
         corners=_rows(corners.reshape(len(corners), 8)),
         keypoints=tuple(map(_rows, poses)),
         labels=None if detections.sem_seg is None else _png(detections.sem_seg.argmax(axis=0)),
+        masks=_masks(detections, boxes, size),
     )
+
+
+def _masks(
+    detections: Detections, boxes: np.ndarray, size: Sequence[int]
+) -> tuple[tuple[tuple[float, ...], ...], ...]:
+    """Outlines of masks on an image.
+
+    Args:
+        boxes: N x 4, on the image.
+        size: height and width of the image.
+    """
+    if detections.masks is None:
+        return ()
+    if detections.masks.ndim == 3:
+        whole = (0.0, 0.0, float(size[1]), float(size[0]))
+        return tuple(outlined(mask > 0.5, whole) for mask in detections.masks)
+    # Probabilities of a few cells within the box: between them, they are interpolated.
+    finer = (zoom(mask[0].astype(float), FINER, order=1) for mask in detections.masks)
+    return tuple(outlined(mask >= 0.5, box) for mask, box in zip(finer, boxes.tolist()))
+
+
+def outlined(mask: np.ndarray, box: Sequence[float]) -> tuple[tuple[float, ...], ...]:
+    """The lines around a mask, see `outlines`."""
+    return tuple(map(tuple, outlines(mask, tuple(box))))
 
 
 def _rows(numbers: np.ndarray) -> tuple[tuple[float, ...], ...]:
