@@ -303,7 +303,7 @@ def test_what_else_was_found_is_drawn():
     assert text.count('d="M3.0 4.0h0M5.5 6.0h0"') == 2
     assert text.count('d="M7.0 8.0h0M9.0 9.5h0"') == 3
     assert text.count('<polygon points="1.0 2.0 3.0 4.0 5.0 6.0 7.0 8.5"') == 1
-    assert "The image with boxes and a map of labels drawn on it." in text
+    assert "The image with boxes, a map of labels and poses drawn on it." in text
 
 
 def test_a_map_alone_is_drawn():
