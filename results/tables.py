@@ -538,12 +538,8 @@ def _class_difference(
 def _classes_of_reference(known: AveragePrecision) -> Dict[str, Optional[float]]:
     """Class -> AP of Torch fp32, by what a run differs from it; empty where that is not known."""
     differs = {} if known.difference is None else known.difference.classes
-    return {
-        kind: None
-        if value is None or known.classes.get(kind) is None
-        else known.classes[kind] - value
-        for kind, value in differs.items()
-    }
+    values = ((kind, ap, differs.get(kind)) for kind, ap in known.classes.items() if differs)
+    return {kind: None if ap is None or value is None else ap - value for kind, ap, value in values}
 
 
 def _peak_share(group: Group, run: Run, peaks: Dict[str, float]) -> Optional[float]:
