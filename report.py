@@ -75,6 +75,8 @@ WIDTH, ROW, MARGIN = 6.4, 0.34, 0.9
 LABEL, MARKER = 9.0, 6.5
 # So many widths of a line are the longer side of a drawing.
 PENS = 240
+# Opacity of what has a score of 0.
+FAINTEST = 0.25
 # An axis of times is logarithmic where the longest is more than so many times the shortest.
 LOGARITHMIC = 8
 
@@ -417,6 +419,7 @@ class Box:
         corners: of a rotated box, for SVG.
         keypoints: for SVG: a path of points.
         mask: for SVG: a path around the mask.
+        opacity: 0 to 1: what hardly counts is faint.
     """
 
     x: float
@@ -428,6 +431,7 @@ class Box:
     corners: str = ""
     keypoints: str = ""
     mask: str = ""
+    opacity: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -585,6 +589,8 @@ def _boxes(found: Drawn, kinds: Sequence[str]) -> List[Box]:
             corners=" ".join(map(str, found.corners[place])) if found.corners else "",
             keypoints=_path(found.keypoints[place]) if found.keypoints else "",
             mask=_closed(found.masks[place]) if found.masks else "",
+            # Of proposals there are but logits.
+            opacity=1.0 if label < 0 else round(FAINTEST + (1 - FAINTEST) * score, 2),
         )
         for place, ((x1, y1, x2, y2), score, label, kind) in enumerate(lines)
     ]

@@ -581,6 +581,17 @@ def test_the_worst_images_are_drawn_beside_the_reference(tmp_path):
     assert sum(each.get("href") == "#dataset-2d-7.png" for each in page.all("use")) == 2
 
 
+def test_what_hardly_counts_is_faint():
+    found = make_found()
+    text = report.page(records(make_results()), pictures(found), {})
+    # Of scores of 0.9 and 0.5: two of the reference, two of the run, one that is lost.
+    faint = re.findall(r'<g opacity="([^"]+)"', text)
+    assert faint == ["0.93", "0.62", "0.93", "0.62", "0.62"]
+    found["testRetinaNet"]["reference"][0].update({"classes": [-1, -1], "scores": [4.25, -3.0]})
+    text = report.page(records(make_results()), pictures(found), {})
+    assert re.findall(r'<g opacity="([^"]+)"', text)[:2] == ["1.0", "1.0"]
+
+
 def test_masks_and_poses_of_the_worst_images_are_drawn(tmp_path):
     document, found = with_worst(tmp_path)
     accuracy = document["groups"][0]["runs"][1]["accuracy"]
