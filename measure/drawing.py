@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import colorsys
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -23,6 +23,8 @@ PROPOSALS_DRAWN = 100
 MAP_SIDE = 320
 # Cells of an outline for each cell of a mask within its box, along either axis.
 FINER = 4
+# Corners of all masks of an image. Those of weights that were never trained are all holes.
+MOST_CORNERS = 4000
 
 
 def drawn(detections: Detections, size: Sequence[int]) -> Drawn:
@@ -67,15 +69,27 @@ def _masks(
         return ()
     if detections.masks.ndim == 3:
         whole = (0.0, 0.0, float(size[1]), float(size[0]))
-        return tuple(outlined(mask > 0.5, whole) for mask in detections.masks)
+        return outlined((mask > 0.5, whole) for mask in detections.masks)
     # Probabilities of a few cells within the box: between them, they are interpolated.
-    finer = (zoom(mask[0].astype(float), FINER, order=1) for mask in detections.masks)
-    return tuple(outlined(mask >= 0.5, box) for mask, box in zip(finer, boxes.tolist()))
+    finer = (zoom(mask[0].astype(float), FINER, order=1) >= 0.5 for mask in detections.masks)
+    return outlined(zip(finer, boxes.tolist()))
 
 
-def outlined(mask: np.ndarray, box: Sequence[float]) -> tuple[tuple[float, ...], ...]:
-    """The lines around a mask, see `outlines`."""
-    return tuple(map(tuple, outlines(mask, tuple(box))))
+def outlined(
+    masks: Iterable[tuple[np.ndarray, Sequence[float]]],
+) -> tuple[tuple[tuple[float, ...], ...], ...]:
+    """The lines around each mask, as far as a page can hold them: the first have theirs.
+
+    Args:
+        masks: H x W bool each, and the box that it lies in, see `outlines`.
+    """
+    drawn: list[tuple[tuple[float, ...], ...]] = []
+    corners = 0
+    for mask, box in masks:
+        lines = outlines(mask, box) if corners < MOST_CORNERS else []
+        corners += sum(map(len, lines)) // 2
+        drawn.append(tuple(map(tuple, lines)))
+    return tuple(drawn)
 
 
 def _rows(numbers: np.ndarray) -> tuple[tuple[float, ...], ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 import numpy as np
 
@@ -14,7 +14,7 @@ TOLERANCE = 0.75
 Point = Tuple[int, int]
 
 
-def outlines(mask: np.ndarray, box: Tuple[float, float, float, float]) -> List[List[float]]:
+def outlines(mask: np.ndarray, box: Sequence[float]) -> List[List[float]]:
     """The lines around a mask: one for each part of it, and one for each hole.
 
     Args:

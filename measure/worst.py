@@ -211,16 +211,16 @@ def drawn(found: Found, classes: dict[int, int]) -> Drawn:
             for x in found
             if "keypoints" in x
         ),
-        masks=tuple(_outlined(x["segmentation"]) for x in found if "segmentation" in x),
+        masks=outlined(_decoded(x["segmentation"]) for x in found if "segmentation" in x),
     )
 
 
-def _outlined(mask: dict[str, Any]) -> tuple[tuple[float, ...], ...]:
-    """The lines around a mask that is run lengths."""
+def _decoded(mask: dict[str, Any]) -> tuple[np.ndarray, tuple[float, ...]]:
+    """A mask of run lengths, and the box of the image."""
     from pycocotools import mask as coco_masks
 
     height, width = mask["size"]
-    return outlined(coco_masks.decode(mask).astype(bool), (0.0, 0.0, width, height))
+    return coco_masks.decode(mask).astype(bool), (0.0, 0.0, width, height)
 
 
 def drawn_run(found: Found, classes: dict[int, int], difference: Difference) -> DrawnRun:

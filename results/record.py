@@ -813,7 +813,8 @@ class Drawn:
         keypoints: x and y of each keypoint of each detection; empty where there are none.
         labels: a semantic map: a PNG file with a color for each label, as Base64.
         masks: the outlines of each mask, several where it has holes or parts: x and y of the
-            corners, one after the other; empty where there are no masks.
+            corners, one after the other; empty where there are no masks. Where there are too many
+            corners to draw, the last masks have no outlines.
     """
 
     boxes: Tuple[Tuple[float, float, float, float], ...]

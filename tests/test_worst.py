@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from measure import protocol
+from measure.drawing import MOST_CORNERS, outlined
 from measure.geometry import oks
 from measure.outlines import outlines
 from measure.worst import (
@@ -236,6 +237,17 @@ def test_pixels_that_touch_at_a_corner_stay_apart():
     assert len(lines) == 2
     assert (filled(lines, 4, 4) == mask).all()
     assert outlines(np.zeros((4, 4), dtype=bool), (0, 0, 4, 4)) == []
+
+
+def test_more_corners_than_a_page_can_hold_are_left_out():
+    # As masks of weights that were never trained are.
+    masks = np.random.default_rng(0).random((100, 64, 64)) > 0.5
+    lines = outlined((mask, (0, 0, 64, 64)) for mask in masks)
+    corners = [sum(map(len, each)) // 2 for each in lines]
+    assert len(lines) == 100
+    assert MOST_CORNERS <= sum(corners) < MOST_CORNERS + corners[0] * 1.2
+    assert corners[0] > 0
+    assert corners[-1] == 0
 
 
 # Images ------------------------------------------------------------------------------------------
