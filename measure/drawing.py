@@ -23,8 +23,11 @@ PROPOSALS_DRAWN = 100
 MAP_SIDE = 320
 # Cells of an outline for each cell of a mask within its box, along either axis.
 FINER = 4
-# Corners of all masks of an image. Those of weights that were never trained are all holes.
+# Corners of all masks of an image.
 MOST_CORNERS = 4000
+# Sides of pixels along the border of a mask, for each pixel of its height and width. What has more
+# is no shape, but noise, as of weights that were never trained.
+MOST_SIDES = 8
 
 
 def drawn(detections: Detections, size: Sequence[int]) -> Drawn:
@@ -78,7 +81,7 @@ def _masks(
 def outlined(
     masks: Iterable[tuple[np.ndarray, Sequence[float]]],
 ) -> tuple[tuple[tuple[float, ...], ...], ...]:
-    """The lines around each mask, as far as a page can hold them: the first have theirs.
+    """The lines around each mask, as far as a page can hold them; noise has none.
 
     Args:
         masks: H x W bool each, and the box that it lies in, see `outlines`.
@@ -86,10 +89,15 @@ def outlined(
     drawn: list[tuple[tuple[float, ...], ...]] = []
     corners = 0
     for mask, box in masks:
-        lines = outlines(mask, box) if corners < MOST_CORNERS else []
+        lines = outlines(mask, box) if corners < MOST_CORNERS and not _is_noise(mask) else []
         corners += sum(map(len, lines)) // 2
         drawn.append(tuple(map(tuple, lines)))
     return tuple(drawn)
+
+
+def _is_noise(mask: np.ndarray) -> bool:
+    sides = sum(np.count_nonzero(np.diff(mask, axis=axis)) for axis in (0, 1))
+    return sides > MOST_SIDES * sum(mask.shape)
 
 
 def _rows(numbers: np.ndarray) -> tuple[tuple[float, ...], ...]:

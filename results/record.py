@@ -814,7 +814,7 @@ class Drawn:
         labels: a semantic map: a PNG file with a color for each label, as Base64.
         masks: the outlines of each mask, several where it has holes or parts: x and y of the
             corners, one after the other; empty where there are no masks. Where there are too many
-            corners to draw, the last masks have no outlines.
+            corners to draw, the last masks have no outlines; one that is noise has none.
     """
 
     boxes: Tuple[Tuple[float, float, float, float], ...]

@@ -240,14 +240,22 @@ def test_pixels_that_touch_at_a_corner_stay_apart():
 
 
 def test_more_corners_than_a_page_can_hold_are_left_out():
-    # As masks of weights that were never trained are.
-    masks = np.random.default_rng(0).random((100, 64, 64)) > 0.5
-    lines = outlined((mask, (0, 0, 64, 64)) for mask in masks)
+    dots = np.zeros((64, 64), dtype=bool)
+    for place in range(4):
+        dots[place::8, 0::8] = dots[place::8, 1::8] = dots[place::8, 2::8] = True
+    lines = outlined((dots, (0, 0, 64, 64)) for _ in range(100))
     corners = [sum(map(len, each)) // 2 for each in lines]
     assert len(lines) == 100
     assert MOST_CORNERS <= sum(corners) < MOST_CORNERS + corners[0] * 1.2
     assert corners[0] > 0
     assert corners[-1] == 0
+
+
+def test_noise_has_no_outlines():
+    # As masks of weights that were never trained are.
+    noise = np.random.default_rng(0).random((64, 64)) > 0.5
+    ring = disc(64, 64, 30, 30, 25) & ~disc(64, 64, 30, 30, 20)
+    assert [len(each) for each in outlined((x, (0, 0, 64, 64)) for x in (noise, ring))] == [0, 2]
 
 
 # Images ------------------------------------------------------------------------------------------
