@@ -27,7 +27,7 @@ FINER = 4
 MOST_CORNERS = 4000
 # Sides of pixels along the border of a mask, for each pixel of its height and width. What has more
 # is no shape, but noise, as of weights that were never trained.
-MOST_SIDES = 8
+MOST_SIDES = 5
 
 
 def drawn(detections: Detections, size: Sequence[int]) -> Drawn:
