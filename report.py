@@ -73,6 +73,10 @@ STYLE = {
 WIDTH, ROW, MARGIN = 6.4, 0.34, 0.9
 # Points: the size of a label in a scatter plot, and of a marker.
 LABEL, MARKER = 9.0, 6.5
+# So many widths of a line are the longer side of a drawing.
+PENS = 240
+# Opacity of what has a score of 0.
+FAINTEST = 0.25
 # An axis of times is logarithmic where the longest is more than so many times the shortest.
 LOGARITHMIC = 8
 
@@ -414,6 +418,8 @@ class Box:
         kind: `matched`, `lost` or `spurious`.
         corners: of a rotated box, for SVG.
         keypoints: for SVG: a path of points.
+        mask: for SVG: a path around the mask.
+        opacity: 0 to 1: what hardly counts is faint.
     """
 
     x: float
@@ -424,6 +430,8 @@ class Box:
     title: str
     corners: str = ""
     keypoints: str = ""
+    mask: str = ""
+    opacity: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -443,10 +451,22 @@ class Drawing:
     labels: Optional[str] = None
 
     @property
+    def pen(self) -> float:
+        """How wide a line is, in pixels of the image: much the same on the screen."""
+        return round(max(self.width, self.height) / PENS, 2)
+
+    @property
     def description(self) -> str:
         """The words for those who cannot see it."""
         on_it = ["boxes"] * bool(self.boxes) + ["a map of labels"] * bool(self.labels)
-        return f"The image with {' and '.join(on_it) or 'nothing'} drawn on it. {self.caption}"
+        on_it += ["masks"] * any(box.mask for box in self.boxes)
+        on_it += ["poses"] * any(box.keypoints for box in self.boxes)
+        return f"The image with {_listed(on_it) or 'nothing'} drawn on it. {self.caption}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
 def pictures(
@@ -489,7 +509,7 @@ def worst_of(groups: Sequence[Group]) -> List[WorstImage]:
 
 
 def worst_images(groups: Sequence[Group], found: Found, images: Dict[str, bytes]) -> List[Worst]:
-    """For each run that mismatches or loses AP: its worst images, and the reference's beside them.
+    """For each run that mismatches or has less AP: its worst images, the reference's beside them.
 
     Args:
         found: what was found, and in which images.
@@ -524,6 +544,10 @@ def _worst_pair(
         said += f" ({each.classes} of another class)"
     if each.score_difference is not None and each.iou is not None:
         said += f"; the others: scores off by {each.score_difference:.3f}, IoU {each.iou:.3f}"
+    if each.mask_iou is not None:
+        said += f", masks' IoU {each.mask_iou:.3f}"
+    if each.oks is not None:
+        said += f", OKS {each.oks:.3f}"
     expected = _boxes(reference, ["matched"] * len(reference.scores))
     return (
         Drawing(width, height, image, expected, f"{each.image}: the reference"),
@@ -564,6 +588,9 @@ def _boxes(found: Drawn, kinds: Sequence[str]) -> List[Box]:
             title=f"{_called(label)} {score:.2f}, {kind}",
             corners=" ".join(map(str, found.corners[place])) if found.corners else "",
             keypoints=_path(found.keypoints[place]) if found.keypoints else "",
+            mask=_closed(found.masks[place]) if found.masks else "",
+            # Of proposals there are but logits.
+            opacity=1.0 if label < 0 else round(FAINTEST + (1 - FAINTEST) * score, 2),
         )
         for place, ((x1, y1, x2, y2), score, label, kind) in enumerate(lines)
     ]
@@ -576,6 +603,11 @@ def _called(label: int) -> str:
 def _path(points: Sequence[Tuple[float, float]]) -> str:
     """A path of lines without a length, which round ends make points of."""
     return "".join(f"M{x} {y}h0" for x, y in points)
+
+
+def _closed(outlines: Sequence[Sequence[float]]) -> str:
+    """A path of closed lines, of each the x and y of its corners."""
+    return "".join(f"M{' '.join(f'{number:g}' for number in line)}Z" for line in outlines)
 
 
 # The page --------------------------------------------------------------------------------------
@@ -703,13 +735,18 @@ def _images(results: Results, found: Found, images: Dict[str, bytes]) -> List[Im
     return [
         Image(
             id=_identifier(name),
-            data=f"data:image/png;base64,{base64.b64encode(images[name]).decode()}",
+            data=f"data:{_kind(name)};base64,{base64.b64encode(images[name]).decode()}",
             height=height,
             width=width,
         )
         for name, (height, width) in sizes.items()
         if name in images
     ]
+
+
+def _kind(name: str) -> str:
+    """What an image is, by the name of its file."""
+    return "image/jpeg" if name.endswith(".jpg") else "image/png"
 
 
 def _flat(value: Dict[str, Any], prefix: str = "") -> List[Tuple[str, str]]:

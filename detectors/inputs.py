@@ -241,16 +241,20 @@ def seen(image: np.ndarray, view: View) -> np.ndarray:
     return np.ascontiguousarray(image, dtype=np.float32)
 
 
-def write_image(image: np.ndarray, path: Path) -> None:
+def write_image(image: np.ndarray, path: Path, longest: Optional[int] = None) -> None:
     """Writes an image as a file of the format of its name.
 
     Args:
         image: 3 x H x W, BGR, 0 to 255, as `read_image` gives it.
+        longest: pixels that its longer side may have, else it is made smaller; None: any.
     """
     from PIL import Image
 
     rgb = np.clip(np.round(image[::-1].transpose(1, 2, 0)), 0, 255).astype(np.uint8)
-    Image.fromarray(rgb).save(path)
+    picture = Image.fromarray(rgb)
+    if longest is not None:
+        picture.thumbnail((longest, longest))
+    picture.save(path)
 
 
 def digest(arrays: Iterable[np.ndarray]) -> str:

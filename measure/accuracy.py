@@ -251,7 +251,7 @@ def weighted(evaluation: Evaluation, weights: np.ndarray) -> np.ndarray:
 
 def with_difference(
     own: AveragePrecision,
-    reference: float,
+    reference: AveragePrecision,
     resamples: tuple[np.ndarray, np.ndarray],
     images: int,
     least_ratio: float,
@@ -259,19 +259,19 @@ def with_difference(
     """The same with what its AP differs by from a reference's, and whether it is kept.
 
     Args:
-        reference: AP in percent; where it is 0 or NaN, there is nothing to keep.
+        reference: where its AP is 0 or None, there is nothing to keep.
         resamples: of both on the same images, as `resampled` gives them.
         images: in the data set.
         least_ratio: the share of the reference's AP that is to be kept.
     """
     mine, theirs = resamples
     usable = theirs > 0
-    if own.ap is None or not reference > 0 or not usable.any():
+    if own.ap is None or not reference.ap or not usable.any():
         return own
     mine, theirs = mine[usable], theirs[usable]
     tails = _tails(images)
     low, high = np.percentile(mine - theirs, tails).tolist()
-    ratio = own.ap / reference
+    ratio = own.ap / reference.ap
     ratio_low, ratio_high = np.percentile(mine / theirs, tails).tolist()
     needed = None
     verdict: APVerdict = "too few"
@@ -283,8 +283,15 @@ def with_difference(
         verdict = "loses"
     else:
         needed = _images_needed(ratio, (ratio_low, ratio_high), images, least_ratio)
-    known = Difference(own.ap - reference, low, high, ratio, ratio_low, ratio_high, verdict, needed)
-    return replace(own, difference=known)
+    value = own.ap - reference.ap
+    known = Difference(value, low, high, ratio, ratio_low, ratio_high, verdict, needed)
+    return replace(own, difference=replace(known, classes=_by_class(own, reference)))
+
+
+def _by_class(own: AveragePrecision, reference: AveragePrecision) -> dict[str, float | None]:
+    """Class -> what its AP differs by; None where there is no object of it to be found."""
+    both = ((name, ap, reference.classes.get(name)) for name, ap in own.classes.items())
+    return {name: None if None in (one, other) else one - other for name, one, other in both}
 
 
 def _tails(images: int) -> list[float]:

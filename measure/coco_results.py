@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,22 @@ def _encoded(masks: np.ndarray, boxes: np.ndarray, size: Sequence[int]) -> list[
     return [{"size": list(x["size"]), "counts": x["counts"].decode()} for x in encoded]
 
 
+def keep_copy(request: protocol.KeepCopy) -> None:
+    """Writes a small copy of an image; one that lies there already is replaced.
+
+    Raises:
+        errors.InputError: the image cannot be read, or the copy not written.
+    """
+    pixels = inputs.read_image(Path(request.path), None, least=1)
+    to = Path(request.to)
+    try:
+        inputs.write_image(pixels, to, request.longest)
+    except OSError as error:
+        to.unlink(missing_ok=True)  # Half of one would be drawn.
+        reason = error.strerror or error
+        raise InputError(f"{to.name} could not be kept: {reason}") from None
+
+
 def kept_images(path: Path) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """What `keep_batch` has kept, image by image; a line that was cut off is none."""
     with open(path) as file:
@@ -159,6 +176,8 @@ def judge(request: protocol.Judge) -> tuple[int, dict[str, AveragePrecision]]:
     found = [x for _, each in kept_images(Path(request.kept)) for x in each]
     tasks, resamples = {}, {}
     reference = {} if request.is_reference else dict(np.load(request.resamples))
+    figures = Path(request.resamples).with_suffix(".json")
+    theirs = {} if request.is_reference else json.loads(figures.read_text())
     for task in request.tasks:
         sigmas = request.oks_sigmas or None
         evaluation = accuracy.evaluate(Path(request.truth), found, task, sigmas)
@@ -166,13 +185,14 @@ def judge(request: protocol.Judge) -> tuple[int, dict[str, AveragePrecision]]:
         values = accuracy.resampled(evaluation, request.seed)
         if request.is_reference:
             resamples[task] = values
-            resamples[f"{task} ap"] = np.array(np.nan if own.ap is None else own.ap)
             tasks[task] = own
             continue
-        theirs = float(reference[f"{task} ap"])
+        known = AveragePrecision(**theirs[task])
+        both = values, reference[task]
         tasks[task] = accuracy.with_difference(
-            own, theirs, (values, reference[task]), evaluation.images, request.least_ratio
+            own, known, both, evaluation.images, request.least_ratio
         )
     if request.is_reference:
         np.savez(request.resamples, **resamples)
+        figures.write_text(json.dumps({task: asdict(own) for task, own in tasks.items()}))
     return len(found), tasks

@@ -5,20 +5,29 @@ from __future__ import annotations
 import base64
 import colorsys
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
+from scipy.ndimage import zoom
 
 from measure import geometry, verify
 from measure.detections import Detections
+from measure.outlines import outlines
 from results.record import Drawn, DrawnRun
 
 # Of a thousand proposals, nobody would see the picture any more.
 PROPOSALS_DRAWN = 100
 # Pixels of the longer side of a map of labels.
 MAP_SIDE = 320
+# Cells of an outline for each cell of a mask within its box, along either axis.
+FINER = 4
+# Corners of all masks of an image.
+MOST_CORNERS = 4000
+# Sides of pixels along the border of a mask, for each pixel of its height and width. What has more
+# is no shape, but noise, as of weights that were never trained.
+MOST_SIDES = 5
 
 
 def drawn(detections: Detections, size: Sequence[int]) -> Drawn:
@@ -46,7 +55,49 @@ def drawn(detections: Detections, size: Sequence[int]) -> Drawn:
         corners=_rows(corners.reshape(len(corners), 8)),
         keypoints=tuple(map(_rows, poses)),
         labels=None if detections.sem_seg is None else _png(detections.sem_seg.argmax(axis=0)),
+        masks=_masks(detections, boxes, size),
     )
+
+
+def _masks(
+    detections: Detections, boxes: np.ndarray, size: Sequence[int]
+) -> tuple[tuple[tuple[float, ...], ...], ...]:
+    """Outlines of masks on an image.
+
+    Args:
+        boxes: N x 4, on the image.
+        size: height and width of the image.
+    """
+    if detections.masks is None:
+        return ()
+    if detections.masks.ndim == 3:
+        whole = (0.0, 0.0, float(size[1]), float(size[0]))
+        return outlined((mask > 0.5, whole) for mask in detections.masks)
+    # Probabilities of a few cells within the box: between them, they are interpolated.
+    finer = (zoom(mask[0].astype(float), FINER, order=1) >= 0.5 for mask in detections.masks)
+    return outlined(zip(finer, boxes.tolist()))
+
+
+def outlined(
+    masks: Iterable[tuple[np.ndarray, Sequence[float]]],
+) -> tuple[tuple[tuple[float, ...], ...], ...]:
+    """The lines around each mask, as far as a page can hold them; noise has none.
+
+    Args:
+        masks: H x W bool each, and the box that it lies in, see `outlines`.
+    """
+    drawn: list[tuple[tuple[float, ...], ...]] = []
+    corners = 0
+    for mask, box in masks:
+        lines = outlines(mask, box) if corners < MOST_CORNERS and not _is_noise(mask) else []
+        corners += sum(map(len, lines)) // 2
+        drawn.append(tuple(map(tuple, lines)))
+    return tuple(drawn)
+
+
+def _is_noise(mask: np.ndarray) -> bool:
+    sides = sum(np.count_nonzero(np.diff(mask, axis=axis)) for axis in (0, 1))
+    return sides > MOST_SIDES * sum(mask.shape)
 
 
 def _rows(numbers: np.ndarray) -> tuple[tuple[float, ...], ...]:

@@ -10,15 +10,14 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from benchmark import RunFailed
-from detectors import inputs
 from detectors.inputs import View
 from errors import InputError
 from measure import protocol
-from measure import worst as worst_images
 from measure.accuracy import LEAST_IMAGES
 from measure.calibration import Calibration
 from measure.coco_results import kept_images
@@ -33,6 +32,8 @@ from results.record import Picture as DrawnPicture
 
 # Images that are handed on at once: their pixels, as the detector sees them, and how many.
 BATCH_PIXELS, BATCH_IMAGES = 4 << 20, 32
+# Pixels of the longer side of an image that is kept for the page, at most.
+LONGEST_SIDE = 480
 # Seconds for judging what was found.
 JUDGE_LIMIT_S = 3600.0
 # COCO's keypoints of a person, for which it has sigmas.
@@ -274,40 +275,72 @@ class Evaluator:
             self.reference, self._reference_kept = accuracy, kept
         return accuracy
 
-    def worst(self, name: str, label: str, precision: str) -> tuple[WorstImage, ...]:
-        """The images in which a run differs most from the reference; they are kept for the page.
-
-        What cannot be read or written any more is left out.
+    def with_worst(
+        self, accuracy: Accuracy, hosts: Hosts, name: str, label: str, precision: str
+    ) -> Accuracy:
+        """The same with the images in which a run differs most; they are kept for the page.
 
         Args:
+            accuracy: of the run.
             name: of the run, as `evaluate` had it.
             label, precision: of the run, for the page.
         """
         output, reference = self.plan.output, self._reference_kept
         if output is None or reference is None:
-            return ()
-        sides = [dict(kept_images(path)) for path in (reference, self.kept / f"{name}.jsonl")]
-        pictures = {picture.id: picture for picture in self.dataset.images}
-        classes = {number: place for place, number in enumerate(self.dataset.category_ids)}
-        records = []
-        for image_id, difference in worst_images.worst(*sides):
-            key, file = f"{self.model.name}: image {image_id}", f"dataset-{image_id}.png"
-            try:
-                inputs.write_image(
-                    inputs.read_image(pictures[image_id].path, None, least=1), output / file
-                )
-            except (InputError, OSError) as error:
-                self.progress.say(f"{file} could not be kept: {error}")
-                continue
-            known = self.pictures.get(key)
-            if known is None:
-                drawn = worst_images.drawn(sides[0][image_id], classes)
-                known = DrawnPicture(file, (drawn,), {}, pictures[image_id].size)
-                self.pictures[key] = known
-            shown = worst_images.drawn_run(sides[1][image_id], classes, difference)
-            known.runs.setdefault(precision, {})[label] = (shown,)
-            records.append(worst_images.record(pictures[image_id].name, key, difference))
-        return tuple(records)
+            return accuracy
+        worst: list[WorstImage] = []
+        reasons: list[str] = []
+        own = self.kept / f"{name}.jsonl"
+        request = protocol.FindWorst(
+            str(reference), str(own), self.dataset.category_ids, self.oks_sigmas
+        )
+        try:
+            log = self.scratch / "evaluator.log"
+            with hosts.of(Command.own()).worker(log, self.plan.threads) as evaluator:
+                for image in evaluator.ask(request, JUDGE_LIMIT_S).images:
+                    try:
+                        worst.append(self._kept_image(image, evaluator, output, label, precision))
+                    except InputError as error:
+                        reasons.append(str(error))
+        except (RunFailed, InputError, OSError) as error:
+            reasons.append(str(error))
+        for reason in reasons:
+            self.progress.say(f"{label} {precision}: an image in which it differs: {reason}")
+        return replace(accuracy, worst=tuple(worst), not_drawn=reasons[0] if reasons else None)
+
+    def _kept_image(
+        self,
+        image: protocol.ComparedImage,
+        evaluator: Worker,
+        output: Path,
+        label: str,
+        precision: str,
+    ) -> WorstImage:
+        """Keeps an image for the page, with what was found in it.
+
+        Raises:
+            benchmark.RunFailed: the evaluator fails, or dies.
+            errors.InputError: the image cannot be read, or its copy not written.
+        """
+        picture = next(x for x in self.dataset.images if x.id == image.id)
+        key, file = f"{self.model.name}: image {image.id}", f"dataset-{image.id}.jpg"
+        copy = str((output / file).resolve())
+        evaluator.ask(protocol.KeepCopy(str(picture.path), copy, LONGEST_SIDE))
+        if key not in self.pictures:
+            self.pictures[key] = DrawnPicture(file, (image.reference,), {}, picture.size)
+        self.pictures[key].runs.setdefault(precision, {})[label] = (image.own,)
+        return WorstImage(
+            image=picture.name,
+            picture=key,
+            loss=image.loss,
+            lost=image.lost,
+            spurious=image.spurious,
+            classes=image.classes,
+            score_difference=image.score_difference,
+            iou=image.iou,
+            mask_iou=image.mask_iou,
+            oks=image.oks,
+        )
 
     def _seen(self) -> list[int]:
         return [x.id for x in self.dataset.images if x.id not in self.left_out]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Tuple
+from typing import Optional, Sequence, Tuple
 
 import numpy as np
 from scipy.ndimage import maximum_filter, minimum_filter
@@ -168,7 +168,12 @@ def sigmas(count: int) -> np.ndarray:
     return np.full(count, COCO_SIGMAS.mean())
 
 
-def oks(first: np.ndarray, second: np.ndarray, scales: np.ndarray) -> np.ndarray:
+def oks(
+    first: np.ndarray,
+    second: np.ndarray,
+    scales: np.ndarray,
+    own_sigmas: Optional[Sequence[float]] = None,
+) -> np.ndarray:
     """Object keypoint similarity of M pairs of poses, M.
 
     COCO's formula: the mean of exp(-d**2 / (2 * area * (2 * sigma)**2)) over the keypoints.
@@ -176,9 +181,11 @@ def oks(first: np.ndarray, second: np.ndarray, scales: np.ndarray) -> np.ndarray
     Args:
         first, second: M x K x 2, in pixels.
         scales: M areas of the objects, in square pixels; below one, it is one.
+        own_sigmas: K, how far off each keypoint may be; None: see `sigmas`.
     """
     squares = ((first - second) ** 2).sum(axis=2)
-    spread = 2 * scales.clip(min=1)[:, None] * (2 * sigmas(first.shape[1])) ** 2
+    each = sigmas(first.shape[1]) if own_sigmas is None else np.asarray(own_sigmas)
+    spread = 2 * scales.clip(min=1)[:, None] * (2 * each) ** 2
     return np.exp(-squares / spread).mean(axis=1)
 
 

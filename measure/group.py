@@ -557,9 +557,8 @@ class Measurement:
             name = f"{self.model.name}.{key}.{run.precision}"
             try:
                 known = evaluator.evaluate(run.worker, hosts, name, run.facts)
-                if run.status == "mismatch" or known.verdict == "loses":
-                    worst = evaluator.worst(name, run.label, run.precision)
-                    known = replace(known, worst=worst)
+                if run.status == "mismatch" or known.has_less:
+                    known = evaluator.with_worst(known, hosts, name, run.label, run.precision)
                 run.accuracy = known
             except NotJudged as error:
                 run.accuracy = Accuracy(reason=str(error))

@@ -39,6 +39,8 @@ from results.record import (
     AccuracyControl,
     AveragePrecision,
     Coverage,
+    Drawn,
+    DrawnRun,
     GpuState,
     ImageSizes,
     Preparation,
@@ -287,6 +289,36 @@ class Judged:
 
     detections: int
     tasks: Dict[Task, AveragePrecision]
+
+
+@dataclass(frozen=True)
+class ComparedImage:
+    """An image of a data set in which a run finds something else than the reference.
+
+    Attributes:
+        loss, lost, spurious, classes, score_difference, iou, mask_iou, oks: see
+            `results.record.WorstImage`.
+        reference, own: what both find, for drawing it.
+    """
+
+    id: int
+    loss: float
+    lost: int
+    spurious: int
+    classes: int
+    score_difference: Optional[float]
+    iou: Optional[float]
+    mask_iou: Optional[float]
+    oks: Optional[float]
+    reference: Drawn
+    own: DrawnRun
+
+
+@dataclass(frozen=True)
+class WorstFound:
+    """The images with the largest loss, the worst first."""
+
+    images: Tuple[ComparedImage, ...]
 
 
 # Requests to a host ----------------------------------------------------------------------------
@@ -618,7 +650,7 @@ class Judge(Request[Judged]):
         tasks: of `results.record.Task`.
         classes: their names.
         oks_sigmas: see `measure.accuracy.evaluate`; empty: COCO's.
-        resamples: file of the reference's AP in resamples of the images.
+        resamples: file of the reference's AP in resamples of the images; its figures lie beside.
         is_reference: whether this makes that file.
         least_ratio: the share of the reference's AP that is to be kept.
     """
@@ -635,13 +667,46 @@ class Judge(Request[Judged]):
     seed: int
 
 
+@dataclass(frozen=True)
+class FindWorst(Request[WorstFound]):
+    """In which images does a run differ most from the reference?
+
+    Attributes:
+        reference, own: what both have found, of `KeepBatch`.
+        category_ids: of the classes.
+        oks_sigmas: see `measure.geometry.oks`; empty: COCO's.
+    """
+
+    answer: ClassVar = WorstFound
+    reference: str
+    own: str
+    category_ids: Tuple[int, ...]
+    oks_sigmas: Tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class KeepCopy(Request[Done]):
+    """Write a small copy of an image, as JPEG.
+
+    Attributes:
+        path: of the image.
+        to: of the copy.
+        longest: pixels that its longer side has at most.
+    """
+
+    answer: ClassVar = Done
+    path: str
+    to: str
+    longest: int
+
+
 REQUESTS: Dict[str, Type[Request[Any]]] = {
     kind.__name__: kind
     for kind in (
         *(Start, Kill, Stop, Survey, InspectModule, ReadInput, CheckWeights, PrepareModel),
         *(PrepareRun, Warm, TimedCalls, Detect, TimeStages, Trace, ReadMemory, ReadCoverage),
         *(ReadArtifact, ReadPrecision, ReadGpu, ReadCpuTime, MeasurePeak),
-        *(ReadBatch, DetectBatch, KeepBatch, Judge),
+        *(ReadBatch, DetectBatch, KeepBatch, Judge, FindWorst, KeepCopy),
     )
 }
 

@@ -595,6 +595,25 @@ def judge(request: protocol.Judge) -> protocol.Judged:
     return protocol.Judged(*judge(request))
 
 
+def find_worst(request: protocol.FindWorst) -> protocol.WorstFound:
+    """The images in which a run differs most from the reference."""
+    from measure.worst import find_worst
+
+    return protocol.WorstFound(find_worst(request))
+
+
+def keep_copy(request: protocol.KeepCopy) -> protocol.Done:
+    """Writes a small copy of an image.
+
+    Raises:
+        errors.InputError: it cannot be read, or written.
+    """
+    from measure.coco_results import keep_copy
+
+    keep_copy(request)
+    return protocol.Done()
+
+
 def cpu_time(request: protocol.ReadCpuTime) -> protocol.CpuTime:
     """Seconds of CPU so far, of this process and its children that have ended."""
     spent = os.times()
@@ -624,6 +643,8 @@ class Worker:
             protocol.ReadBatch: read_batch,
             protocol.KeepBatch: keep_batch,
             protocol.Judge: judge,
+            protocol.FindWorst: find_worst,
+            protocol.KeepCopy: keep_copy,
         }
 
     def prepare(self, request: protocol.PrepareRun) -> protocol.RunFacts:

@@ -383,6 +383,39 @@ def _other_shapes(reference: Detections, candidate: Detections) -> Optional[Agre
     return None
 
 
+def pair(overlap: np.ndarray, comes_first: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    """Pairs what shows the same object one to one, for the largest total overlap.
+
+    Args:
+        overlap: N x M, IoU; 0 where two cannot be a pair.
+        comes_first: N x M, bool: pairs that go before all others.
+
+    Returns:
+        indices of the N and of the M, of pairs that overlap by `SAME_OBJECT_IOU` at least.
+    """
+    rows, columns = linear_sum_assignment(overlap + comes_first, maximize=True)
+    kept = overlap[rows, columns] >= SAME_OBJECT_IOU
+    return rows[kept], columns[kept]
+
+
+def pose_likeness(
+    reference: np.ndarray,
+    candidate: np.ndarray,
+    boxes: np.ndarray,
+    sigmas: Optional[Sequence[float]] = None,
+) -> np.ndarray:
+    """OKS of M pairs of poses, M; 1 where the reference's box is a sliver.
+
+    Args:
+        reference, candidate: M x K x 2, in pixels.
+        boxes: M x 4 or M x 5, of the reference.
+        sigmas: see `geometry.oks`.
+    """
+    oks = geometry.oks(reference, candidate, geometry.areas(boxes), sigmas)
+    oks[geometry.sides(boxes).min(axis=1) < SLIVER_PX] = 1
+    return oks
+
+
 def _pair(reference: Detections, candidate: Detections, tolerance: Tolerance) -> _Pairs:
     """Pairs detections of the same class one to one, for the largest total overlap.
 
@@ -392,9 +425,7 @@ def _pair(reference: Detections, candidate: Detections, tolerance: Tolerance) ->
     overlap = geometry.overlaps(reference.boxes, candidate.boxes) * same_class
     score_gap = np.abs(reference.scores[:, None] - candidate.scores[None, :])
     same_box, same_score = overlap >= tolerance.iou, score_gap <= tolerance.score
-    rows, columns = linear_sum_assignment(overlap + (same_box & same_score), maximize=True)
-    kept = overlap[rows, columns] >= SAME_OBJECT_IOU
-    rows, columns = rows[kept], columns[kept]
+    rows, columns = pair(overlap, same_box & same_score)
     same = {"box": same_box[rows, columns], "score": same_score[rows, columns]}
     mask_iou = keypoints = oks = None
     if reference.masks is not None and candidate.masks is not None:
@@ -403,9 +434,7 @@ def _pair(reference: Detections, candidate: Detections, tolerance: Tolerance) ->
     if reference.keypoints is not None and candidate.keypoints is not None:
         poses = reference.keypoints[rows, :, :2], candidate.keypoints[columns, :, :2]
         keypoints = poses[1] - poses[0]
-        paired = reference.boxes[rows]
-        oks = geometry.oks(*poses, geometry.areas(paired))
-        oks[geometry.sides(paired).min(axis=1) < SLIVER_PX] = 1
+        oks = pose_likeness(*poses, reference.boxes[rows])
         same["pose"] = oks >= tolerance.oks
     boxes = candidate.boxes[columns] - reference.boxes[rows]
     if boxes.shape[1] == 5:  # Angles: half a turn more is 180 degrees, and a whole one nothing.

@@ -339,11 +339,13 @@ def _picture_flaw(picture: Picture) -> Optional[str]:
         return "a run has no images"
     for image in (*picture.reference, *(image for images in found for image in images)):
         lists = [image.boxes, image.scores, image.classes, *_agrees(image)]
-        lists += [each for each in (image.corners, image.keypoints) if each]
+        lists += [each for each in (image.corners, image.keypoints, image.masks) if each]
         if len(set(map(len, lists))) > 1:
             return "lists of one image differ in length"
         if any(len(each) != 8 for each in image.corners):
             return "a rotated box has not four corners"
+        if any(len(each) % 2 for mask in image.masks for each in mask):
+            return "an outline of a mask has half a corner"
         if image.labels is not None and not _is_png(image.labels):
             return "`labels` is no PNG file"
     pairs = (pair for images in found for pair in zip(images, picture.reference))

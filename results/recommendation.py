@@ -146,7 +146,10 @@ def _candidate(group: Group, run: Run, limits: Constraints, torch_s: float, seed
         median_ms=run.statistics.median_ms if run.statistics else None,
         speedup=speedup,
         ap={task: x.ap for task, x in tasks.items() if x.ap is not None},
-        ap_differences={task: x.difference for task, x in tasks.items() if x.difference},
+        # Of each class they stand in the run's own record.
+        ap_differences={
+            task: replace(x.difference, classes={}) for task, x in tasks.items() if x.difference
+        },
         memory_mb=run.peak_memory_mb if memory is None else memory,
         prepare_s=run.prepare.total if run.prepare else None,
         pays_back=pays_back,

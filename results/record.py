@@ -326,6 +326,8 @@ class Difference:
         verdict: whether the ratio keeps to `--min-ap-ratio`.
         images_needed: about how many would tell; None where it was told, or where that is more than
             anyone has.
+        classes: class -> its AP less that of Torch fp32; None where there is no object of it to be
+            found.
     """
 
     value: float
@@ -336,6 +338,7 @@ class Difference:
     ratio_high: float
     verdict: APVerdict
     images_needed: Optional[int] = None
+    classes: Dict[str, Optional[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -372,6 +375,8 @@ class WorstImage:
         classes: detections that show an object of the reference as one of another class.
         score_difference: mean, without sign, and iou: mean, of pairs that show the same object;
             None: there are none.
+        mask_iou: mean IoU of their masks; oks: mean OKS (object keypoint similarity) of their
+            keypoints; None: there are none.
     """
 
     image: str
@@ -382,6 +387,8 @@ class WorstImage:
     classes: int
     score_difference: Optional[float] = None
     iou: Optional[float] = None
+    mask_iou: Optional[float] = None
+    oks: Optional[float] = None
 
 
 @dataclass(frozen=True)
@@ -394,7 +401,9 @@ class Accuracy:
         tasks: what was judged.
         seconds: that it took, images read included.
         file: name of the file with the detections in COCO's format of results.
-        worst: of a run that mismatches or loses AP, the images that differ most, if they were kept.
+        worst: of a run that mismatches or has less AP, see `has_less`, the images that differ most,
+            if they were kept.
+        not_drawn: why `worst` has none, or not all, in a sentence; else None.
         reason: why nothing was judged, or not all, in a sentence; else None.
     """
 
@@ -405,6 +414,7 @@ class Accuracy:
     file: Optional[str] = None
     worst: Tuple[WorstImage, ...] = ()
     reason: Optional[str] = None
+    not_drawn: Optional[str] = None
 
     @property
     def verdict(self) -> Optional[APVerdict]:
@@ -412,6 +422,12 @@ class Accuracy:
         verdicts = [x.difference.verdict for x in self.tasks.values() if x.difference]
         order: Tuple[APVerdict, ...] = ("loses", "too few", "keeps")
         return next((verdict for verdict in order if verdict in verdicts), None)
+
+    @property
+    def has_less(self) -> bool:
+        """Whether AP is lost or, with too few images to tell that, is less for sure."""
+        known = [x.difference for x in self.tasks.values() if x.difference]
+        return any(x.verdict == "loses" or (x.verdict == "too few" and x.high < 0) for x in known)
 
     @property
     def ratio(self) -> Optional[float]:
@@ -821,6 +837,9 @@ class Drawn:
         corners: of rotated boxes: x and y of the four, one after the other; else empty.
         keypoints: x and y of each keypoint of each detection; empty where there are none.
         labels: a semantic map: a PNG file with a color for each label, as Base64.
+        masks: the outlines of each mask, several where it has holes or parts: x and y of the
+            corners, one after the other; empty where there are no masks. Where there are too many
+            corners to draw, the last masks have no outlines; one that is noise has none.
     """
 
     boxes: Tuple[Tuple[float, float, float, float], ...]
@@ -829,6 +848,7 @@ class Drawn:
     corners: Tuple[Tuple[float, ...], ...] = ()
     keypoints: Tuple[Tuple[Tuple[float, float], ...], ...] = ()
     labels: Optional[str] = None
+    masks: Tuple[Tuple[Tuple[float, ...], ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -426,6 +426,11 @@ def _accuracy_notes(results: Results, groups: Sequence[Group]) -> Iterator[str]:
         for run in group.runs:
             if run.accuracy and run.accuracy.reason and run.accuracy.reason not in str(run.reason):
                 yield f"{run.label} {_precision(run)}: no AP: {run.accuracy.reason}"
+            if run.accuracy and run.accuracy.not_drawn:
+                yield (
+                    f"{run.label} {_precision(run)}: images in which it differs are missing: "
+                    f"{run.accuracy.not_drawn}"
+                )
             for task, known in judged(run).items():
                 if known.difference and known.difference.verdict == "too few":
                     needed = known.difference.images_needed
@@ -488,22 +493,22 @@ def class_tables(groups: Sequence[Group]) -> List[Table]:
 
 def _class_table(name: str, groups: Sequence[Group], task: Task) -> Optional[Table]:
     by_run: Dict[str, AveragePrecision] = {}
-    reference: Optional[AveragePrecision] = None
+    reference: Dict[str, Optional[float]] = {}
     for group in groups:
         for run in group.runs:
             known = judged(run).get(task)
             if known is not None and known.difference is None:
-                reference = known
+                reference = reference or known.classes
             elif known is not None:
                 by_run[f"{run.label} {_precision(run)}"] = known
-    if reference is None or len(reference.classes) < 2:
+    for known in by_run.values():
+        # Torch fp32 need not have a row.
+        reference = reference or _classes_of_reference(known)
+    if len(reference) < 2:
         return None
     lines = []
-    for kind, ap in reference.classes.items():
-        differences = [
-            None if ap is None or run.classes.get(kind) is None else run.classes[kind] - ap
-            for run in by_run.values()
-        ]
+    for kind, ap in reference.items():
+        differences = [_class_difference(run, kind, ap) for run in by_run.values()]
         lines.append(
             (min((x for x in differences if x is not None), default=0.0), kind, ap, differences)
         )
@@ -519,6 +524,23 @@ def _class_table(name: str, groups: Sequence[Group], task: Task) -> Optional[Tab
         ),
         notes=(f"the {MOST_CLASSES} classes that lose most, of {len(lines)}",) if more else (),
     )
+
+
+def _class_difference(
+    known: AveragePrecision, kind: str, reference: Optional[float]
+) -> Optional[float]:
+    """What the AP of a class differs by; files of earlier versions do not have it themselves."""
+    if known.difference is not None and known.difference.classes:
+        return known.difference.classes.get(kind)
+    own = known.classes.get(kind)
+    return None if own is None or reference is None else own - reference
+
+
+def _classes_of_reference(known: AveragePrecision) -> Dict[str, Optional[float]]:
+    """Class -> AP of Torch fp32, by what a run differs from it; empty where that is not known."""
+    differs = {} if known.difference is None else known.difference.classes
+    values = ((kind, ap, differs.get(kind)) for kind, ap in known.classes.items() if differs)
+    return {kind: None if ap is None or value is None else ap - value for kind, ap, value in values}
 
 
 def _peak_share(group: Group, run: Run, peaks: Dict[str, float]) -> Optional[float]:

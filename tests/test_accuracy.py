@@ -70,7 +70,7 @@ def verdict_of(
         evaluation = evaluate(TRUTH, each, task)
         figures.append(average_precision(evaluation, NAMES))
         values.append(resampled(evaluation, 0))
-    own = with_difference(figures[0], figures[1].ap, tuple(values), 60, ratio)
+    own = with_difference(*figures, tuple(values), 60, ratio)
     return own.difference
 
 
@@ -191,7 +191,7 @@ def test_nothing_found_and_nothing_there(tmp_path):
     own = average_precision(evaluate(TRUTH, [], "bbox"), NAMES)
     assert own.ap == 0
     assert own.large is None
-    nothing = with_difference(own, 0.0, (np.zeros(10), np.zeros(10)), 60, 0.99)
+    nothing = with_difference(own, AveragePrecision(0.0), (np.zeros(10), np.zeros(10)), 60, 0.99)
     assert nothing.difference is None
     assert not np.isnan(resampled(evaluate(TRUTH, [], "bbox"), 0)).any()
 
@@ -272,7 +272,9 @@ def test_too_few_images_say_how_many_it_takes():
 def test_the_limit_itself_cannot_be_told():
     own = AveragePrecision(ap=50.0)
     values = np.linspace(45, 55, 101)
-    told = with_difference(own, 50.0, (values, np.full(101, 50.0)), 60, 1.0).difference
+    told = with_difference(
+        own, AveragePrecision(50.0), (values, np.full(101, 50.0)), 60, 1.0
+    ).difference
     assert told.verdict == "too few"
     assert told.images_needed is None
 
@@ -280,7 +282,9 @@ def test_the_limit_itself_cannot_be_told():
 @pytest.mark.parametrize(("images", "verdict"), [(9, "too few"), (10, "keeps")])
 def test_a_few_images_tell_nothing(images, verdict):
     values = np.full(50, 40.0)
-    own = with_difference(AveragePrecision(ap=40.0), 40.0, (values, values), images, 0.99)
+    own = with_difference(
+        AveragePrecision(40.0), AveragePrecision(40.0), (values, values), images, 0.99
+    )
     assert own.difference.verdict == verdict
     assert own.difference.images_needed == (10 if verdict == "too few" else None)
 

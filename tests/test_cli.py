@@ -616,7 +616,7 @@ OBVIOUS = {
     "SameAgainstSame": {"model", "precision", "speedup"},
     "Results": {"environment", "settings", "tool", "schema"},
     # Those of `Drawn` are told there.
-    "DrawnRun": {"boxes", "scores", "classes", "corners", "keypoints", "labels"},
+    "DrawnRun": {"boxes", "scores", "classes", "corners", "keypoints", "labels", "masks"},
 }
 
 

@@ -338,7 +338,7 @@ def test_the_images_where_a_run_goes_wrong_are_kept(main, tmp_path, monkeypatch)
     changed = by_image["000003.png"]
     assert changed.lost == changed.spurious == changed.classes > 0
     assert 0.5 < changed.iou <= 1
-    assert (tmp_path / "dataset-1003.png").exists()
+    assert (tmp_path / "dataset-1003.jpg").exists()
     page = (tmp_path / "report.html").read_text()
     assert "Where OpenVINO fp32 differs most" in page
     assert main(*OWN, *DATA, *QUICK, "--backend", "openvino", "--fail-on", "loses-ap").code == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -303,7 +304,7 @@ def test_what_else_was_found_is_drawn():
     assert text.count('d="M3.0 4.0h0M5.5 6.0h0"') == 2
     assert text.count('d="M7.0 8.0h0M9.0 9.5h0"') == 3
     assert text.count('<polygon points="1.0 2.0 3.0 4.0 5.0 6.0 7.0 8.5"') == 1
-    assert "The image with boxes and a map of labels drawn on it." in text
+    assert "The image with boxes, a map of labels and poses drawn on it." in text
 
 
 def test_a_map_alone_is_drawn():
@@ -347,6 +348,8 @@ def test_proposals_have_no_class():
         ({"corners": [[1.0] * 8, [1.0] * 7]}, "a rotated box has not four corners"),
         ({"keypoints": [[[1.0, 2.0]]]}, "differ in length"),
         ({"keypoints": [[[1.0]], []]}, "Expected `array` of length 2, got 1"),
+        ({"masks": [[[1.0, 2.0]]]}, "differ in length"),
+        ({"masks": [[[1.0, 2.0, 3.0]], []]}, "an outline of a mask has half a corner"),
         ({"labels": "x"}, "`labels` is no PNG file"),
         ({"labels": "Ij48c2NyaXB0Pg=="}, "`labels` is no PNG file"),
         ({"labels": 'iVBORw0KGgo="/><script>'}, "`labels` is no PNG file"),
@@ -576,6 +579,43 @@ def test_the_worst_images_are_drawn_beside_the_reference(tmp_path):
     ids = [each["id"] for each in page.all("image") if "id" in each]
     assert "dataset-2d-7.png" in ids
     assert sum(each.get("href") == "#dataset-2d-7.png" for each in page.all("use")) == 2
+
+
+def test_what_hardly_counts_is_faint():
+    found = make_found()
+    text = report.page(records(make_results()), pictures(found), {})
+    # Of scores of 0.9 and 0.5: two of the reference, two of the run, one that is lost.
+    faint = re.findall(r'<g opacity="([^"]+)"', text)
+    assert faint == ["0.93", "0.62", "0.93", "0.62", "0.62"]
+    found["testRetinaNet"]["reference"][0].update({"classes": [-1, -1], "scores": [4.25, -3.0]})
+    text = report.page(records(make_results()), pictures(found), {})
+    assert re.findall(r'<g opacity="([^"]+)"', text)[:2] == ["1.0", "1.0"]
+
+
+def test_masks_and_poses_of_the_worst_images_are_drawn(tmp_path):
+    document, found = with_worst(tmp_path)
+    accuracy = document["groups"][0]["runs"][1]["accuracy"]
+    accuracy["worst"][0].update(mask_iou=0.625, oks=0.875)
+    picture = json.loads(json.dumps(found["testRetinaNet: image 7"]))
+    found["testRetinaNet: image 7"] = picture
+    run = picture["runs"]["fp32"]["OpenVINO"][0]
+    for each in (picture["reference"][0], run):
+        each["keypoints"] = [[[3.0, 4.0]], [[7.0, 8.0]]]
+        # The first has a hole.
+        each["masks"] = [[[1.0, 2.5, 9.0, 2.0, 9.0, 9.0], [4.0, 4.0, 5.0, 4.0, 5.0, 5.0]], []]
+    run["masks"][1] = [[70.0, 60.0, 90.0, 60.0, 90.0, 90.0]]
+    page = Page(report.page(records(document), pictures(found), {}))
+    paths = [(each["d"], each.get("fill")) for each in page.all("path") if "fill-rule" in each]
+    whole = "M1 2.5 9 2 9 9ZM4 4 5 4 5 5Z"
+    assert paths == [
+        (whole, "var(--matched)"),
+        (whole, "var(--matched)"),
+        ("M70 60 90 60 90 90Z", "var(--spurious)"),
+    ]
+    text = " ".join("".join(page.text).split())
+    assert "scores off by 0.250, IoU 0.750, masks' IoU 0.625, OKS 0.875" in text
+    labels = [each.get("aria-label") or "" for each in page.all("svg")]
+    assert sum("boxes, masks and poses drawn on it" in each for each in labels) == 2
 
 
 def test_a_worst_image_that_is_gone_is_left_out(tmp_path):

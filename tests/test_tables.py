@@ -11,7 +11,9 @@ import benchmark
 from benchmark import BreakEven, Speedup, Statistics
 from results import tables
 from results.record import (
+    Accuracy,
     Agreement,
+    AveragePrecision,
     Coverage,
     Difference,
     Environment,
@@ -685,3 +687,33 @@ def test_published_speedups_stand_beside_ours():
 def test_what_ap_differs_by_shows_the_larger_half(value, low, high, verdict, text):
     known = Difference(value, low, high, 1.0, 1.0, 1.0, verdict)
     assert tables.describe_difference(known) == text
+
+
+def judged_run(label: str, classes: Any, differs: Any, **more: Any) -> Run:
+    """A run with an AP of each class, and what that differs by from the reference's."""
+    known = Difference(-1.0, -2.0, -0.5, 0.9, 0.9, 0.9, "loses", classes=differs)
+    own = AveragePrecision(40.0, classes=classes, difference=known)
+    return run(label, accuracy=Accuracy(tasks={"bbox": own}), **more)
+
+
+def test_ap_by_class_is_there_without_a_row_of_the_reference():
+    classes, differs = {"cat": 40.0, "dog": None, "emu": 60.0}, {"cat": -5.0, "emu": 2.5}
+    asked = {"requested_precision": "bf16", "effective_precision": "bf16"}
+    alone = group(judged_run("Torch", classes, {**differs, "dog": None}, **asked))
+    (table,) = tables.class_tables([alone])
+    assert [column.heading for column in table.columns] == ["class", "Torch fp32", "Torch bf16"]
+    assert table.rows == (
+        ("cat", "45.00", "-5.00"),
+        ("dog", "-", "-"),
+        ("emu", "57.50", "+2.50"),
+    )
+
+
+def test_ap_by_class_of_a_file_that_has_but_the_reference_s_own():
+    reference = AveragePrecision(40.0, classes={"cat": 45.0, "dog": None})
+    torch = run("Torch", accuracy=Accuracy(tasks={"bbox": reference}))
+    other = judged_run("OpenVINO", {"cat": 40.0, "dog": None}, {})
+    (table,) = tables.class_tables([group(torch, other)])
+    assert table.rows == (("cat", "45.00", "-5.00"), ("dog", "-", "-"))
+    # Nothing says what the reference has.
+    assert tables.class_tables([group(other)]) == []

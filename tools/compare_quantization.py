@@ -101,7 +101,7 @@ class Judge:
         self.progress = Progress()
         self.oks_sigmas = export.model.oks_sigmas
         self.tasks, _ = tasks_of(self.dataset, export.fields, self.oks_sigmas)
-        self.reference: dict[str, tuple[float, np.ndarray]] = {}
+        self.reference: dict[str, tuple[AveragePrecision, np.ndarray]] = {}
         self.dataset.write([x.id for x in self.dataset.images], truth)
 
     def __call__(self, call: Call) -> dict[str, AveragePrecision]:
@@ -119,11 +119,11 @@ class Judge:
         own = accuracy.average_precision(evaluation, self.dataset.classes)
         values = accuracy.resampled(evaluation, self.plan.seed)
         if task not in self.reference:
-            self.reference[task] = (own.ap or 0.0, values)
+            self.reference[task] = (own, values)
             return own
-        ap, theirs = self.reference[task]
+        known, theirs = self.reference[task]
         both, images = (values, theirs), evaluation.images
-        return accuracy.with_difference(own, ap, both, images, self.plan.min_ap_ratio)
+        return accuracy.with_difference(own, known, both, images, self.plan.min_ap_ratio)
 
 
 def cells(own: AveragePrecision) -> list[str]:
