@@ -142,7 +142,7 @@ class TappedExport(Export):
         eager = TappedDetector(detector).eval()
         super().__init__(export.model, outcome, eager, export.tuning_inputs)
         self.kind = "traced"
-        self.calibration = export.calibration
+        self.calibration, self.other_inputs = export.calibration, export.other_inputs
         self.parts = eager.parts
         # Of `min`, which is the quickest: how many there are depends on the detector alone.
         state = computed(self.parts, detector, export.tuning_inputs["min"])
@@ -359,9 +359,7 @@ def _cascade_decoding(detector: nn.Module, state: State) -> List[Tensor]:
         total = total + each[images]
     scores, boxes = total * (1.0 / len(stages)), stages[-1][:images]
     rules = True, heads.selection
-    return _flat(
-        candidates_of_images(torch.cat(boxes), scores, list(boxes), _sizes(state), *rules)
-    )
+    return _flat(candidates_of_images(torch.cat(boxes), scores, list(boxes), _sizes(state), *rules))
 
 
 def _mask_head(detector: nn.Module, state: State) -> List[Tensor]:

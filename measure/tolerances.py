@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Dict
 
+from results.record import PartKind
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -123,4 +125,36 @@ TOLERANCES: Dict[str, Tolerance] = {
         border_labels=0.75,
         median_other=0.3,
     ),
+}
+
+
+# How far a part of a healthy engine may be from eager fp32, see `measure.parts`: about twice what
+# was measured (tools/measure_parts.py).
+_SIXTEEN_BITS_PARTS: Dict[PartKind, float] = {
+    "backbone": 0.08,
+    "FPN": 0.04,
+    "heads": 0.05,
+    "decoding": 0.004,
+    "NMS": 0.001,
+    "postprocessing": 0.25,
+}
+PART_BOUNDS: Dict[str, Dict[PartKind, float]] = {
+    "fp32": {
+        "backbone": 0.001,
+        "FPN": 0.001,
+        "heads": 0.001,
+        "decoding": 0.0005,
+        "NMS": 0.0005,
+        "postprocessing": 0.01,
+    },
+    "fp16": _SIXTEEN_BITS_PARTS,
+    "bf16": _SIXTEEN_BITS_PARTS,
+    "int8": {
+        "backbone": 0.2,
+        "FPN": 0.2,
+        "heads": 0.2,
+        "decoding": 0.004,
+        "NMS": 0.001,
+        "postprocessing": 0.25,
+    },
 }

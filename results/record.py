@@ -539,8 +539,8 @@ class Run:
         artifacts: names of files that were kept beside the result file.
         settled: whether its process stood still after its calls, before the next had its turn.
         accuracy: what it found in a data set; None where none was given.
-        bisection: with `--bisect`, of a run that mismatches or loses AP: the part that it goes wrong
-            in; else None.
+        bisection: with `--bisect`, of a run that mismatches or loses AP: the part that goes wrong;
+            else None.
     """
 
     backend: str
