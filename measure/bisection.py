@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from measure import protocol, verify
-from measure.tolerances import PART_BOUNDS
+from measure.tolerances import part_bound
 from results.record import Bisection, PartDifference
 
 
@@ -17,6 +17,7 @@ def bisection(
     outputs: Path,
     image: str,
     precision: str,
+    device: str,
     known: protocol.ModelFacts,
 ) -> Bisection:
     """The record of what a worker has seen.
@@ -24,12 +25,13 @@ def bisection(
     Args:
         outputs: file that it has left, see `protocol.Watch`.
         image: see `results.record.Bisection`.
-        precision: that the run computes in.
+        precision: that the run computes in, on the device.
         known: of the model.
     """
-    bounds = PART_BOUNDS[precision]
     parts = tuple(
-        PartDifference(x.name, x.kind, x.difference, bounds[x.kind], x.accumulated)
+        PartDifference(
+            x.name, x.kind, x.difference, part_bound(x.kind, precision, device), x.accumulated
+        )
         for x in answer.parts
     )
     with np.load(outputs, allow_pickle=False) as arrays:

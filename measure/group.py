@@ -599,7 +599,8 @@ class Measurement:
                 image, file = self.model.evaluator.read_worst(hosts, evaluated) or (name, None)
             request = protocol.Watch(name, file, str(outputs))
             answer = run.ask(request, _prepare_limit_s(calibration))
-            return bisection(answer, outputs, image, run.effective_precision, self.model.facts)
+            computes = run.effective_precision, self.plan.device
+            return bisection(answer, outputs, image, *computes, self.model.facts)
         except (RunFailed, Unsupported, InputError, NotJudged, OSError) as error:
             return Bisection(image, reason=str(error))
 

@@ -2,7 +2,7 @@
 
 The engine compiles the detector once more, with what leaves each part as outputs. For each part,
 eager fp32 computes on the CPU what that part alone makes of what the engine's own parts before it
-gave. So an error that is only handed on is not charged to who hands it on. `tolerances.PART_BOUNDS`
+gave. So an error that is only handed on is not charged to who hands it on. `tolerances.part_bound`
 has what healthy engines may differ by.
 
 Valid on Python 3.8, as workers import it.

@@ -4,7 +4,7 @@
 Test models, made to find 100 objects, and the trained detector in examples/ are compiled by every
 engine that there is here, at every precision, with what leaves each part as outputs, and called at
 `min`, `opt` and `max`. Prints, for each precision and kind of part, the largest difference, and
-where it was: see `measure.parts`, `measure.tolerances.PART_BOUNDS`. From the root of the
+where it was: see `measure.parts`, `measure.tolerances.part_bound`. From the root of the
 repository:
 
     python3 tools/measure_parts.py
