@@ -34,6 +34,7 @@ from detectors.taps import Part, TappedExport, parts_of
 from errors import Unsupported
 from measure import bisection as parent
 from measure import evaluation, parts, protocol, verify
+from measure import run as workers
 from measure.coco_results import kept_images
 from measure.tolerances import part_bound
 from models import Model
@@ -522,6 +523,24 @@ def test_a_run_that_loses_ap_is_bisected_on_its_worst_image(main, tmp_path, monk
         assert image.shape[1] / image.shape[2] == pytest.approx(picture.height / picture.width)
     raw = read_image(IMAGES / worst, None, least=1)
     assert image.mean() == pytest.approx(float(raw.mean()), rel=0.02)
+
+
+def test_images_of_a_data_set_are_called_in_place_of_an_input(tmp_path):
+    """As a worker does it, with a run that was not prepared by one."""
+    export = export_of("testRetinaNet")
+    run = object.__new__(workers.Run)
+    run.backend, run.export, run.device, run.asked = base.load("torch"), export, "cpu", "fp32"
+    run.inputs = export.tuning_inputs
+    run.optimized = run.backend.optimize(export, "fp32", "cpu")
+    image = export.tuning_inputs["min"][0]
+    np.savez(tmp_path / "images.npz", **{"7": image.numpy()})
+    outputs = str(tmp_path / "parts.npz")
+    run.watch(protocol.Watch("opt", str(tmp_path / "images.npz"), outputs))
+    with np.load(outputs) as found, torch.no_grad():
+        wanted = arrays(export.eager(image))
+        for side in ("wanted", "run", "watched"):
+            for place, x in enumerate(wanted):
+                assert np.array_equal(found[f"{side}/{place}"], x)
 
 
 def test_where_nothing_goes_wrong_nothing_is_done(suite):
