@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -31,9 +32,10 @@ from detectors.config import build_detector
 from detectors.export import Export
 from detectors.inputs import read_image, tuning_inputs
 from detectors.taps import Part, TappedExport, parts_of
-from errors import Unsupported
+from errors import InputError, Unsupported
 from measure import bisection as parent
 from measure import evaluation, parts, protocol, verify
+from measure import plan as plans
 from measure import run as workers
 from measure.coco_results import kept_images
 from measure.tolerances import part_bound
@@ -425,6 +427,7 @@ def test_a_fault_that_vanishes(tmp_path):
 
 BACKEND = """
 import copy
+import dataclasses
 import torch
 from backends.torchscript import TorchScript
 
@@ -557,3 +560,15 @@ def test_a_module_of_others_has_no_parts(tmp_path, capsys):
 
 def test_a_table_without_parts_is_a_sentence():
     assert tables.markdown(tables.parts_table([])) == tables.parts_table([]).nothing
+
+
+def test_detectron2_has_no_parts(hosts, monkeypatch):
+    known = plans.survey_of
+
+    def survey_of(*args: Any) -> Any:
+        return dataclasses.replace(known(*args), source="detectron2")
+
+    monkeypatch.setattr(plans, "survey_of", survey_of)
+    options = run_blade.parser().parse_args([*QUICK, "--backend", "torch"])
+    with pytest.raises(InputError, match="--source bundled takes those"):
+        plans.make_plan(options, {}, hosts)
