@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
@@ -38,10 +39,13 @@ from measure import evaluation, parts, protocol, verify
 from measure import plan as plans
 from measure import run as workers
 from measure.coco_results import kept_images
+from measure.group import Measurement, Running
+from measure.plan import Choice
+from measure.progress import Progress
 from measure.tolerances import part_bound
 from models import Model
 from results import facts, tables
-from results.record import Bisection, PartDifference
+from results.record import Agreement, Bisection, PartDifference
 
 SIZE = (192, 256)
 SUITE = Path(run_blade.__file__).resolve().parent
@@ -421,6 +425,34 @@ def test_a_fault_that_vanishes(tmp_path):
         record = parent.bisection(answer, file, "opt", "fp32", "cpu", known)
         assert record.vanished == vanished
         assert record.parts[0].bound == part_bound("FPN", "fp32", "cpu")
+
+
+class Refusing:
+    """A worker whose engine does not take the detector with its parts as outputs."""
+
+    def __init__(self) -> None:
+        self.asked: List[Any] = []
+
+    def ask(self, request: Any, limit_s: float) -> Any:
+        self.asked.append(request)
+        raise Unsupported("too many outputs")
+
+
+def test_an_engine_that_refuses_costs_the_answer_alone(tmp_path):
+    measurement = object.__new__(Measurement)
+    measurement.plan = SimpleNamespace(calibration=None, device="cpu", bisect=True)
+    measurement.model, measurement.progress = SimpleNamespace(name="testRetinaNet"), Progress()
+    run = Running("torchscript", Choice(TorchScript()), "fp32", status="mismatch")
+    run.agreements = {"opt": Agreement("match"), "max": Agreement("mismatch", expected=3)}
+    measurement.runs, measurement.precision = [run], "fp32"
+    measurement.bisect(None, tmp_path)
+    assert run.bisection == Bisection(reason="its process has ended")
+    run.worker = Refusing()
+    measurement.bisect(None, tmp_path)
+    assert run.bisection == Bisection("max", reason="too many outputs")
+    (request,) = run.worker.asked
+    assert (request.name, request.file) == ("max", None)
+    assert run.status == "mismatch"
 
 
 # End to end ------------------------------------------------------------------------------------
