@@ -684,6 +684,7 @@ def _more_tables(results: Results) -> List[Table]:
         *([tables.cases_table(results.groups)] if several else []),
         tables.accuracy_table(results.groups),
         *tables.class_tables(results.groups),
+        tables.parts_table(results.groups),
         tables.stages_table(results.groups),
         tables.coverage_table(results.groups),
         tables.costs_table(results.groups),

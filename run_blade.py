@@ -245,6 +245,12 @@ def parser() -> argparse.ArgumentParser:
         help="keep a Chrome trace of one call of each run that PyTorch can profile, in --output",
     )
     add(
+        "--bisect",
+        action="store_true",
+        help="say in which part of the network (backbone, FPN, heads, decoding, NMS) each run that "
+        "mismatches or loses average precision first leaves Torch fp32",
+    )
+    add(
         "--compare-published",
         action="store_true",
         help="print the speedups that TorchBlade published beside ours",

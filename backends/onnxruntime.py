@@ -158,7 +158,22 @@ def convert(module: Any, export: Export) -> bytes:
         raise Unsupported(
             f"PyTorch cannot export the module to ONNX: {first_cause(error)}"
         ) from error
-    return file.getvalue()
+    return _with_any_sizes(file.getvalue())
+
+
+def _with_any_sizes(graph: bytes) -> bytes:
+    """The same without the names that the exporter gives to the sizes of what comes out.
+
+    Feature maps of all strides have the same there, and ONNX Runtime takes it at its word.
+    """
+    import onnx
+
+    model = onnx.load_from_string(graph)
+    for output in model.graph.output:
+        for size in output.type.tensor_type.shape.dim:
+            if size.dim_param:
+                size.Clear()
+    return bytes(model.SerializeToString())
 
 
 def quantize(graph: bytes, export: Export, **changes: Any) -> bytes:

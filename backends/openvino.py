@@ -368,7 +368,7 @@ def _caller(request: Any, export: Export) -> Callable[..., Tuple[Any, ...]]:
         check_sizes(images, export, "OpenVINO's model")
         # Inputs are read where they are; outputs are copied, as the next call overwrites them.
         found = request.infer([image.numpy() for image in images], share_inputs=True)
-        own = found.to_tuple()[: len(images) * len(export.fields)]
+        own = found.to_tuple()[: export.outputs]
         return tuple(torch.from_numpy(value) for value in own)
 
     return call

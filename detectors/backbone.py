@@ -206,7 +206,10 @@ class FPN(nn.Module):
         self.size_divisibility = strides[-1]
 
     def forward(self, x: Tensor) -> List[Tensor]:
-        features = self.bottom_up(x)
+        return self.pyramid(self.bottom_up(x))
+
+    def pyramid(self, features: List[Tensor]) -> List[Tensor]:
+        """The levels, the finest first, from all features of `bottom_up`, N x C x H x W each."""
         res5 = features[self.res5]
         features = [features[n] for n in self.in_features]
         pyramid: List[Tensor] = []

@@ -148,6 +148,11 @@ class Export:
         return self.eager
 
     @property
+    def outputs(self) -> int:
+        """Number of the tensors that a call gives."""
+        return len(self.inputs) * len(self.fields)
+
+    @property
     def compared_fields(self) -> Tuple[str, ...]:
         """Names of the tensors of an image in what `completed` gives."""
         return self.fields

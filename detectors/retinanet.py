@@ -147,24 +147,40 @@ class RetinaNet(nn.Module):
         features = self.backbone(batch)
         features = [features[n] for n in self.in_features]
         logits, anchor_deltas = self.head(features)
+        candidates = self.candidates(features, logits, anchor_deltas, len(images))
+        results: List[Instances] = []
+        for n, image in enumerate(images):
+            boxes, scores, classes = candidates[n]
+            results.append(self.suppressed(boxes, scores, classes, image_size(image)))
+        return results
+
+    def candidates(
+        self, features: List[Tensor], logits: List[Tensor], anchor_deltas: List[Tensor], images: int
+    ) -> List[Tuple[Tensor, Tensor, Tensor]]:
+        """Boxes, scores and classes of each image before suppression: R x 4, R, R.
+
+        Args:
+            features: per level, N x C x H x W.
+            logits, anchor_deltas: of the head; the logits become probabilities.
+            images: N.
+        """
         anchors = self.anchor_generator(features)
         logits = [_per_anchor(x, self.num_classes) for x in logits]
         anchor_deltas = [_per_anchor(x, 4) for x in anchor_deltas]
-        results: List[Instances] = []
-        for n, image in enumerate(images):
+        candidates: List[Tuple[Tensor, Tensor, Tensor]] = []
+        for n in range(images):
             scores = [x[n].sigmoid_() for x in logits]
             deltas = [x[n] for x in anchor_deltas]
-            results.append(self.inference_single_image(anchors, scores, deltas, image_size(image)))
-        return results
+            candidates.append(self.candidates_of_image(anchors, scores, deltas))
+        return candidates
 
-    def inference_single_image(
-        self, anchors: List[Tensor], scores: List[Tensor], deltas: List[Tensor], size: Tensor
-    ) -> Instances:
-        """Thresholds, decodes and suppresses the predictions of one image.
+    def candidates_of_image(
+        self, anchors: List[Tensor], scores: List[Tensor], deltas: List[Tensor]
+    ) -> Tuple[Tensor, Tensor, Tensor]:
+        """Thresholds and decodes the predictions of one image.
 
         Args:
             anchors, scores, deltas: per level, R x 4, R x K (probabilities), R x 4.
-            size: height and width of the image.
         """
         all_boxes: List[Tensor] = []
         all_scores: List[Tensor] = []
@@ -180,7 +196,10 @@ class RetinaNet(nn.Module):
             )
             all_scores.append(top_scores)
             all_classes.append(class_index)
-        boxes, top, classes = torch.cat(all_boxes), torch.cat(all_scores), torch.cat(all_classes)
+        return torch.cat(all_boxes), torch.cat(all_scores), torch.cat(all_classes)
+
+    def suppressed(self, boxes: Tensor, top: Tensor, classes: Tensor, size: Tensor) -> Instances:
+        """What is left of the candidates of one image, whose height and width `size` has."""
         keep = box_ops.batched_nms(boxes, top, classes, self.nms_threshold)
         keep = keep[: self.detections_per_image]
         boxes, top, classes = boxes[keep], top[keep], classes[keep]

@@ -173,16 +173,24 @@ class BoxPredictor(nn.Module):
             features: M x D, or what flattens to it.
             boxes: M x 4.
         """
+        logits, deltas = self.predictions(features)
+        return self.decoded(logits, deltas, boxes)
+
+    def predictions(self, features: Tensor) -> Tuple[Tensor, Tensor]:
+        """Returns M x (K + 1) logits and M x 4k deltas; `features` as for `forward`."""
         features = features.flatten(1)
-        logits = self.cls_score(features)
+        return self.cls_score(features), self.bbox_pred(features)
+
+    def decoded(self, logits: Tensor, deltas: Tensor, boxes: Tensor) -> Tuple[Tensor, Tensor]:
+        """What `forward` returns, from `predictions`."""
         scores = logits.sigmoid() if self.by_sigmoid else F.softmax(logits, dim=-1)
-        return scores, box_ops.apply_deltas(self.bbox_pred(features), boxes, self.weights)
+        return scores, box_ops.apply_deltas(deltas, boxes, self.weights)
 
 
-def detections_of_image(
+def candidates_of_image(
     boxes: Tensor, scores: Tensor, size: Tensor, class_agnostic: bool, selection: Selection
-) -> Instances:
-    """Thresholds and suppresses the predictions of one image.
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Boxes, scores and classes of one image before suppression: C x 4, C, C.
 
     Args:
         boxes: R x 4k, k = K or, where they are class-agnostic, 1.
@@ -198,7 +206,13 @@ def detections_of_image(
     # Not -1: of no regions, it could be any number.
     boxes = box_ops.clip(boxes.reshape(-1, boxes.shape[1] // 4, 4), size)
     boxes = boxes[region, 0] if class_agnostic else boxes[candidates]
-    scores = scores[candidates]
+    return boxes, scores[candidates], classes
+
+
+def suppressed(
+    boxes: Tensor, scores: Tensor, classes: Tensor, size: Tensor, selection: Selection
+) -> Instances:
+    """What is left of the candidates of one image, whose height and width `size` has."""
     keep = box_ops.batched_nms(boxes, scores, classes, selection.nms_threshold)
     keep = keep[: selection.limit]
     return Instances(size, boxes[keep], scores[keep], classes[keep], None)
@@ -215,6 +229,25 @@ def split_like(values: Tensor, proposals: List[Tensor]) -> List[Tensor]:
     return parts
 
 
+def candidates_of_images(
+    boxes: Tensor,
+    scores: Tensor,
+    proposals: List[Tensor],
+    sizes: List[Tensor],
+    class_agnostic: bool,
+    selection: Selection,
+) -> List[Tuple[Tensor, Tensor, Tensor]]:
+    """The candidates of each image from the predictions for the regions of all images."""
+    image_boxes = split_like(boxes, proposals)
+    image_scores = split_like(scores, proposals)
+    candidates: List[Tuple[Tensor, Tensor, Tensor]] = []
+    for n, size in enumerate(sizes):
+        candidates.append(
+            candidates_of_image(image_boxes[n], image_scores[n], size, class_agnostic, selection)
+        )
+    return candidates
+
+
 def detections_of_images(
     boxes: Tensor,
     scores: Tensor,
@@ -224,13 +257,11 @@ def detections_of_images(
     selection: Selection,
 ) -> List[Instances]:
     """The detections of each image from the predictions for the regions of all images."""
-    image_boxes = split_like(boxes, proposals)
-    image_scores = split_like(scores, proposals)
+    candidates = candidates_of_images(boxes, scores, proposals, sizes, class_agnostic, selection)
     results: List[Instances] = []
     for n, size in enumerate(sizes):
-        results.append(
-            detections_of_image(image_boxes[n], image_scores[n], size, class_agnostic, selection)
-        )
+        own_boxes, own_scores, classes = candidates[n]
+        results.append(suppressed(own_boxes, own_scores, classes, size, selection))
     return results
 
 

@@ -90,27 +90,46 @@ class RPN(nn.Module):
             sizes: height and width of each image.
         """
         features = [features[n] for n in self.in_features]
-        anchors = self.anchor_generator(features)
         logits, deltas = self.rpn_head(features)
+        proposals: List[Tuple[Tensor, Tensor]] = []
+        for boxes, top, levels in self.candidates(features, logits, deltas, sizes):
+            proposals.append(self.suppressed(boxes, top, levels))
+        return proposals
+
+    def candidates(
+        self,
+        features: List[Tensor],
+        logits: List[Tensor],
+        deltas: List[Tensor],
+        sizes: List[Tensor],
+    ) -> List[Tuple[Tensor, Tensor, Tensor]]:
+        """Boxes, logits and levels of each image before suppression: R x 4, R, R.
+
+        Args:
+            features: that are looked at, N x C x H x W each.
+            logits, deltas: of the head.
+            sizes: height and width of each image.
+        """
+        anchors = self.anchor_generator(features)
         logits = [x.permute(0, 2, 3, 1).flatten(1) for x in logits]
         deltas = [_per_anchor(x) for x in deltas]
-        proposals: List[Tuple[Tensor, Tensor]] = []
+        candidates: List[Tuple[Tensor, Tensor, Tensor]] = []
         for n, size in enumerate(sizes):
-            proposals.append(
-                self.scored_of_image(anchors, [x[n] for x in logits], [x[n] for x in deltas], size)
-            )
-        return proposals
+            own_logits, own_deltas = [x[n] for x in logits], [x[n] for x in deltas]
+            candidates.append(self.candidates_of_image(anchors, own_logits, own_deltas, size))
+        return candidates
 
     def proposals_of_image(
         self, anchors: List[Tensor], logits: List[Tensor], deltas: List[Tensor], size: Tensor
     ) -> Tensor:
-        """The proposals for one image, R x 4; arguments as for `scored_of_image`."""
-        return self.scored_of_image(anchors, logits, deltas, size)[0]
+        """The proposals for one image, R x 4; arguments as for `candidates_of_image`."""
+        boxes, top, levels = self.candidates_of_image(anchors, logits, deltas, size)
+        return self.suppressed(boxes, top, levels)[0]
 
-    def scored_of_image(
+    def candidates_of_image(
         self, anchors: List[Tensor], logits: List[Tensor], deltas: List[Tensor], size: Tensor
-    ) -> Tuple[Tensor, Tensor]:
-        """Selects, decodes and suppresses the candidates of one image.
+    ) -> Tuple[Tensor, Tensor, Tensor]:
+        """Selects and decodes the candidates of one image.
 
         Args:
             anchors, logits, deltas: per level, R x 4, R, R x 4.
@@ -131,7 +150,10 @@ class RPN(nn.Module):
         finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(top)
         boxes = box_ops.clip(boxes, size)
         keep = finite & box_ops.nonempty(boxes, self.min_size)
-        boxes, top, levels = boxes[keep], top[keep], levels[keep]
+        return boxes[keep], top[keep], levels[keep]
+
+    def suppressed(self, boxes: Tensor, top: Tensor, levels: Tensor) -> Tuple[Tensor, Tensor]:
+        """The proposals for one image, R x 4, and their logits, R, of its candidates."""
         keep = box_ops.batched_nms(boxes, top, levels, self.nms_threshold)
         keep = keep[: self.post_nms_topk]
         return boxes[keep], top[keep]

@@ -342,6 +342,37 @@ class Evaluator:
             oks=image.oks,
         )
 
+    def read_worst(self, hosts: Hosts, name: str) -> tuple[str, str] | None:
+        """The image in which a run differs most from the reference.
+
+        Args:
+            name: of the run, as `evaluate` had it.
+
+        Returns:
+            its name, and a file that has it as the detector sees it; None where none differs.
+
+        Raises:
+            errors.InputError: it cannot be read any more.
+            NotJudged: the process that reads it fails.
+        """
+        if self._reference_kept is None:
+            return None
+        sides = [
+            dict(kept_images(path)) for path in (self._reference_kept, self.kept / f"{name}.jsonl")
+        ]
+        found = worst_images.worst(*sides)
+        if not found:
+            return None
+        picture = next(x for x in self.dataset.images if x.id == found[0][0])
+        file = str(self.scratch / "worst.npz")
+        log = self.scratch / "evaluator.log"
+        with hosts.of(Command.own()).worker(log, self.plan.threads) as reader:
+            asked = protocol.ReadBatch((_as_asked(picture),), self.view, file)
+            left_out = _ask(reader, asked).left_out
+        if left_out:
+            raise InputError(f"{picture.name}: {next(iter(left_out.values()))}")
+        return picture.name, file
+
     def _seen(self) -> list[int]:
         return [x.id for x in self.dataset.images if x.id not in self.left_out]
 

@@ -15,6 +15,7 @@ import benchmark
 from benchmark import RunFailed, StopRule
 from errors import InputError, Unsupported
 from measure import protocol, quiet, verify
+from measure.bisection import bisection
 from measure.calibration import Calibration
 from measure.drawing import drawn_runs
 from measure.evaluation import EVALUATED, Evaluator, NotJudged, check_model, validation_of
@@ -28,6 +29,7 @@ from results.file import write_text
 from results.record import (
     Accuracy,
     Agreement,
+    Bisection,
     Calibrated,
     Coverage,
     DrawnRun,
@@ -212,6 +214,7 @@ class Running:
     effective_precision: str | None = None
     agreements: dict[str, Agreement] = field(default_factory=dict)
     accuracy: Accuracy | None = None
+    bisection: Bisection | None = None
     found: dict[str, tuple[DrawnRun, ...]] = field(default_factory=dict)
     artifacts: tuple[str, ...] = ()
     unsettled: int = 0
@@ -227,6 +230,12 @@ class Running:
         if self.unsettled < MOST_UNSETTLED and not self.worker.settle():
             self.unsettled += 1
         return answer
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether it finds something else than the reference, in its inputs or on the data set."""
+        loses = self.accuracy is not None and self.accuracy.verdict == "loses"
+        return self.status == "mismatch" or (self.status == "ok" and loses)
 
     @property
     def label(self) -> str:
@@ -354,6 +363,7 @@ class Measurement:
                 for run in self.runs:
                     self.check(run, folder)
                 self.evaluate(hosts)
+                self.bisect(hosts, folder)
                 if more:
                     hosts.start_next()  # Not before: what is timed would notice their imports.
                 self.report()
@@ -554,7 +564,7 @@ class Measurement:
                 run.accuracy = Accuracy(reason="Torch fp32 was not evaluated")
                 continue
             key = "torch" if run is reference else run.key
-            name = f"{self.model.name}.{key}.{run.precision}"
+            name = self.evaluated_name(run, key)
             try:
                 known = evaluator.evaluate(run.worker, hosts, name, run.facts)
                 if run.status == "mismatch" or known.has_less:
@@ -568,6 +578,45 @@ class Measurement:
                 run.give_up("failed", f"on the data set: {error}")
         if reference is not None and reference.accuracy is None:
             reference.accuracy = evaluator.reference
+
+    def evaluated_name(self, run: Running, key: str | None = None) -> str:
+        """What an evaluation calls a run, in the names of its files."""
+        return f"{self.model.name}.{key or run.key}.{run.precision}"
+
+    def bisect(self, hosts: Hosts, folder: Path) -> None:
+        """Looks for the part that each run which went wrong first leaves the reference in."""
+        if not self.plan.bisect:
+            return
+        wrong = [run for run in self.runs if run.is_wrong]
+        for run in wrong:
+            run.bisection = self.bisected(run, hosts, folder)
+        if not wrong:
+            self.progress.say(
+                f"{self.model.name} {self.precision}: no run mismatches or loses AP, so that "
+                "--bisect has nothing to look for"
+            )
+
+    def bisected(self, run: Running, hosts: Hosts, folder: Path) -> Bisection:
+        """The part that a run first leaves the reference in; a failure costs this answer alone."""
+        if run.worker is None:
+            return Bisection(reason="its process has ended")
+        label = f"{run.label} {run.precision}"
+        self.progress.say(f"{self.model.name}: looking for the part that {label} goes wrong in")
+        name, image, file = "opt", "opt", None
+        outputs = folder / f"{run.key}-parts.npz"
+        calibration = self.plan.calibration if run.precision == "int8" else None
+        try:
+            if run.status == "mismatch":
+                name = image = facts.worst_input(run.agreements)
+            else:
+                evaluated = self.evaluated_name(run)
+                image, file = self.model.evaluator.read_worst(hosts, evaluated) or (name, None)
+            request = protocol.Watch(name, file, str(outputs))
+            answer = run.ask(request, _prepare_limit_s(calibration))
+            computes = run.effective_precision, self.plan.device
+            return bisection(answer, outputs, image, *computes, self.model.facts)
+        except (RunFailed, Unsupported, InputError, NotJudged, OSError) as error:
+            return Bisection(image, reason=str(error))
 
     def is_reference(self, run: Running) -> bool:
         """Whether it is the computation that all detections are compared with."""
@@ -769,6 +818,7 @@ class Measurement:
             settled=run.settled,
             accuracy=run.accuracy if together else None,
             control=known.control if known and together else None,
+            bisection=run.bisection if together else None,
         )
 
     def speedup(

@@ -90,6 +90,7 @@ class Plan:
         cache: folder in which engines are kept between invocations, or None.
         costs: whether someone will read what it costs to prepare a run.
         stages: whether the stages of the eager module are timed.
+        bisect: whether the part is looked for in which a run that goes wrong does.
         trace: whether a profile of a call is kept in `output`, where PyTorch can make one.
         debug: whether to show what the worker of a failed run printed.
         gpu: name of the GPU that is measured on, if it is one.
@@ -122,6 +123,7 @@ class Plan:
     pictures: Sequence[np.ndarray] = ()
     costs: bool = False
     stages: bool = False
+    bisect: bool = False
     trace: bool = False
     gpu: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
@@ -183,6 +185,11 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
     threads = options.threads or cores
     if options.opts and options.config_file is None:
         raise InputError("--opts goes with --config-file")
+    if options.bisect and options.module is not None:
+        raise InputError(
+            "--bisect watches the parts of the bundled detectors, and of a --module it knows none: "
+            "--config-file and --weights build one"
+        )
     assumed = None
     if options.module is None:
         models, assumed = _with_input(models_of(options), threads, hosts)
@@ -203,6 +210,11 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
     hosts.start()
     request = protocol.Survey(asked or default_backends(), options.device, _source(options))
     survey = survey_of(Command.own(), request, threads, hosts)
+    if options.bisect and survey.source == "detectron2":
+        raise InputError(
+            "--bisect watches the parts of the bundled detectors, and not Detectron2's own: "
+            "--source bundled takes those"
+        )
     device = survey.device
     choices, left_out = _choices(asked, commands, survey, options.backend is not None)
     in_others = {
@@ -237,6 +249,7 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
         debug=options.debug,
         costs=options.costs or options.output is not None,
         stages=options.stages,
+        bisect=options.bisect,
         trace=options.trace,
         # A worker in a container may have another working folder.
         cache=prepare_directory(options.cache, "cache").resolve() if options.cache else None,

@@ -43,6 +43,7 @@ from results.record import (
     DrawnRun,
     GpuState,
     ImageSizes,
+    PartKind,
     Preparation,
     Stages,
     Task,
@@ -211,6 +212,23 @@ class Detected:
 
     seconds: Tuple[float, ...]
     malformed: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class WatchedPart:
+    """How far what leaves a part is from eager fp32: see `results.record.PartDifference`."""
+
+    name: str
+    kind: PartKind
+    difference: Optional[float]
+    accumulated: Optional[float]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """The parts of an engine, as far as they could be compared."""
+
+    parts: Tuple[WatchedPart, ...]
 
 
 @dataclass(frozen=True)
@@ -529,6 +547,24 @@ class Detect(Request[Detected]):
 
 
 @dataclass(frozen=True)
+class Watch(Request[Watched]):
+    """Optimize the detector once more, with what leaves each part, and compare the parts.
+
+    Attributes:
+        name: of the input to call.
+        file: with images of a data set, as `ReadBatch` leaves it, of which the first is called in
+            place of the input; or None.
+        outputs: file for flat tuples: `wanted/0` and so on is what eager fp32 finds, `run/0` the
+            run, `watched/0` the engine while its parts are watched. What is malformed is left out.
+    """
+
+    answer: ClassVar = Watched
+    name: str
+    file: Optional[str]
+    outputs: str
+
+
+@dataclass(frozen=True)
 class TimeStages(Request[StageTimes]):
     """Time the stages of the eager module in so many calls."""
 
@@ -705,7 +741,7 @@ REQUESTS: Dict[str, Type[Request[Any]]] = {
     for kind in (
         *(Start, Kill, Stop, Survey, InspectModule, ReadInput, CheckWeights, PrepareModel),
         *(PrepareRun, Warm, TimedCalls, Detect, TimeStages, Trace, ReadMemory, ReadCoverage),
-        *(ReadArtifact, ReadPrecision, ReadGpu, ReadCpuTime, MeasurePeak),
+        *(ReadArtifact, ReadPrecision, ReadGpu, ReadCpuTime, MeasurePeak, Watch),
         *(ReadBatch, DetectBatch, KeepBatch, Judge, FindWorst, KeepCopy),
     )
 }

@@ -342,7 +342,7 @@ class Run:
         state, inputs = load_prepared(Path(request.folder))
         self.inputs = {name: tuple(x.to(device) for x in call) for name, call in inputs.items()}
         self.timed = timed(self.inputs)
-        self.device = request.device
+        self.device, self.asked = request.device, request.precision
         tuning = {name: self.inputs[name] for name in TUNING}
         self.export = build.build(request.model, state, "the weights", tuning, request.source)
         self.export.other_inputs = [self.inputs[name] for name in self.timed if name != "opt"]
@@ -427,16 +427,12 @@ class Run:
         Raises:
             ValueError: what came out is malformed.
         """
-        import torch
-
         images = _load_tensors(Path(request.file))
         names, count = list(images), self.export.model.images_per_call
         fields, found = len(self.export.compared_fields), {}
         for start in range(0, len(names), count):
             own = names[start : start + count]
-            # A last call that is not full has its last image several times.
-            call = [images[name] for name in own + own[-1:] * (count - len(own))]
-            tensors = tuple(x.to(self.device, torch.float32) for x in call)
+            tensors = self._call_of([images[name] for name in own])
             outputs = self.optimized.call(*tensors)
             flaw = _flaw(outputs)
             if flaw is not None:
@@ -447,6 +443,37 @@ class Run:
                 found.update({f"{name}/{at}": x.cpu() for at, x in enumerate(each)})
         _save_arrays(Path(request.outputs), _arrays(found))
         return protocol.Done()
+
+    def _call_of(self, images: Any) -> Tuple[Any, ...]:
+        """A call with images of a data set; one that is not full has its last several times."""
+        import torch
+
+        missing = self.export.model.images_per_call - len(images)
+        full = [*images, *images[-1:] * missing]
+        return tuple(x.to(self.device, torch.float32) for x in full)
+
+    def watch(self, request: protocol.Watch) -> protocol.Watched:
+        """Optimizes the detector once more, with what leaves each part, and compares the parts.
+
+        Raises:
+            errors.Unsupported: it has no such parts, or the engine cannot take it with them.
+        """
+        from measure.parts import watch
+
+        images = self.inputs[request.name]
+        if request.file is not None:
+            images = self._call_of(list(_load_tensors(Path(request.file)).values())[:1])
+        watched = watch(self.backend, self.export, self.asked, self.device, images)
+        found = self.optimized.call(*images)
+        sides = {"wanted": watched.wanted, "run": found, "watched": watched.found}
+        flat = {
+            f"{side}/{place}": x
+            for side, outputs in sides.items()
+            if _flaw(outputs) is None
+            for place, x in enumerate(outputs)
+        }
+        _save_arrays(Path(request.outputs), _arrays(flat))
+        return protocol.Watched(watched.differences)
 
     def time_stages(self, request: protocol.TimeStages) -> protocol.StageTimes:
         """Seconds of each stage of the eager module, in calls of the baseline."""
@@ -657,6 +684,7 @@ class Worker:
                 protocol.Detect: run.detect,
                 protocol.DetectBatch: run.detect_batch,
                 protocol.TimeStages: run.time_stages,
+                protocol.Watch: run.watch,
                 protocol.Trace: run.trace,
                 protocol.ReadMemory: run.memory,
                 protocol.ReadCoverage: run.coverage,

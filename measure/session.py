@@ -278,6 +278,7 @@ class Session:
             (self.options.stages, tables.stages_table),
             (self.options.costs, tables.costs_table),
             (self.options.compare_published, tables.published_table),
+            (self.options.bisect, tables.parts_table),
         ]
         for is_wanted, make in wanted:
             if is_wanted:
@@ -489,6 +490,7 @@ def settings(plan: Plan, options: argparse.Namespace) -> Settings:
         roofline=options.roofline,
         trace=options.trace,
         compare_published=options.compare_published,
+        bisect=options.bisect,
         debug=options.debug,
         dataset=options.dataset and file_name(options.dataset),
         dataset_digest=plan.dataset and plan.dataset.digest,

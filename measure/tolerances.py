@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Dict
 
+from results.record import PartKind
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -124,3 +126,47 @@ TOLERANCES: Dict[str, Tolerance] = {
         median_other=0.3,
     ),
 }
+
+
+# How far a part of a healthy engine may be from eager fp32, see `measure.parts`: at 16 bits and at
+# int8 about twice what was measured (tools/measure_parts.py). At fp32 a CPU needs 4e-6 of tensors
+# and 1e-7 of lists, and other CPUs have other kernels.
+_SIXTEEN_BITS_PARTS: Dict[PartKind, float] = {
+    "backbone": 0.08,
+    "FPN": 0.016,
+    "heads": 0.036,
+    "decoding": 0.003,
+    "NMS": 0.007,
+    "postprocessing": 0.36,
+}
+_PART_BOUNDS: Dict[str, Dict[PartKind, float]] = {
+    "fp32": {
+        "backbone": 1e-4,
+        "FPN": 1e-4,
+        "heads": 1e-4,
+        "decoding": 1e-3,
+        "NMS": 2e-3,
+        "postprocessing": 1e-2,
+    },
+    "fp16": _SIXTEEN_BITS_PARTS,
+    "bf16": _SIXTEEN_BITS_PARTS,
+    "int8": {
+        "backbone": 0.36,
+        "FPN": 0.2,
+        "heads": 0.28,
+        "decoding": 0.013,
+        "NMS": 0.007,
+        "postprocessing": 0.36,
+    },
+}
+
+
+def part_bound(kind: PartKind, precision: str, device: str) -> float:
+    """How far a part of a healthy engine may be from eager fp32, see `measure.parts`.
+
+    On a GPU PyTorch's convolutions round to TF32 at fp32, which has two bits more than bf16. That
+    is not measured.
+    """
+    if precision == "fp32" and device == "cuda":
+        return max(_PART_BOUNDS["fp32"][kind], _SIXTEEN_BITS_PARTS[kind] / 4)
+    return _PART_BOUNDS[precision][kind]

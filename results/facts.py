@@ -9,6 +9,7 @@ from models import BLANK, timed
 from results.record import (
     AccuracyControl,
     Agreement,
+    Bisection,
     Calibrated,
     Cpu,
     Environment,
@@ -37,7 +38,7 @@ DECISIVE_SETTINGS = (
     ),
     *("image", "image_size", "min_size", "max_size", "weights", "detections", "threads", "seed"),
     *("warmup", "iterations", "time_budget"),
-    *("stages", "trace"),
+    *("stages", "trace", "bisect"),
     *("dataset", "limit", "min_ap_ratio"),
     *("calibration", "calibration_annotations", "calibration_limit"),
 )
@@ -85,15 +86,19 @@ def worst(agreements: Mapping[str, Agreement]) -> Agreement:
     One with too few detections to tell counts only where there is no other. Its reason begins with
     its key, where it has one, and where there are several sizes.
     """
-    # Of several that agree as well, what was timed.
-    name, agreement = min(
-        agreements.items(), key=lambda item: (rank(item[1]), not timed([item[0]]))
-    )
+    name = worst_input(agreements)
+    agreement = agreements[name]
     if not agreement.reason or (name == "opt" and set(agreements) <= {"opt", BLANK}):
         return agreement
     if name == BLANK:
         return replace(agreement, reason=f"on a plain picture: {agreement.reason}")
     return replace(agreement, reason=f"at {name}: {agreement.reason}")
+
+
+def worst_input(agreements: Mapping[str, Agreement]) -> str:
+    """The key of the one that agrees least; of several that agree as well, what was timed."""
+    name, _ = min(agreements.items(), key=lambda item: (rank(item[1]), not timed([item[0]])))
+    return name
 
 
 def ceiling(stages: Stages, taken: Sequence[str] = ("backbone",)) -> float:
@@ -241,6 +246,39 @@ def left_out_note(left_out: Mapping[str, Tuple[int, Tuple[str, ...]]]) -> str:
         f"{count} {what} ({', '.join(names)}{', ...' * (count > len(names))})"
         for what, (count, names) in left_out.items()
     )
+
+
+def bisection_note(run: str, found: Bisection, reference: str = "Torch fp32") -> str:
+    """In which part a run that went wrong first leaves the reference, in a line.
+
+    Args:
+        run: what the line calls it: `OpenVINO int8`.
+    """
+    where = f" (at {found.image})" if found.image else ""
+    if found.reason is not None:
+        return f"{run}: its parts could not be watched{where}: {found.reason}"
+    if found.vanished:
+        return f"{run}: the fault is not there when its parts are watched{where}"
+    first = found.first
+    if first is None:
+        return (
+            f"{run}: no part of it alone is further from {reference} than those of healthy engines"
+            f"{where}: what each adds is handed on"
+        )
+    if first.difference is None:
+        how = "gives what cannot be compared: another shape, or values that are no numbers"
+    else:
+        most = share(first.bound)
+        how = f"is off by {share(first.difference)}, and a healthy one by {most} at most"
+    return f"{run} first leaves {reference} in the {first.name}{where}, which {how}"
+
+
+def share(value: float) -> str:
+    """A share with two significant digits: `0.034%`, `8.5%`, `140%`."""
+    percent = 100 * value
+    if 0 < percent < 0.001:
+        return "<0.001%"
+    return f"{percent:.0f}%" if percent >= 99.5 else f"{percent:.2g}%"
 
 
 def missing_notes(results: Results) -> List[str]:

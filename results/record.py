@@ -143,6 +143,7 @@ class Settings:
     roofline: bool = False
     trace: bool = False
     compare_published: bool = False
+    bisect: bool = False
     debug: bool = False
     dataset: Optional[str] = None
     dataset_digest: Optional[str] = None
@@ -491,6 +492,57 @@ class AccuracyControl:
     layers: int
 
 
+# Of what kind a part of a detector is.
+PartKind = Literal["backbone", "FPN", "heads", "decoding", "NMS", "postprocessing"]
+
+
+@dataclass(frozen=True)
+class PartDifference:
+    """How far what leaves a part of an engine is from the reference: see `measure.bisection`.
+
+    Attributes:
+        name: of the part: `FPN`, `RPN head`.
+        difference: from what eager fp32 makes of what the engine's own parts before it gave. Of
+            tensors it is a share of their standard deviation; of lists of boxes, a mean of 0 to 1.
+            None: there is no comparing, as there are values that are no numbers, or another shape.
+        bound: what a healthy engine may differ by.
+        accumulated: from what eager fp32 gives from the images on; None where there is no telling.
+    """
+
+    name: str
+    kind: PartKind
+    difference: Optional[float]
+    bound: float
+    accumulated: Optional[float] = None
+
+    @property
+    def is_beyond(self) -> bool:
+        """Whether a healthy engine would not differ so much."""
+        return self.difference is None or self.difference > self.bound
+
+
+@dataclass(frozen=True)
+class Bisection:
+    """Where an engine that went wrong first leaves Torch fp32.
+
+    Attributes:
+        image: that it was looked for in: an input, such as `opt`, or a file of the data set.
+        parts: in the order in which they are computed, as far as they could be.
+        vanished: whether the engine finds what Torch fp32 finds while its parts are watched.
+        reason: why its parts could not be watched, in a sentence; else None.
+    """
+
+    image: Optional[str] = None
+    parts: Tuple[PartDifference, ...] = ()
+    vanished: bool = False
+    reason: Optional[str] = None
+
+    @property
+    def first(self) -> Optional[PartDifference]:
+        """The first part that is beyond its bound; None: there is none."""
+        return next((part for part in self.parts if part.is_beyond), None)
+
+
 @dataclass(frozen=True)
 class Run:
     """One test model, backend and precision, measured.
@@ -527,6 +579,8 @@ class Run:
         settled: whether its process stood still after its calls, before the next had its turn.
         accuracy: what it found in a data set; None where none was given.
         control: at int8, which layers stay in fp32; None where that was not judged.
+        bisection: with `--bisect`, of a run that mismatches or loses AP: the part that goes wrong;
+            else None.
     """
 
     backend: str
@@ -560,6 +614,7 @@ class Run:
     settled: bool = True
     accuracy: Optional[Accuracy] = None
     control: Optional[AccuracyControl] = None
+    bisection: Optional[Bisection] = None
 
     @property
     def name(self) -> str:

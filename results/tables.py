@@ -8,6 +8,7 @@ What there is to say is a `Table`; `markdown` makes text of it, and report.html 
     stages_table(groups: Sequence[Group]) -> Table
     costs_table(groups: Sequence[Group]) -> Table
     accuracy_table(groups: Sequence[Group]) -> Table
+    parts_table(groups: Sequence[Group]) -> Table
     class_tables(groups: Sequence[Group]) -> List[Table]
     published_table(groups: Sequence[Group]) -> Table
     markdown(table: Table) -> str
@@ -29,6 +30,7 @@ from benchmark import BreakEven, Speedup, Statistics, StopRule, samples_to_bound
 from models import BLANK, MODELS, TUNING, TURNED, runner
 from results import published
 from results.facts import (
+    bisection_note,
     calibration_note,
     case,
     case_name,
@@ -36,6 +38,7 @@ from results.facts import (
     control_note,
     left_out_note,
     missing_notes,
+    share,
     weights_note,
     worst,
 )
@@ -441,8 +444,42 @@ def _accuracy_notes(results: Results, groups: Sequence[Group]) -> Iterator[str]:
                     )
 
 
+def _bisection_notes(groups: Sequence[Group]) -> Iterator[str]:
+    """In which part each run that went wrong does."""
+    for group in groups:
+        for run in group.runs:
+            if run.bisection is not None:
+                reference = f"{runner(group.export)} fp32"
+                yield bisection_note(f"{run.label} {_precision(run)}", run.bisection, reference)
+
+
 def _counted(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def parts_table(groups: Sequence[Group]) -> Table:
+    """How far each part of the runs that went wrong is from Torch fp32."""
+    rows = []
+    for group in groups:
+        for run in group.runs:
+            for part in run.bisection.parts if run.bisection else ():
+                own = "-" if part.difference is None else share(part.difference)
+                whole = "-" if part.accumulated is None else share(part.accumulated)
+                is_first = run.bisection is not None and part is run.bisection.first
+                verdict = "FIRST" if is_first else "beyond" if part.is_beyond else ""
+                cells = (part.name, own, share(part.bound), verdict, whole)
+                rows.append((group_name(group), run.label, _precision(run), *cells))
+    return Table(
+        title="Parts",
+        columns=(
+            *left("Model", "Backend", "precision", "part"),
+            *right("off by", "healthy: at most"),
+            *left("verdict"),
+            *right("with all before it"),
+        ),
+        rows=tuple(rows),
+        nothing="no run went wrong in a way that its parts could tell",
+    )
 
 
 def accuracy_table(groups: Sequence[Group]) -> Table:
@@ -561,6 +598,7 @@ def _model_notes(
     if names:
         yield f"not compared, as it is not known what they are: {', '.join(names)}"
     yield from _accuracy_notes(results, groups)
+    yield from _bisection_notes(groups)
     yield from _rounds_notes(results, groups)
     baseline = f"{runner(groups[0].export)} fp32, same rounds"
     yield from _ratio_notes(groups, baseline, lambda run: run.speedup_over_fp32)
