@@ -285,19 +285,15 @@ class Evaluator:
             name: of the run, as `evaluate` had it.
             label, precision: of the run, for the page.
         """
-        output, reference = self.plan.output, self._reference_kept
-        if output is None or reference is None:
+        output = self.plan.output
+        if output is None or self._reference_kept is None:
             return accuracy
         worst: list[WorstImage] = []
         reasons: list[str] = []
-        own = self.kept / f"{name}.jsonl"
-        request = protocol.FindWorst(
-            str(reference), str(own), self.dataset.category_ids, self.oks_sigmas
-        )
         try:
             log = self.scratch / "evaluator.log"
             with hosts.of(Command.own()).worker(log, self.plan.threads) as evaluator:
-                for image in evaluator.ask(request, JUDGE_LIMIT_S).images:
+                for image in evaluator.ask(self._find_worst(name), JUDGE_LIMIT_S).images:
                     try:
                         worst.append(self._kept_image(image, evaluator, output, label, precision))
                     except InputError as error:
@@ -307,6 +303,10 @@ class Evaluator:
         for reason in reasons:
             self.progress.say(f"{label} {precision}: an image in which it differs: {reason}")
         return replace(accuracy, worst=tuple(worst), not_drawn=reasons[0] if reasons else None)
+
+    def _find_worst(self, name: str) -> protocol.FindWorst:
+        files = str(self._reference_kept), str(self.kept / f"{name}.jsonl")
+        return protocol.FindWorst(*files, self.dataset.category_ids, self.oks_sigmas)
 
     def _kept_image(
         self,
@@ -357,16 +357,13 @@ class Evaluator:
         """
         if self._reference_kept is None:
             return None
-        sides = [
-            dict(kept_images(path)) for path in (self._reference_kept, self.kept / f"{name}.jsonl")
-        ]
-        found = worst_images.worst(*sides)
-        if not found:
-            return None
-        picture = next(x for x in self.dataset.images if x.id == found[0][0])
         file = str(self.scratch / "worst.npz")
         log = self.scratch / "evaluator.log"
         with hosts.of(Command.own()).worker(log, self.plan.threads) as reader:
+            found = _ask(reader, self._find_worst(name), JUDGE_LIMIT_S).images
+            if not found:
+                return None
+            picture = next(x for x in self.dataset.images if x.id == found[0].id)
             asked = protocol.ReadBatch((_as_asked(picture),), self.view, file)
             left_out = _ask(reader, asked).left_out
         if left_out:

@@ -612,7 +612,7 @@ class Measurement:
                 evaluated = self.evaluated_name(run)
                 image, file = self.model.evaluator.read_worst(hosts, evaluated) or (name, None)
             request = protocol.Watch(name, file, str(outputs))
-            answer = run.ask(request, _prepare_limit_s(calibration))
+            answer = run.ask(request, _prepare_limit_s(calibration, is_judged=False))
             computes = run.effective_precision, self.plan.device
             return bisection(answer, outputs, image, *computes, self.model.facts)
         except (RunFailed, Unsupported, InputError, NotJudged, OSError) as error:
