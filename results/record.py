@@ -501,7 +501,7 @@ class PartDifference:
     """How far what leaves a part of an engine is from the reference: see `measure.bisection`.
 
     Attributes:
-        name: of the part: `FPN`, `RPN head`.
+        name: of the part: `FPN`, `RPN head`; kind: what sort of part it is.
         difference: from what eager fp32 makes of what the engine's own parts before it gave. Of
             tensors it is a share of their standard deviation; of lists of boxes, a mean of 0 to 1.
             None: there is no comparing, as there are values that are no numbers, or another shape.
