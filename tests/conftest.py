@@ -40,7 +40,8 @@ needs_bf16 = pytest.mark.skipif(
 )
 
 
-@functools.lru_cache(maxsize=None)
+# Each has weights and perhaps a traced module: all together they would take gigabytes.
+@functools.lru_cache(maxsize=8)
 def small_export(
     name: str,
     source: str = "bundled",
