@@ -186,7 +186,9 @@ def test_a_fault_is_located_at_other_sizes(part):
 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime", "torchscript"])
-@pytest.mark.parametrize("model", ["testRetinaNet", "testMaskRCNNFPN"])
+@pytest.mark.parametrize(
+    "model", ["testRetinaNet", pytest.param("testMaskRCNNFPN", marks=pytest.mark.slow)]
+)
 def test_in_healthy_engines_nothing_is_located(model, engine):
     backend, export = base.load(engine), export_of(model)
     if backend.unavailable("cpu") is not None:
@@ -204,6 +206,7 @@ def test_in_healthy_engines_nothing_is_located(model, engine):
         assert agreement.verdict == "match"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model", ["testMaskRCNNFPN_b2", "testMaskRCNNFPN_pproc", "testCascadeRCNN"]
 )
@@ -226,6 +229,7 @@ def test_a_scripted_model_is_traced_to_watch_it():
     assert bisected(Faulty(plant), export).first.name == "head"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
