@@ -100,7 +100,7 @@ def quantize(model: Any, export: Export, **changes: Any) -> Any:
     Raises:
         errors.Unsupported: NNCF is not installed, or cannot quantize the model.
     """
-    nncf = _nncf()
+    nncf, model = _nncf(), _of_its_own(model)
     arguments, advanced = _quantization(model, export)
     ours = {**arguments, "advanced_parameters": advanced}
     try:
@@ -122,7 +122,7 @@ def quantize_under_control(model: Any, export: Export) -> Tuple[Any, AccuracyCon
     """
     import torch
 
-    nncf = _nncf()
+    nncf, model = _nncf(), _of_its_own(model)
     validation = export.validation
     assert validation is not None
     arguments, advanced = _quantization(model, export)
@@ -176,6 +176,13 @@ def _nncf() -> Any:
         raise Unsupported(f"int8 needs NNCF ({error}): pip install nncf") from error
     _core()  # Before NNCF makes cores of its own.
     return nncf
+
+
+def _of_its_own(model: Any) -> Any:
+    """A copy, in which loops share no constants with what is around them: NNCF 3.4 looks for what
+    uses these in the graph around, and fails (pasted masks have such a loop).
+    """
+    return model.clone()
 
 
 def _quantization(model: Any, export: Export) -> Tuple[Dict[str, Any], Any]:

@@ -498,6 +498,18 @@ def test_openvino_quantizes_the_heavy_layers_and_finds_the_objects():
     assert all(agreement.score_drift > 0.01 for agreement in agreements.values())
 
 
+@pytest.mark.slow
+@needs_openvino
+def test_openvino_quantizes_a_model_with_a_loop():
+    """Masks are pasted in one. Those of synthetic weights are near the threshold all over."""
+    pytest.importorskip("nncf")
+    optimized = engine("testMaskRCNNFPN_pproc", "openvino", "int8")
+    layers = optimized.coverage.heavy_layers
+    assert layers.get("i8", 0) + layers.get("u8", 0) > 0.9 * sum(layers.values())
+    agreements = compare("testMaskRCNNFPN_pproc", optimized.call, "int8")
+    assert all(x.matched >= 0.9 * x.expected > 20 for x in agreements.values())
+
+
 @needs_openvino
 @pytest.mark.parametrize(
     ("name", "exact"),
