@@ -426,6 +426,9 @@ def _accuracy_notes(results: Results, groups: Sequence[Group]) -> Iterator[str]:
                 "are classes, boxes (x, y, width, height) and images those of the annotations?"
             )
     for group in groups:
+        missing = [x.label for x in group.runs if x.status == "ok" and x.accuracy is None]
+        if group.evaluated and missing and group.stopped == "interrupted":
+            yield f"{group.precision}: interrupted before the AP of {', '.join(missing)} was known"
         for run in group.runs:
             if run.accuracy and run.accuracy.reason and run.accuracy.reason not in str(run.reason):
                 yield f"{run.label} {_precision(run)}: no AP: {run.accuracy.reason}"

@@ -12,11 +12,13 @@ from benchmark import BreakEven, Speedup, Statistics
 from results import tables
 from results.record import (
     Accuracy,
+    AccuracyControl,
     Agreement,
     AveragePrecision,
     Coverage,
     Difference,
     Environment,
+    Evaluated,
     GpuState,
     Group,
     Preparation,
@@ -717,3 +719,30 @@ def test_ap_by_class_of_a_file_that_has_but_the_reference_s_own():
     assert table.rows == (("cat", "45.00", "-5.00"), ("dog", "-", "-"))
     # Nothing says what the reference has.
     assert tables.class_tables([group(other)]) == []
+
+
+def test_an_evaluation_that_was_interrupted_is_said_to_be_unfinished():
+    done = run("Torch", accuracy=Accuracy(tasks={"bbox": AveragePrecision(40.0)}))
+    others = [run("OpenVINO"), run("ONNXRuntime", status="failed", reason="it died")]
+    known = {"evaluated": Evaluated(images=60, objects=100)}
+    line = "fp32: interrupted before the AP of OpenVINO was known"
+    assert line in notes(group(done, *others, stopped="interrupted", **known))
+    assert line not in notes(group(done, *others, **known))
+    assert line not in notes(group(done, *others, stopped="interrupted"))
+
+
+@pytest.mark.parametrize(
+    ("control", "verdict", "line"),
+    [
+        (AccuracyControl(0.99, 0.9, 0.995, ("fc2",), 60), "keeps", "1 of 60 layers stay in fp32"),
+        (None, "loses", "--calibration-annotations, of images that are not evaluated"),
+        (None, "keeps", None),
+    ],
+)
+def test_what_int8_costs_is_said(control, verdict, line):
+    known = Difference(-1.0, -2.0, -0.5, 0.9, 0.9, 0.9, verdict)
+    own = Accuracy(tasks={"bbox": AveragePrecision(40.0, difference=known)})
+    asked = {"requested_precision": "int8", "effective_precision": "int8"}
+    engine = run("OpenVINO", accuracy=own, control=control, **asked)
+    found = [x for x in notes(group(run("Torch"), engine)) if x.startswith("OpenVINO int8: ")]
+    assert [x.startswith(f"OpenVINO int8: {line}") for x in found] == [True] * (line is not None)
