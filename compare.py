@@ -32,7 +32,7 @@ from models import BLANK
 from results import facts
 from results.file import load, result_file
 from results.record import Group, Results, Run
-from results.tables import TASKS, Table, left, markdown, percent, right, short_name
+from results.tables import Table, left, markdown, percent, right, short_name
 
 # What --fail-on knows, with its exit code.
 FAILURES = {"slower": 3, "wrong": 4, "broken": 5}
@@ -379,7 +379,7 @@ def _changes_of_ap(pair: Pair) -> List[str]:
     if before is None or after is None or one != other:
         return []
     texts = [
-        (TASKS[task], percent(known.ap), percent(after.tasks[task].ap))
+        (facts.TASKS[task], percent(known.ap), percent(after.tasks[task].ap))
         for task, known in before.tasks.items()
         if task in after.tasks
     ]

@@ -26,11 +26,11 @@ from markupsafe import Markup, escape
 from errors import InputError, Parser
 from models import BLANK, TUNING, TURNED, runner, timed
 from results import published, scatter, tables
-from results.facts import case, case_name
+from results.facts import TASKS, case, case_name
 from results.file import Found, load, load_found, result_file, write_text
 from results.recommendation import recommend, sentences
 from results.record import Drawn, Group, Picture, Results, Run, Task, WorstImage
-from results.tables import TASKS, Table, short_name
+from results.tables import Table, short_name
 
 TEMPLATES = Path(tables.__file__).parent
 # Matplotlib writes these into the drawing; the page has other colours by day than by night.

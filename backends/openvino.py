@@ -161,7 +161,7 @@ def quantize_under_control(model: Any, export: Export) -> Tuple[Any, AccuracyCon
     if kept:  # The last that was judged need not be the one that came out.
         compiled = compile_model(quantized, "int8", torch.get_num_threads())
         after = judged(compiled, range(len(validation)))[0]
-    return quantized, AccuracyControl(validation.least_ratio, shares[1], after, kept, layers)
+    return quantized, validation.control(shares[1], after, kept, layers)
 
 
 def _nncf() -> Any:

@@ -112,7 +112,9 @@ def read(
             taken.append(place)
     if not taken:
         reasons = ", ".join(f"{len(names)} {reason}" for reason, names in left_out.items())
-        raise InputError(f"{source} has no image to calibrate on: {reasons}")
+        least, most = ("x".join(map(str, size)) for size in sizes)
+        made_for = f" ({least} to {most}: --min-size and --max-size)" * (OTHER_SIZE in left_out)
+        raise InputError(f"{source} has no image to calibrate on: {reasons}{made_for}")
     record = Calibrated(
         images=len(taken),
         source=source,

@@ -567,9 +567,10 @@ class Measurement:
             name = self.evaluated_name(run, key)
             try:
                 known = evaluator.evaluate(run.worker, hosts, name, run.facts)
+                run.accuracy = known  # Also where what follows is interrupted.
                 if run.status == "mismatch" or known.has_less:
-                    known = evaluator.with_worst(known, hosts, name, run.label, run.precision)
-                run.accuracy = known
+                    worst_of = hosts, name, run.label, run.precision
+                    run.accuracy = evaluator.with_worst(known, *worst_of)
             except NotJudged as error:
                 run.accuracy = Accuracy(reason=str(error))
                 self.progress.say(f"{run.label} {run.precision}: no AP: {error}")

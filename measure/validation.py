@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence, Tuple
 
 import numpy as np
 
+from errors import Unsupported
 from measure import accuracy, coco_results, protocol
 from measure.detections import Malformed, split
+from results.facts import LEAST_AP, TASKS
 from results.record import AccuracyControl
 
 if TYPE_CHECKING:
@@ -31,6 +33,9 @@ class Validation:
     Args:
         request: the annotations, and how they are judged.
         export: whose calibration calls have these images.
+
+    Raises:
+        errors.Unsupported: the eager module finds next to nothing in them.
     """
 
     def __init__(self, request: protocol.Validate, export: Export) -> None:
@@ -39,6 +44,18 @@ class Validation:
         self._request, self._export = request, export
         self._place = {x: at for at, x in enumerate(sorted(x.id for x in request.images))}
         self._reference = self._evaluations(_without_gradients(export.eager), range(len(self)))
+        once = np.ones((1, len(self._place)))
+        self.reference = {
+            task: float(np.nan_to_num(accuracy.weighted(each, once)[0]))
+            for task, each in zip(request.tasks, self._reference)
+        }
+        for task, ap in self.reference.items():
+            if ap < LEAST_AP:  # Whichever layers stay in fp32, that is noise.
+                raise Unsupported(
+                    f"int8 cannot be judged on the images that it is calibrated on: the "
+                    f"{TASKS[task]} AP of Torch fp32 is {ap:.2f} there: are classes, boxes (x, y, "
+                    "width, height) and images those of the annotations?"
+                )
 
     def __len__(self) -> int:
         """How many calls there are."""
@@ -82,7 +99,7 @@ class Validation:
         """
         before, own = self.judged(quantized(()))
         if before >= self.least_ratio:
-            return AccuracyControl(self.least_ratio, before, before, (), len(layers))
+            return self.control(before, before, (), len(layers))
         places = self._lossy(own)
         gains = {name: self.judged(quantized((name,)), places)[0] for name in layers}
         ranked = sorted(layers, key=lambda name: -gains[name])
@@ -103,7 +120,13 @@ class Validation:
                 middle = (few + count) // 2
                 few, count = (few, middle) if keeps(middle) else (middle, count)
         found = tuple(ranked[:count])
-        return AccuracyControl(self.least_ratio, before, kept[count], found, len(layers))
+        return self.control(before, kept[count], found, len(layers))
+
+    def control(
+        self, before: float, after: float, kept: Tuple[str, ...], layers: int
+    ) -> AccuracyControl:
+        """The record; arguments as there."""
+        return AccuracyControl(self.reference, self.least_ratio, before, after, kept, layers)
 
     def _lossy(self, own: Sequence[float]) -> List[int]:
         """The calls that lose the most AP."""

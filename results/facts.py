@@ -17,6 +17,7 @@ from results.record import (
     Results,
     Settings,
     Stages,
+    Task,
     Weights,
 )
 
@@ -47,6 +48,10 @@ MOST_IQR = 0.10
 MOST_STEAL = 0.02
 MOST_OTHERS = 0.10
 MOST_STOPS = 0.02
+# What average precision is of, in words.
+TASKS: Dict[Task, str] = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
+# An AP of less than this, in percent, speaks of a mistake.
+LEAST_AP = 5.0
 # Layers that a sentence names; all are in the result file.
 NAMED_LAYERS = 6
 
@@ -223,7 +228,8 @@ def calibration_note(calibrated: Calibrated) -> str:
 
 def control_note(control: AccuracyControl) -> str:
     """Which layers of an int8 run stay in fp32, and what that is good for, in a line."""
-    where = "of fp32's AP on the images that it is calibrated on"
+    known = ", ".join(f"{TASKS[task]} {ap:.2f}" for task, ap in control.reference.items())
+    where = f"of fp32's AP ({known}) on the images that it is calibrated on"
     if not control.kept:
         kept = f"keeps {control.before:.4f} {where}"
         if control.before >= control.least_ratio:
@@ -269,7 +275,7 @@ def bisection_note(run: str, found: Bisection, reference: str = "Torch fp32") ->
         how = "gives what cannot be compared: another shape, or values that are no numbers"
     else:
         most = share(first.bound)
-        how = f"is off by {share(first.difference)}, and a healthy one by {most} at most"
+        how = f"is off by {share(first.difference)}, where {most} is tolerated"
     return f"{run} first leaves {reference} in the {first.name}{where}, which {how}"
 
 

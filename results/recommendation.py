@@ -15,7 +15,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 import benchmark
 from benchmark import MARGIN, BreakEven, Speedup
 from models import runner
-from results.facts import Case, case, case_name
+from results.facts import TASKS, Case, case, case_name
 from results.record import (
     Candidate,
     Constraints,
@@ -26,7 +26,7 @@ from results.record import (
     Run,
     Settings,
 )
-from results.tables import TASKS, describe_break_even, describe_difference, percent
+from results.tables import describe_break_even, describe_difference, percent
 
 # The higher, the nearer to what was trained.
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
@@ -163,7 +163,7 @@ def _excluded(
 ) -> Tuple[Exclusion, ...]:
     """Why a run does not qualify."""
     if run.status == "mismatch":
-        return ("mismatch",)
+        return ("mismatch", *_beyond(known, limits))
     if run.status != "ok" or known.median_ms is None:
         return ("failed",)
     found: List[Exclusion] = []
@@ -238,7 +238,7 @@ def sentences(answer: Recommendation) -> Tuple[str, ...]:
             f"To change that: {_what_would_change(answer)}.",
         )
     return (
-        f"Ship: {answer.ship.name}, {_speed(answer.ship, answer.baseline)}{_noise(answer)}.",
+        f"Ship: {answer.ship.name}, {_speed(answer.ship, answer)}{_noise(answer)}.",
         f"Costs: {_costs(answer.ship)}. {_on_ap(answer)}",
         f"Next: {_next(answer)}.",
         f"To change that: {_what_would_change(answer)}.",
@@ -255,14 +255,16 @@ def _noise(answer: Recommendation) -> str:
     )
 
 
-def _speed(ship: Candidate, baseline: str) -> str:
+def _speed(ship: Candidate, answer: Recommendation) -> str:
     call = f"{ship.median_ms:.4g} ms a call"
     if ship.speedup is None:
+        if answer.runner_up is None:
+            return call
         return f"{call}: nothing that qualifies is faster by more than can be told from noise"
-    sure = ", how sure is not known: too few rounds"
+    sure = " (in too few rounds for an interval)"
     if ship.speedup.low is not None and ship.speedup.high is not None:
         sure = f" ({ship.speedup.low:.2f} to {ship.speedup.high:.2f} with 95% confidence)"
-    return f"{ship.speedup.ratio:.2f}x as fast as {baseline}{sure}, {call}"
+    return f"{ship.speedup.ratio:.2f}x as fast as {answer.baseline}{sure}, {call}"
 
 
 def _costs(ship: Candidate) -> str:
@@ -310,7 +312,7 @@ def _next(answer: Recommendation) -> str:
         return "nothing else qualifies"
     name = f"{other.name}, {other.ratio:.2f}x"
     if ship.ratio > other.ratio * (1 + answer.resolution):
-        doubt = "" if is_sure(ship, other) else ", which is not sure"
+        doubt = "" if is_sure(ship, other) else ", but that is not certain"
         return f"{name}: {ship.name} is {ship.ratio / other.ratio:.2f}x as fast{doubt}"
     if other.packages > ship.packages:
         return f"{name}: no faster than can be told from noise, and it needs more packages"
@@ -346,12 +348,16 @@ def _why_not_ap(candidate: Candidate, answer: Recommendation) -> str:
 
 
 def _what_would_change(answer: Recommendation) -> str:
-    """The fastest run that one constraint alone excludes, or that nothing is faster."""
+    """The fastest run that does not qualify, and what it takes; or that nothing is faster.
+
+    Limits can be loosened, and AP may be kept on more images. What finds something else, or fails,
+    comes last.
+    """
     ship = answer.ship
     faster = [
         x
         for x in answer.others
-        if len(x.excluded) == 1
+        if x.excluded
         and x.ratio > 0
         and (ship is None or x.ratio > ship.ratio * (1 + answer.resolution))
     ]
@@ -360,36 +366,49 @@ def _what_would_change(answer: Recommendation) -> str:
             return "looser constraints, or another engine"
         return (
             "nothing that was measured is faster; "
-            f"below --max-latency-ms {ship.median_ms:.3g} none would be left"
+            f"below --max-latency-ms {_down(ship.median_ms)} none would be left"
         )
-    best = faster[0]
+    best = min(faster, key=lambda x: bool({"failed", "mismatch"} & set(x.excluded)))
     name = f"{best.name} ({best.ratio:.2f}x)"
-    limit: Exclusion = best.excluded[0]
-    if limit == "latency":
-        return f"{name} would do with --max-latency-ms {_up(best.median_ms)}"
-    if limit == "memory":
-        return f"{name} would do with --max-memory-mb {_up(best.memory_mb)}"
-    if limit == "prepare":
-        return f"{name} would do with --max-prepare-s {_up(best.prepare_s)}"
-    if limit == "ap":
-        return _what_would_change_ap(best, name)
-    if limit == "mismatch":
-        return f"{name}, if it found what {answer.baseline} finds"
-    return f"{name}, if it did not fail"
+    values: Dict[Exclusion, Tuple[str, Optional[float]]] = {
+        "latency": ("--max-latency-ms", best.median_ms),
+        "memory": ("--max-memory-mb", best.memory_mb),
+        "prepare": ("--max-prepare-s", best.prepare_s),
+    }
+    conditions: Dict[Exclusion, str] = {
+        "failed": "it did not fail",
+        "mismatch": f"it found what {answer.baseline} finds",
+        "ap": _ap_condition(best),
+    }
+    limits = [" ".join((values[x][0], _up(values[x][1]))) for x in best.excluded if x in values]
+    others = [conditions[x] for x in best.excluded if x in conditions]
+    would = f" would do with {' and '.join(limits)}" if limits else ""
+    return f"{name}{would}{f', if {others[0]}' if others else ''}"
 
 
-def _what_would_change_ap(best: Candidate, name: str) -> str:
+def _ap_condition(best: Candidate) -> str:
     needed = [x.images_needed for x in best.ap_differences.values() if x.verdict == "too few"]
     if any(x.verdict == "loses" for x in best.ap_differences.values()):
-        return f"{name}, if it kept its AP"
+        return "it kept its AP"
     if needed and None not in needed:
-        return f"{name}, if about {max(filter(None, needed))} images told that it keeps its AP"
-    return f"{name}, if it were known to keep its AP"
+        return f"about {max(filter(None, needed))} images told that it keeps its AP"
+    return "it were known to keep its AP"
 
 
 def _up(value: Optional[float]) -> str:
     """A limit that just lets a value pass: three digits, rounded up."""
     if not value:
         return "0"
-    step = 10.0 ** (math.floor(math.log10(value)) - 2)
-    return f"{math.ceil(value / step) * step:.10g}"
+    return f"{math.ceil(value / _step(value)) * _step(value):.10g}"
+
+
+def _down(value: Optional[float]) -> str:
+    """A limit that a value just breaks, or meets: three digits, rounded down."""
+    if not value:
+        return "0"
+    return f"{math.floor(value / _step(value)) * _step(value):.10g}"
+
+
+def _step(value: float) -> float:
+    """What the third digit of a value stands for."""
+    return 10.0 ** (math.floor(math.log10(value)) - 2)

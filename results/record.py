@@ -478,13 +478,15 @@ class AccuracyControl:
     It was judged on the images that int8 is calibrated on.
 
     Attributes:
-        least_ratio: the share of Torch fp32's AP that is to be kept.
+        reference: AP of Torch fp32 there, in percent.
+        least_ratio: the share of it that is to be kept.
         before, after: the share that is kept with all layers in int8, and with some in fp32; of the
             task that keeps the least.
         kept: names of those in fp32; empty: int8 keeps the AP, or nothing helps.
         layers: how many there are in int8 otherwise.
     """
 
+    reference: Dict[Task, float]
     least_ratio: float
     before: float
     after: float
@@ -505,7 +507,7 @@ class PartDifference:
         difference: from what eager fp32 makes of what the engine's own parts before it gave. Of
             tensors it is a share of their standard deviation; of lists of boxes, a mean of 0 to 1.
             None: there is no comparing, as there are values that are no numbers, or another shape.
-        bound: what a healthy engine may differ by.
+        bound: what is tolerated, about twice what healthy engines need.
         accumulated: from what eager fp32 gives from the images on; None where there is no telling.
     """
 

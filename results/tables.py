@@ -30,6 +30,8 @@ from benchmark import BreakEven, Speedup, Statistics, StopRule, samples_to_bound
 from models import BLANK, MODELS, TUNING, TURNED, runner
 from results import published
 from results.facts import (
+    LEAST_AP,
+    TASKS,
     bisection_note,
     calibration_note,
     case,
@@ -63,15 +65,12 @@ SYNTHETIC_NOTE = (
 )
 
 # What tables call what average precision is of, and its verdicts.
-TASKS: Dict[Task, str] = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
 AP_VERDICTS: Dict[APVerdict, str] = {
     "keeps": "keeps AP",
     "loses": "LOSES AP",
     "too few": "too few images",
 }
 
-# An AP of less than this, in percent, speaks of a mistake.
-LEAST_AP = 5.0
 # Of more classes, a table has those that lose most.
 MOST_CLASSES = 20
 
@@ -476,12 +475,12 @@ def parts_table(groups: Sequence[Group]) -> Table:
         title="Parts",
         columns=(
             *left("Model", "Backend", "precision", "part"),
-            *right("off by", "healthy: at most"),
+            *right("off by", "tolerated"),
             *left("verdict"),
             *right("with all before it"),
         ),
         rows=tuple(rows),
-        nothing="no run went wrong in a way that its parts could tell",
+        nothing="there is no run whose parts were watched",
     )
 
 

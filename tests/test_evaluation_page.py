@@ -266,3 +266,14 @@ def test_ap_by_class_does_without_a_row_of_torch_fp32(main, tmp_path):  # noqa: 
     document = json.loads((tmp_path / "out" / "results.json").read_text())
     for answer in document["recommendations"]:
         assert "circle" not in json.dumps(answer)
+
+
+def test_an_evaluation_is_kept_where_what_follows_is_interrupted(main, tmp_path, monkeypatch):  # noqa: F811
+    def interrupt(worker: Any) -> None:
+        raise KeyboardInterrupt
+
+    break_masks(monkeypatch, FindWorst=interrupt)
+    asked = ("--dataset", data_with(tmp_path / "data"), "--backend", "openvino")
+    assert main(*OWN, *asked, *QUICK, "--output", tmp_path / "out").code == 130
+    _, openvino = runs_of(tmp_path / "out")
+    assert openvino.accuracy.tasks["segm"].difference.verdict == "loses"

@@ -251,6 +251,29 @@ def test_a_constraint_that_stands_in_the_way_is_named():
     assert "would do with --max-prepare-s 6" in sentences(told)[3]
 
 
+def test_a_run_that_breaks_several_limits_is_named_with_all_of_them():
+    """The slower one that breaks a single limit is not the way out."""
+    told = answer(group(*FP32), max_latency_ms=20, max_memory_mb=600)
+    assert told.ship is None
+    assert (
+        "OpenVINO fp32 (2.00x) would do with --max-latency-ms 50 and --max-memory-mb 800."
+        in (sentences(told)[3])
+    )
+    wrong = dataclasses.replace(FP32[2], status="mismatch", reason="it is blind")
+    told = answer(group(*FP32[:1], wrong), max_latency_ms=20)
+    assert "(it does not find what Torch fp32 finds; 50 ms a call" in sentences(told)[1]
+    # What finds something else is the last to be thought of.
+    assert "Torch fp32 (1.00x) would do with --max-latency-ms 100." in sentences(told)[3]
+    told = answer(group(*FP32[:1], wrong), max_memory_mb=600)
+    assert told.others[0].excluded == ("mismatch", "memory")
+    assert "with --max-memory-mb 800, if it found what Torch fp32 finds." in sentences(told)[3]
+
+
+def test_where_nothing_else_qualifies_it_is_no_close_race():
+    wrong = dataclasses.replace(FP32[2], status="mismatch", reason="it is blind")
+    assert "noise" not in sentences(answer(group(FP32[0], wrong)))[0]
+
+
 def test_nothing_qualifies():
     told = answer(group(*FP32), max_latency_ms=12.34)
     assert told.ship is None
@@ -298,7 +321,7 @@ def test_with_too_few_rounds_the_ratio_alone_counts():
 
     told = answer(group(*map(short, FP32)))
     assert told.ship.run == "openvino"
-    assert "how sure is not known: too few rounds" in sentences(told)[0]
+    assert "(in too few rounds for an interval)" in sentences(told)[0]
 
 
 @pytest.mark.parametrize(

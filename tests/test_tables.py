@@ -734,7 +734,11 @@ def test_an_evaluation_that_was_interrupted_is_said_to_be_unfinished():
 @pytest.mark.parametrize(
     ("control", "verdict", "line"),
     [
-        (AccuracyControl(0.99, 0.9, 0.995, ("fc2",), 60), "keeps", "1 of 60 layers stay in fp32"),
+        (
+            AccuracyControl({"bbox": 40.0}, 0.99, 0.9, 0.995, ("fc2",), 60),
+            "keeps",
+            "1 of 60 layers stay in fp32",
+        ),
         (None, "loses", "--calibration-annotations, of images that are not evaluated"),
         (None, "keeps", None),
     ],

@@ -21,6 +21,7 @@ from detectors.checkpoint import read as read_weights
 from detectors.config_file import read_configuration
 from detectors.export import Export
 from detectors.inputs import Calls, View
+from errors import Unsupported
 from measure import calibration, protocol
 from measure.evaluation import validation_of
 from measure.validation import Validation
@@ -157,6 +158,16 @@ def test_the_truth_is_that_of_the_images_that_were_taken(tmp_path):
             assert np.array_equal(arrays[name], expected)
 
 
+def test_annotations_of_something_else_are_noticed(export):
+    """Else a search among layers would judge noise, for hours."""
+    asked = export.validation._request
+    assert Validation(asked, export).reference == export.validation.reference
+    assert all(ap > 50 for ap in export.validation.reference.values())
+    shuffled = replace(asked, images=tuple(reversed(asked.images)))
+    with pytest.raises(Unsupported, match=r"^int8 cannot be judged .* Torch fp32 is \d\.\d\d "):
+        Validation(shuffled, export)
+
+
 # Which layers -----------------------------------------------------------------------------------
 
 
@@ -176,7 +187,7 @@ def test_where_int8_keeps_ap_no_layer_is_sought(export):
     control = export.validation.layers_to_keep(
         names, lambda kept: made.append(kept) or make(kept), 2
     )
-    assert control == AccuracyControl(0.99, 1, 1, (), 3)
+    assert control == AccuracyControl(export.validation.reference, 0.99, 1, 1, (), 3)
     assert made == [()]
 
 
@@ -237,8 +248,8 @@ def test_what_cannot_be_judged_is_said(export, tmp_path):
 
 
 def test_sentences():
-    of = "of fp32's AP on the images that it is calibrated on"
-    kept = AccuracyControl(0.99, 0.9, 0.995, tuple("abcdefg"), 60)
+    of = "of fp32's AP (box 40.00, mask 35.50) on the images that it is calibrated on"
+    kept = AccuracyControl({"bbox": 40.0, "segm": 35.5}, 0.99, 0.9, 0.995, tuple("abcdefg"), 60)
     assert facts.control_note(kept) == (
         f"7 of 60 layers stay in fp32, with which it keeps 0.9950 instead of 0.9000 {of}: "
         "a, b, c, d, e, f, ..."
