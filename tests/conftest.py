@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
+import gc
 import resource
 import signal
 from pathlib import Path
@@ -38,6 +40,15 @@ SMALL = (100, 130)
 needs_bf16 = pytest.mark.skipif(
     not has_native_bf16(cpu_flags()), reason="this CPU has no native bf16"
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def given_back():
+    """What a file of tests has freed goes back to the system: other processes need it."""
+    yield
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # There is no glibc.
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 # Each has weights and perhaps a traced module: all together they would take gigabytes.

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import run_blade
 from backends import base
+from backends.torch import autocast
 from backends.torchscript import TorchScript
 from detectors.build import build
 from detectors.config import build_detector
@@ -58,7 +59,10 @@ def export_of(name: str) -> Export:
 
 
 class Faulty(TorchScript):
-    """TorchScript of a detector with a fault."""
+    """TorchScript of a detector with a fault.
+
+    It is not frozen: PyTorch would keep the constants of each for good.
+    """
 
     def __init__(self, plant: Plant) -> None:
         self.plant = plant
@@ -71,7 +75,8 @@ class Faulty(TorchScript):
         broken._script_module = None
         with torch.no_grad():
             self.plant(broken.eager.detector)
-        return super().optimize(broken, precision, device, cache)
+        call = autocast(self._export(broken, precision, device), precision, device)
+        return base.Optimized(call=call, precision=precision, provider=device)
 
 
 def record_of(

@@ -92,7 +92,7 @@ def test_it_is_measured_from_its_configuration(name, files, main, tmp_path):  # 
     found = load_found(tmp_path)[name]
     check_drawn(name, found)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    poses = page.count('stroke-width="4" stroke-linecap="round"')
+    poses = page.count('stroke-linecap="round"')
     assert poses == (4 * 8 if name == "keypoints" else 0)
     maps = page.count('opacity=".55"')
     assert maps == (4 if name in ("semantic", "panoptic") else 0)
