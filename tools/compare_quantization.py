@@ -179,9 +179,8 @@ def ways_of_openvino(export: Export) -> Iterator[tuple[str, str, Callable[[], tu
         layers = openvino._coverage(compiled).heavy_layers
         return str(layers), openvino._caller(compiled.create_infer_request(), export)
 
-    def ranges(name: str, disable_bias_correction: bool = False) -> Any:
+    def ranges(name: str) -> Any:
         return nncf.AdvancedQuantizationParameters(
-            disable_bias_correction=disable_bias_correction,
             activations_range_estimator_params=getattr(RangeEstimatorParametersSet, name),
         )
 
@@ -191,10 +190,13 @@ def ways_of_openvino(export: Export) -> Iterator[tuple[str, str, Callable[[], tu
         ("NNCF's defaults", {**everything, **averages}),
         ("boxes exact", averages),
         ("extremes", everything),
-        ("ours: boxes exact, extremes", {}),
+        ("ours: boxes exact, extremes, biases not corrected", {}),
         ("ours, symmetric", {"preset": nncf.QuantizationPreset.PERFORMANCE}),
-        ("ours, slow bias correction", {"fast_bias_correction": False}),
-        ("ours, no bias correction", {"advanced_parameters": ranges("MINMAX", True)}),
+        (
+            "ours, biases corrected slowly",
+            {"advanced_parameters": ranges("MINMAX"), "fast_bias_correction": False},
+        ),
+        ("ours, biases corrected", {"advanced_parameters": ranges("MINMAX")}),
         ("boxes exact, medians", {"advanced_parameters": ranges("MEDIAN_MINMAX")}),
         ("boxes exact, histograms", {"advanced_parameters": ranges("HISTOGRAM")}),
     ):
