@@ -47,8 +47,18 @@ def needs(backend: str) -> Any:
 
 
 needs_openvino, needs_onnxruntime = needs("openvino"), needs("onnxruntime")
+# It compiles for minutes.
+SLOW = ("inductor",)
 ENGINES = [
-    pytest.param(backend, precision, marks=[needs(backend)] + [needs_bf16] * (precision == "bf16"))
+    pytest.param(
+        backend,
+        precision,
+        marks=[
+            needs(backend),
+            *[needs_bf16] * (precision == "bf16"),
+            *[pytest.mark.slow] * (backend in SLOW),
+        ],
+    )
     for backend, precisions in (
         ("torch", ("fp32", "bf16")),
         ("torchscript", ("fp32", "bf16")),

@@ -444,7 +444,9 @@ def test_a_detector_as_a_whole(install, exports):
             torch.testing.assert_close(output, expected)
     assert not any("convolution" in name for name in result.coverage.fallback_operators)
     assert sum(trt.weights) > 100
-    assert result.coverage.segments >= 2
+    # The network is one of them; of the rest it depends on how operators are grouped.
+    assert result.coverage.segments >= 1
+    assert result.coverage.operators_in_engine > 0.6 * result.coverage.operators
     assert result.read_coverage() == Coverage(recompilations_while_timed=0)
 
 
