@@ -52,7 +52,7 @@ def given_back():
 
 
 # Each has weights and perhaps a traced module: all together they would take gigabytes.
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=4)
 def small_export(
     name: str,
     source: str = "bundled",
