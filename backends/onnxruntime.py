@@ -192,8 +192,11 @@ def quantize(graph: bytes, export: Export, **changes: Any) -> bytes:
     Raises:
         errors.Unsupported: it cannot be quantized.
     """
+    import onnx
+
     with tempfile.TemporaryDirectory() as folder:
-        return _quantized(_simplified(graph, folder), export, **changes)
+        simple = _simplified(graph, folder)
+        return _quantized(simple, _to_quantize(onnx.load(simple)), export, **changes)
 
 
 def quantize_under_control(graph: bytes, export: Export) -> Tuple[bytes, AccuracyControl]:
@@ -213,7 +216,8 @@ def quantize_under_control(graph: bytes, export: Export) -> Tuple[bytes, Accurac
     with tempfile.TemporaryDirectory() as folder:
         simple = _simplified(graph, folder)
         model = onnx.load(simple)
-        groups = _neighbours(model)
+        nodes = _to_quantize(model)
+        groups = _neighbours(model, nodes)
         heavy = {x.name: module_name(x.name) for x in model.graph.node if x.op_type in QUANTIZED}
         ranges = str(Path(folder) / "ranges.json")  # So that it is calibrated once.
 
@@ -222,7 +226,7 @@ def quantize_under_control(graph: bytes, export: Export) -> Tuple[bytes, Accurac
 
         def without(kept: Sequence[str]) -> bytes:
             changes = {"nodes_to_exclude": excluded(kept), "calibration_cache_path": ranges}
-            return _quantized(simple, export, **changes)
+            return _quantized(simple, nodes, export, **changes)
 
         def quantized(kept: Sequence[str]) -> Callable[..., Tuple[Any, ...]]:
             return caller(create_session(without(kept), [CPU], torch.get_num_threads()), export)
@@ -230,7 +234,7 @@ def quantize_under_control(graph: bytes, export: Export) -> Tuple[bytes, Accurac
         # A group is two layers or more, and most of them have to stay in int8.
         control = validation.layers_to_keep(list(groups), quantized, len(groups) // 4)
         names = dict.fromkeys(heavy[x] for x in excluded(control.kept) if x in heavy)
-        layers = len({heavy[x] for x in _to_quantize(model) if x in heavy})
+        layers = len({heavy[x] for x in nodes if x in heavy})
         return without(control.kept), replace(control, kept=tuple(names), layers=layers)
 
 
@@ -245,11 +249,12 @@ def _simplified(graph: bytes, folder: str) -> str:
     return simple
 
 
-def _quantized(simple: str, export: Export, **changes: Any) -> bytes:
+def _quantized(simple: str, nodes: Sequence[str], export: Export, **changes: Any) -> bytes:
     """See `quantize`.
 
     Args:
         simple: file of the model.
+        nodes: of it that are quantized, see `_to_quantize`.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
@@ -271,7 +276,7 @@ def _quantized(simple: str, export: Export, **changes: Any) -> bytes:
             quantized = str(Path(folder) / "quantized")
             ours = {
                 "op_types_to_quantize": [*QUANTIZED, "Relu"],
-                "nodes_to_quantize": _to_quantize(onnx.load(simple)),
+                "nodes_to_quantize": list(nodes),
                 "per_channel": True,
                 "reduce_range": _saturates(),
                 "activation_type": QuantType.QUInt8,
@@ -299,29 +304,32 @@ def _to_quantize(model: Any) -> List[str]:
     ]
 
 
-def _neighbours(model: Any) -> Dict[str, List[str]]:
+def _neighbours(model: Any, nodes: Sequence[str]) -> Dict[str, List[str]]:
     """Modules that are in fp32 together -> the nodes of which that takes.
 
     They share what they take. That stays exact only where what gives it is not quantized either: it
     would be rounded on the way out.
+
+    Args:
+        nodes: that are quantized otherwise, see `_to_quantize`.
     """
-    wanted = set(_to_quantize(model))
+    wanted = set(nodes)
     makers = {name: node for node in model.graph.node for name in node.output}
     takers: Dict[str, List[Any]] = {}
     for node in model.graph.node:
         if node.name in wanted:
             takers.setdefault(node.input[0], []).append(node)
     groups: Dict[str, List[str]] = {}
-    for name, nodes in takers.items():
-        heavy = [node for node in nodes if node.op_type in QUANTIZED]
+    for name, together in takers.items():
+        heavy = [node for node in together if node.op_type in QUANTIZED]
         if not heavy:
             continue
         maker = makers.get(name)
         while maker is not None and maker.name in wanted:
-            nodes = [*nodes, maker]
+            together = [*together, maker]
             maker = makers.get(maker.input[0]) if maker.op_type == "Relu" else None
         key = ", ".join(dict.fromkeys(module_name(node.name) for node in heavy))
-        groups.setdefault(key, []).extend(node.name for node in nodes)
+        groups.setdefault(key, []).extend(node.name for node in together)
     return groups
 
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence, Tuple
 
 import numpy as np
 
+from backends.torch import autocast
 from errors import Unsupported
 from measure import accuracy, coco_results, protocol
 from measure.detections import Malformed, split
-from results.facts import LEAST_AP, TASKS
+from results.facts import LEAST_AP, TASKS, WHOSE_ANNOTATIONS
 from results.record import AccuracyControl
 
 if TYPE_CHECKING:
@@ -43,8 +44,9 @@ class Validation:
         self.ranking_calls = RANKING_CALLS
         self._request, self._export = request, export
         self._place = {x: at for at, x in enumerate(sorted(x.id for x in request.images))}
-        self._reference = self._evaluations(_without_gradients(export.eager), range(len(self)))
-        once = np.ones((1, len(self._place)))
+        eager = autocast(export.eager, "fp32", "cpu")
+        self._reference = self._evaluations(eager, range(len(self)))
+        once = self._weights(range(len(self)))[None]
         self.reference = {
             task: float(np.nan_to_num(accuracy.weighted(each, once)[0]))
             for task, each in zip(request.tasks, self._reference)
@@ -53,8 +55,7 @@ class Validation:
             if ap < LEAST_AP:  # Whichever layers stay in fp32, that is noise.
                 raise Unsupported(
                     f"int8 cannot be judged on the images that it is calibrated on: the "
-                    f"{TASKS[task]} AP of Torch fp32 is {ap:.2f} there: are classes, boxes (x, y, "
-                    "width, height) and images those of the annotations?"
+                    f"{TASKS[task]} AP of Torch fp32 is {ap:.2f} there: {WHOSE_ANNOTATIONS}"
                 )
 
     def __len__(self) -> int:
@@ -75,15 +76,13 @@ class Validation:
         """
         places = list(range(len(self))) if places is None else list(places)
         evaluations = self._evaluations(call, places)
-        weights = np.stack([self._weights([place]) for place in places])
         together = self._weights(places)[None]
-        shares, each = [], []
+        shares = []
         for own, reference in zip(evaluations, self._reference):
             ap, known = (accuracy.weighted(x, together)[0] for x in (own, reference))
             if known > 0:
                 shares.append(float(ap / known))
-            each.append(np.nan_to_num(accuracy.weighted(own, weights)))
-        return min(shares, default=1.0), np.mean(each, axis=0).tolist()
+        return min(shares, default=1.0), self._of_calls(evaluations, places).tolist()
 
     def layers_to_keep(
         self, layers: Sequence[str], quantized: Callable[[Sequence[str]], Call], most: int
@@ -130,10 +129,17 @@ class Validation:
 
     def _lossy(self, own: Sequence[float]) -> List[int]:
         """The calls that lose the most AP."""
-        weights = np.stack([self._weights([place]) for place in range(len(self))])
-        reference = [np.nan_to_num(accuracy.weighted(x, weights)) for x in self._reference]
-        losses = np.mean(reference, axis=0) - np.array(own)
+        losses = self._of_calls(self._reference, range(len(self))) - np.array(own)
         return sorted(np.argsort(-losses, kind="stable")[:RANKING_CALLS].tolist())
+
+    def _of_calls(
+        self, evaluations: Sequence[accuracy.Evaluation], places: Sequence[int]
+    ) -> np.ndarray:
+        """AP in percent of each call, a mean over the tasks; 0 where nothing is to be found."""
+        weights = np.stack([self._weights([place]) for place in places])
+        each = [np.nan_to_num(accuracy.weighted(x, weights)) for x in evaluations]
+        mean: np.ndarray = np.mean(each, axis=0)
+        return mean
 
     def _images(self, place: int) -> List[protocol.DatasetImage]:
         """The images of a call; a last one that is there several times counts once."""
@@ -163,14 +169,3 @@ class Validation:
         sigmas = request.oks_sigmas or None
         truth = Path(request.truth)
         return [accuracy.evaluate(truth, found, task, sigmas) for task in request.tasks]
-
-
-def _without_gradients(module: Any) -> Call:
-    import torch
-
-    def call(*images: Any) -> Sequence[Any]:
-        with torch.no_grad():
-            found: Sequence[Any] = module(*images)
-        return found
-
-    return call

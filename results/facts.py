@@ -52,6 +52,7 @@ MOST_STOPS = 0.02
 TASKS: Dict[Task, str] = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
 # An AP of less than this, in percent, speaks of a mistake.
 LEAST_AP = 5.0
+WHOSE_ANNOTATIONS = "are classes, boxes (x, y, width, height) and images those of the annotations?"
 # Layers that a sentence names; all are in the result file.
 NAMED_LAYERS = 6
 

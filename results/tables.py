@@ -32,6 +32,7 @@ from results import published
 from results.facts import (
     LEAST_AP,
     TASKS,
+    WHOSE_ANNOTATIONS,
     bisection_note,
     calibration_note,
     case,
@@ -422,7 +423,7 @@ def _accuracy_notes(results: Results, groups: Sequence[Group]) -> Iterator[str]:
         if reference is not None and reference < LEAST_AP:
             yield (
                 f"{_of(task, 'AP')} of {runner(groups[0].export)} fp32 is {percent(reference)}: "
-                "are classes, boxes (x, y, width, height) and images those of the annotations?"
+                f"{WHOSE_ANNOTATIONS}"
             )
     for group in groups:
         missing = [x.label for x in group.runs if x.status == "ok" and x.accuracy is None]

@@ -22,6 +22,7 @@ import torch
 
 import run_blade
 from backends import base
+from backends.torch import autocast
 from detectors import inputs
 from detectors.build import build, find_weights
 from detectors.export import Export
@@ -140,7 +141,7 @@ def ways(export: Export) -> Iterator[tuple[str, str, Callable[[], tuple[str, Cal
     """Engine, what is done, and what does it; the reference comes first."""
 
     def eager() -> tuple[str, Call]:
-        return "-", lambda *images: _without_gradients(export.eager, images)
+        return "-", autocast(export.eager, "fp32", "cpu")
 
     yield "Torch", "fp32", eager
     if base.load("openvino").unavailable("cpu") is None:
@@ -153,11 +154,6 @@ def ways(export: Export) -> Iterator[tuple[str, str, Callable[[], tuple[str, Cal
         if backend.unavailable("cpu") is None:
             how = "ours, calibrated on crops of an image"
             yield backend.label, how, lambda name=name: _ours(export, name)
-
-
-def _without_gradients(module: Any, images: Any) -> Any:
-    with torch.no_grad():
-        return module(*images)
 
 
 def _ours(export: Export, name: str) -> tuple[str, Call]:
