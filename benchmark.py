@@ -3,6 +3,8 @@
 It knows nothing of models or backends. A run is a name and a callable that makes one timed call
 and returns its seconds. Runs that are to be compared take turns, in rounds: a shared machine's
 speed drifts by tens of percent within minutes, and only calls made next to each other share that.
+Rounds are made in generations, between which all processes are started anew: two processes that do
+the same differ steadily, by up to 4.5%, which no number of rounds of the same two shows.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
-from typing import Callable, Dict, List, Optional, Sequence
+from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -21,6 +23,20 @@ MARGIN = 0.03
 LEAST_ROUNDS = 5
 # Resamples of the check after a round: it wants to know whether to go on, not two exact digits.
 CHECK_RESAMPLES = 400
+# Generations that are made in any case, if there are to be several, and rounds in each of them.
+LEAST_GENERATIONS = 3
+LEAST_ROUNDS_OF_GENERATION = 3
+# The more rounds a generation has, the less its ratio strays; what differs between processes stays.
+# So it ends when its own share of the width that is sought is this small.
+WITHIN_SHARE = 0.4
+MOST_ROUNDS_OF_GENERATION = 40
+# The width has stopped shrinking when it is not this much narrower than some generations before.
+SHRINKS_TO, SHRINKS_WITHIN = 0.95, 8
+# The quantile of a normal distribution one standard deviation above its mean.
+ONE_SIGMA = 0.8413
+# Of Student's t. To end as soon as an interval is narrow takes up to 2.5% off what it covers, in
+# the simulation of tests/test_benchmark.py: so that at least 93% of the 95% are left.
+LEVEL = 0.96
 
 
 class RunFailed(Exception):
@@ -54,6 +70,13 @@ class WarmUp:
         if device == "cuda":
             return cls(minimum=3, maximum=100, agreement=None, seconds=2.0)
         return cls()
+
+    @classmethod
+    def again(cls, device: str) -> WarmUp:
+        """Of a process that was started anew: the machine is warm."""
+        if device == "cuda":
+            return cls(minimum=3, maximum=100, agreement=None, seconds=0.5)
+        return cls.fixed(2)
 
     @classmethod
     def fixed(cls, calls: int) -> WarmUp:
@@ -100,23 +123,34 @@ class StopRule:
         max_rounds: the most rounds.
         half_width: ends when every speedup's 95% interval reaches no further than this share of
             the speedup to either side.
-        budget_s: ends before a round that would, at the average length of those before, end after
-            this many seconds; `LEAST_ROUNDS` are made all the same. None: no limit.
+        budget_s: ends before a round or a generation that would, at the average length of those
+            before, end after this many seconds, of which starting processes anew is a part;
+            `LEAST_ROUNDS`, or `LEAST_GENERATIONS` of `LEAST_ROUNDS_OF_GENERATION`, are made all the
+            same. None: no limit.
+        min_generations, max_generations: where the budget cannot hold the least number,
+            `LEAST_GENERATIONS` will do. Both 1: processes are never started anew.
     """
 
     min_rounds: int = 15
     max_rounds: int = 200
     half_width: float = 0.03
     budget_s: Optional[float] = None
+    min_generations: int = 1
+    max_generations: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_rounds <= self.max_rounds:
             raise ValueError(f"a stop rule of {self.min_rounds} to {self.max_rounds} rounds")
+        least, most = self.min_generations, self.max_generations
+        if not (least == most == 1 or LEAST_GENERATIONS <= least <= most):
+            raise ValueError(f"a stop rule of {least} to {most} generations")
+        if self.is_fixed and not least == most <= self.max_rounds:
+            raise ValueError(f"{self.max_rounds} rounds in {least} to {most} generations")
 
     @classmethod
-    def fixed(cls, rounds: int) -> StopRule:
-        """Exactly that many rounds, without a budget."""
-        return cls(min_rounds=rounds, max_rounds=rounds)
+    def fixed(cls, rounds: int, generations: int = 1) -> StopRule:
+        """Exactly that many rounds in all, without a budget."""
+        return cls(rounds, rounds, min_generations=generations, max_generations=generations)
 
     @property
     def is_fixed(self) -> bool:
@@ -132,29 +166,41 @@ class Rounds:
         samples: run -> seconds of its timed calls. Sample i was taken in round i, for every run;
             a run that failed has those from before its failure.
         failures: run -> why it failed.
-        rounds: complete rounds.
-        stopped: what ended it: `interval`, `max rounds`, `fixed`, `time budget`, `all failed`;
-            `interrupted` until one of them has.
+        generations: complete rounds of each.
+        stopped: what ended it: `interval`, `max rounds`, `generations`, `fixed`, `time budget`,
+            `width`, `all failed`; `interrupted` until one of them has.
     """
 
     samples: Dict[str, List[float]] = field(default_factory=dict)
     failures: Dict[str, str] = field(default_factory=dict)
-    rounds: int = 0
+    generations: List[int] = field(default_factory=list)
     stopped: str = "interrupted"
+
+    @property
+    def rounds(self) -> int:
+        """Complete rounds, of all generations."""
+        return sum(self.generations)
 
     def live(self) -> List[str]:
         """The runs that have not failed."""
         return [name for name in self.samples if name not in self.failures]
 
 
+Calls = Dict[str, Callable[[], float]]
+# Starts the processes of all runs anew: run -> its call from then on, or why there is none.
+Renew = Callable[[], Dict[str, Union[Callable[[], float], RunFailed]]]
+
+
 def run_rounds(
-    calls: Dict[str, Callable[[], float]],
+    calls: Calls,
     baseline: str,
     rule: StopRule,
     seed: int,
     progress: Optional[Callable[[Rounds], None]] = None,
     clock: Callable[[], float] = time.monotonic,
     into: Optional[Rounds] = None,
+    renew: Optional[Renew] = None,
+    renewal_s: float = 0.0,
 ) -> Rounds:
     """Times runs against each other: in every round each is called once, in random order.
 
@@ -170,28 +216,41 @@ def run_rounds(
         clock: seconds, for the budget.
         into: an empty `Rounds` to fill. A caller who keeps it has what was measured when
             `KeyboardInterrupt` or another exception comes through.
+        renew: called between two generations; needed where the rule wants several.
+        renewal_s: seconds that it is expected to take.
     """
     rounds = Rounds() if into is None else into
     rounds.samples.update({name: [] for name in calls})
-    order, resampling = (np.random.default_rng([seed, stream]) for stream in range(2))
-    start, next_check, stopped = clock(), rule.min_rounds, None
+    schedule = _Schedule(rule, baseline, rounds, seed, clock, renewal_s)
+    order, stopped = np.random.default_rng([seed, 0]), None
     while stopped is None:
-        _one_round(calls, rounds, order)
-        if progress is not None:
-            progress(rounds)
-        stopped = _limit_reached(rounds, rule, clock() - start)
-        if stopped is None and rounds.rounds >= next_check:
-            # Every round at first, then ever fewer, so that the cost of a check stays unseen.
-            next_check = rounds.rounds + max(1, rounds.rounds // 10)
-            if _widest(rounds, baseline, resampling) <= rule.half_width:
-                stopped = "interval"
+        schedule.begin_generation()
+        while True:
+            _one_round(calls, rounds, order)
+            if progress is not None:
+                progress(rounds)
+            if schedule.generation_is_complete():
+                break
+        stopped = schedule.stopped()
+        if stopped is None:
+            assert renew is not None
+            calls = _renewed(renew(), rounds)
     rounds.stopped = stopped
     return rounds
 
 
-def _one_round(
-    calls: Dict[str, Callable[[], float]], rounds: Rounds, order: np.random.Generator
-) -> None:
+def _renewed(started: Dict[str, Union[Callable[[], float], RunFailed]], rounds: Rounds) -> Calls:
+    """The calls of a new generation; takes note of the runs that have none."""
+    calls: Calls = {}
+    for name, call in started.items():
+        if isinstance(call, RunFailed):
+            rounds.failures.setdefault(name, str(call))
+        else:
+            calls[name] = call
+    return calls
+
+
+def _one_round(calls: Calls, rounds: Rounds, order: np.random.Generator) -> None:
     live = rounds.live()
     for position in order.permutation(len(live)):
         name = live[position]
@@ -199,32 +258,217 @@ def _one_round(
             rounds.samples[name].append(calls[name]())
         except RunFailed as failure:
             rounds.failures[name] = str(failure)
-    rounds.rounds += 1
+    rounds.generations[-1] += 1
 
 
-def _limit_reached(rounds: Rounds, rule: StopRule, elapsed_s: float) -> Optional[str]:
-    if not rounds.live():
-        return "all failed"
-    if rounds.rounds >= rule.max_rounds:
-        return "fixed" if rule.is_fixed else "max rounds"
-    if rule.budget_s is not None and rounds.rounds >= LEAST_ROUNDS:
-        end_of_next = elapsed_s * (rounds.rounds + 1) / rounds.rounds
-        return "time budget" if end_of_next > rule.budget_s else None
-    return None
+class _Schedule:
+    """Says when a generation has enough rounds, and whether another one follows.
+
+    Args:
+        rounds: that are being made.
+        renewal_s: seconds that starting all processes anew is expected to take.
+    """
+
+    def __init__(
+        self,
+        rule: StopRule,
+        baseline: str,
+        rounds: Rounds,
+        seed: int,
+        clock: Callable[[], float],
+        renewal_s: float,
+    ) -> None:
+        self.rule, self.baseline, self.rounds = rule, baseline, rounds
+        self.clock, self.expected_s = clock, renewal_s
+        self.resampling = np.random.default_rng([seed, 1])
+        self.start = self.began = self.ended = clock()
+        self.renewals_s: List[float] = []
+        self.widths: List[float] = []
+        self.next_check = rule.min_rounds
+        self.is_known = False
+
+    def begin_generation(self) -> None:
+        """Takes note of its start."""
+        self.began = self.clock()
+        if self.rounds.generations:
+            self.renewals_s.append(self.began - self.ended)
+        self.rounds.generations.append(0)
+
+    def generation_is_complete(self) -> bool:
+        """Whether the current generation has enough rounds."""
+        rule, made = self.rule, self.rounds.generations[-1]
+        if not self.rounds.live() or self.rounds.rounds >= rule.max_rounds:
+            return True
+        if rule.is_fixed:
+            # The others have as many, as far as that is possible.
+            done, all_of_them = len(self.rounds.generations), rule.max_generations
+            return self.rounds.rounds >= rule.max_rounds * done // all_of_them
+        if rule.max_generations == 1:
+            return self._is_late() or self._is_known()
+        return made >= LEAST_ROUNDS_OF_GENERATION and made >= self._enough()
+
+    def stopped(self) -> Optional[str]:
+        """What ends the rounds after a complete generation; None: nothing, another one follows."""
+        rule, made = self.rule, len(self.rounds.generations)
+        self.ended = self.clock()
+        if not self.rounds.live():
+            return "all failed"
+        if self.rounds.rounds >= rule.max_rounds:
+            return "fixed" if rule.is_fixed else "max rounds"
+        if rule.is_fixed or made < self._planned():
+            return None
+        if rule.max_generations == 1:
+            return "interval" if self.is_known else "time budget"
+        self.widths.append(_widest(self.rounds, self.baseline))
+        if self.widths[-1] <= rule.half_width:
+            return "interval"
+        if made >= rule.max_generations:
+            return "generations"
+        if rule.budget_s is not None and self._next_ends() > rule.budget_s:
+            return "time budget"
+        before = self.widths[:-SHRINKS_WITHIN]
+        return "width" if before and self.widths[-1] > SHRINKS_TO * before[-1] else None
+
+    # The only generation ----------------------------------------------------------------------
+
+    def _is_late(self) -> bool:
+        made, budget_s = self.rounds.rounds, self.rule.budget_s
+        if budget_s is None or made < LEAST_ROUNDS:
+            return False
+        return (self.clock() - self.start) * (made + 1) / made > budget_s
+
+    def _is_known(self) -> bool:
+        made = self.rounds.rounds
+        if made < self.next_check:
+            return False
+        # Every round at first, then ever fewer, so that the cost of a check stays unseen.
+        self.next_check = made + max(1, made // 10)
+        self.is_known = self._strays(0.975) <= self.rule.half_width
+        return self.is_known
+
+    # One of several ---------------------------------------------------------------------------
+
+    @property
+    def _renewal_s(self) -> float:
+        return float(np.mean(self.renewals_s)) if self.renewals_s else self.expected_s
+
+    @property
+    def _round_s(self) -> float:
+        spent = self.clock() - self.start - sum(self.renewals_s)
+        return max(1e-9, spent / max(1, self.rounds.rounds))
+
+    def _next_ends(self) -> float:
+        """Seconds after the start when another generation would end, if it is short."""
+        short_s = LEAST_ROUNDS_OF_GENERATION * self._round_s
+        return self.clock() - self.start + self._renewal_s + short_s
+
+    def _planned(self) -> int:
+        """Generations that are made before anyone looks at the intervals."""
+        least = self.rule.min_generations
+        if self._affordable(least) < LEAST_ROUNDS_OF_GENERATION:
+            return min(least, LEAST_GENERATIONS)
+        return least
+
+    def _affordable(self, generations: int) -> float:
+        """Rounds of the current generation for which there is time, if so many are made in all."""
+        if self.rule.budget_s is None:
+            return math.inf
+        left = max(1, generations - len(self.rounds.generations) + 1)
+        rest_s = self.rule.budget_s - (self.began - self.start) - (left - 1) * self._renewal_s
+        return rest_s // (left * self._round_s)
+
+    def _enough(self) -> float:
+        """Rounds of the current generation."""
+        generations, planned = self.rounds.generations, self._planned()
+        most = min(
+            self._affordable(planned),
+            MOST_ROUNDS_OF_GENERATION,
+            self.rule.max_rounds // self.rule.min_generations,
+        )
+        if len(generations) > planned:
+            return min(most, self._best_number())
+        if len(generations) > 1:
+            return min(most, generations[0])
+        least = math.ceil(self.rule.min_rounds / planned)
+        is_steady = (
+            generations[0] >= least
+            and self._strays(ONE_SIGMA) <= WITHIN_SHARE * self.rule.half_width
+        )
+        return 0 if is_steady else most
+
+    def _best_number(self) -> float:
+        """Rounds of a generation with which the interval shrinks fastest.
+
+        The variance of a mean of g ratios is (between + within / rounds) / g, and takes
+        g (renewal_s + rounds round_s) to get. Their product is least where
+        rounds = sqrt(renewal_s within / (round_s between)).
+        """
+        ratios = _log_ratios(self.rounds, self.baseline)
+        made = float(np.mean(self.rounds.generations[:-1]))
+        of_medians = self._strays(ONE_SIGMA) ** 2
+        between = float(np.max(np.var(ratios, axis=1, ddof=1))) - of_medians
+        if between <= 0:
+            return math.inf
+        return math.sqrt(self._renewal_s * of_medians * made / (self._round_s * between))
+
+    def _strays(self, quantile: float) -> float:
+        """How far the ratios of medians of the last generation stray to either side, as a share.
+
+        Args:
+            quantile: of their bootstrap distribution, above 0.5.
+        """
+        live, made, end = self.rounds.live(), self.rounds.generations[-1], self.rounds.rounds
+        samples = np.array([self.rounds.samples[name][end - made : end] for name in live])
+        estimates = np.median(samples, axis=1)
+        resampled = bootstrap_medians(samples, CHECK_RESAMPLES, self.resampling)
+        if self.baseline in live and len(live) > 1:
+            reference = live.index(self.baseline)
+            estimates = np.delete(estimates[reference] / estimates, reference)
+            resampled = np.delete(resampled[reference] / resampled, reference, axis=0)
+        low, high = np.quantile(resampled, (1 - quantile, quantile), axis=1)
+        return float(np.max(np.maximum(estimates - low, high - estimates) / estimates))
 
 
-def _widest(rounds: Rounds, baseline: str, generator: np.random.Generator) -> float:
-    """The widest interval of a live run's speedup (else median): half of it, as a share."""
+def _log_ratios(rounds: Rounds, baseline: str) -> np.ndarray:
+    """Logarithms of live runs' speedups (else of their medians), runs x complete generations."""
     live = rounds.live()
-    samples = np.array([rounds.samples[name] for name in live])
-    estimates = np.median(samples, axis=1)
-    resampled = bootstrap_medians(samples, CHECK_RESAMPLES, generator)
+    made = [count for count in rounds.generations if count]
+    medians = np.log(
+        [[np.median(x) for x in by_generation(rounds.samples[name], made)] for name in live]
+    )
     if baseline in live and len(live) > 1:
         reference = live.index(baseline)
-        estimates = np.delete(estimates[reference] / estimates, reference)
-        resampled = np.delete(resampled[reference] / resampled, reference, axis=0)
-    low, high = np.quantile(resampled, (0.025, 0.975), axis=1)
-    return float(np.max(np.maximum(estimates - low, high - estimates) / estimates))
+        return np.delete(medians[reference] - medians, reference, axis=0)
+    return medians
+
+
+def _widest(rounds: Rounds, baseline: str) -> float:
+    """The widest interval of a live run's speedup (else median): half of it, as a share."""
+    return max(math.expm1(_interval(ratios)[1]) for ratios in _log_ratios(rounds, baseline))
+
+
+def _interval(values: Sequence[float], level: float = LEVEL) -> Tuple[float, float]:
+    """The mean of some values, and half its confidence interval by Student's t."""
+    from scipy import stats  # Workers, which import this file, may be where there is no SciPy.
+
+    count = len(values)
+    width = stats.t.ppf((1 + level) / 2, count - 1) * np.std(values, ddof=1) / math.sqrt(count)
+    return float(np.mean(values)), float(width)
+
+
+def by_generation(samples: Sequence[float], generations: Sequence[int]) -> List[Sequence[float]]:
+    """Samples of each generation, as far as there are any.
+
+    Args:
+        samples: by round.
+        generations: complete rounds of each; empty: one. What is beyond them was interrupted, and
+            belongs to none.
+    """
+    if not generations:
+        return [samples] if len(samples) else []
+    ends = np.cumsum(generations)
+    parts = [samples[end - count : end] for end, count in zip(ends, generations)]
+    return [part for part in parts if len(part)]
 
 
 def bootstrap_medians(
@@ -308,10 +552,13 @@ class Speedup:
     """How much faster than the baseline a run is.
 
     Attributes:
-        ratio: median time of the baseline over that of the run.
-        low, high: the ratio's confidence interval; None with fewer than `LEAST_ROUNDS` rounds.
-        verdict: `faster` or `slower` when the whole interval lies beyond ±3% of 1, `same` when it
-            lies within, else `inconclusive`.
+        ratio: median time of the baseline over that of the run; of several generations, the
+            geometric mean of these ratios.
+        low, high: the ratio's confidence interval; None with one generation of fewer than
+            `LEAST_ROUNDS` rounds.
+        verdict: `faster` or `slower` when the whole interval lies beyond a margin around 1: 3%, or
+            what A/A resolves where that is more; `same` when it lies within 3%; else
+            `inconclusive`.
     """
 
     ratio: float
@@ -324,23 +571,36 @@ def speedup(
     baseline_s: Sequence[float],
     samples_s: Sequence[float],
     seed: int,
+    generations: Sequence[int] = (),
+    margin: float = MARGIN,
     confidence: float = 0.95,
     resamples: int = 4000,
 ) -> Speedup:
-    """The ratio of medians of two runs that took turns, with its percentile-bootstrap interval.
+    """The ratio of medians of two runs that took turns, with its interval.
 
-    Whole rounds are resampled: the two calls of a round saw the same machine, and keeping them
-    together lets what they share cancel (B. Efron, R. J. Tibshirani, An Introduction to the
-    Bootstrap, 1993, chapters 8 and 13).
+    Each generation gives a ratio; the interval is Student's t on their logarithms, so that it
+    covers what differs between processes. One generation cannot tell that: its interval is the
+    percentile bootstrap. Whole rounds are resampled: the two calls of a round saw the same machine,
+    and keeping them together lets what they share cancel (B. Efron, R. J. Tibshirani, An
+    Introduction to the Bootstrap, 1993, chapters 8 and 13).
 
     Args:
         baseline_s, samples_s: seconds, by round. Where one has fewer (it failed, or the last
             round was interrupted) only the rounds that both have are compared, at least one.
         seed: of the resampling.
+        generations: complete rounds of each; empty: one generation.
+        margin: what a difference has to exceed, as a share.
+        confidence: of the bootstrap, and of Student's t as `LEVEL` is for 0.95.
     """
     shared = min(len(baseline_s), len(samples_s))
     if shared == 0:
         raise ValueError("no round that both runs completed")
+    both = [by_generation(x[:shared], generations) for x in (baseline_s, samples_s)]
+    if len(both[0]) > 1:
+        logs = [math.log(float(np.median(a) / np.median(b))) for a, b in zip(*both)]
+        mean, width = _interval(logs, confidence + LEVEL - 0.95)
+        ratio, low, high = (math.exp(x) for x in (mean, mean - width, mean + width))
+        return Speedup(ratio, low, high, verdict(low, high, margin))
     samples = np.array([baseline_s[:shared], samples_s[:shared]], dtype=float)
     baseline_median, run_median = np.median(samples, axis=1)
     ratio = float(baseline_median / run_median)
@@ -349,14 +609,17 @@ def speedup(
     medians = bootstrap_medians(samples, resamples, np.random.default_rng(seed))
     tails = ((1 - confidence) / 2, (1 + confidence) / 2)
     low, high = (float(bound) for bound in np.quantile(medians[0] / medians[1], tails))
-    return Speedup(ratio, low, high, verdict(low, high))
+    return Speedup(ratio, low, high, verdict(low, high, margin))
 
 
-def verdict(low: float, high: float) -> str:
+def verdict(low: Optional[float], high: Optional[float], margin: float = MARGIN) -> str:
     """What a speedup's confidence interval says of it: see `Speedup`."""
-    if low > 1 + MARGIN:
+    if low is None or high is None:
+        return "inconclusive"
+    margin = max(margin, MARGIN)
+    if low > 1 + margin:
         return "faster"
-    if high < 1 - MARGIN:
+    if high < 1 - margin:
         return "slower"
     return "same" if low >= 1 - MARGIN and high <= 1 + MARGIN else "inconclusive"
 
@@ -381,22 +644,27 @@ def break_even(
     extra_s: float,
     images_per_call: int,
     seed: int,
+    generations: Sequence[int] = (),
     resamples: int = 4000,
 ) -> BreakEven:
     """The images after which the seconds saved by a faster run exceed those to prepare it.
 
     Args:
-        baseline_s, samples_s: seconds by round, as for `speedup`.
+        baseline_s, samples_s, generations: as for `speedup`.
         extra_s: seconds that the run took longer to prepare than the baseline.
         seed: of the resampling; as there, whole rounds are drawn.
     """
     shared = min(len(baseline_s), len(samples_s))
-    samples = np.array([baseline_s[:shared], samples_s[:shared]], dtype=float)
     extra_s = max(0.0, extra_s)
 
     def images(saved_s: float) -> Optional[float]:
         return images_per_call * extra_s / saved_s if saved_s > 0 else None
 
+    both = [by_generation(x[:shared], generations) for x in (baseline_s, samples_s)]
+    if len(both[0]) > 1:
+        saved, width = _interval([float(np.median(a) - np.median(b)) for a, b in zip(*both)])
+        return BreakEven(images(saved), images(saved + width), images(saved - width))
+    samples = np.array([baseline_s[:shared], samples_s[:shared]], dtype=float)
     baseline_median, run_median = np.median(samples, axis=1)
     found = images(float(baseline_median - run_median))
     if shared < LEAST_ROUNDS:

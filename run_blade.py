@@ -19,7 +19,7 @@ from typing import Any, Callable, Iterator, Optional, Sequence, Tuple
 
 from backends import base
 from errors import InputError, Parser
-from models import CALIBRATION_IMAGES, MODELS, RUN_BUDGET_S
+from models import CALIBRATION_IMAGES, GENERATIONS, MODELS, RUN_BUDGET_S
 
 # A time budget above a year is a slip, and may be too large a number for the result file.
 LONGEST_S = 366 * 86400
@@ -141,10 +141,18 @@ def parser() -> argparse.ArgumentParser:
         help="rounds of timed calls (default: until the speedups are known well enough)",
     )
     add(
+        "--generations",
+        type=_at_least(1),
+        metavar="N",
+        help="how often all processes are started, 1 or at least 3 times: two that do the same "
+        f"differ (default: {GENERATIONS} or more, 3 where these do not fit in the time budget; 1 "
+        "with --iterations)",
+    )
+    add(
         "--time-budget",
         type=_seconds,
         metavar="S",
-        help="seconds of timed rounds per model and precision "
+        help="seconds of timed rounds, and of new processes, per model and precision "
         f"(default: {RUN_BUDGET_S:g} for each process that takes turns, and for each image)",
     )
     add("--threads", type=_at_least(1), metavar="N", help="CPU threads (default: usable cores)")

@@ -82,6 +82,8 @@ class Optimized:
             there is no such file. It may take long, and is called after the timing.
         control: at int8, which layers stay in fp32, where `Export.validation` has judged that.
         context: what a worker enters once, for all of its calls, as a program that serves would.
+        save: writes the engine into an empty folder, from which `Backend.load` has it back; None:
+            it cannot be saved, or there is nothing to save.
     """
 
     call: Callable[..., Tuple[Any, ...]]
@@ -98,6 +100,7 @@ class Optimized:
     read_artifact_bytes: Optional[Callable[[], Optional[int]]] = None
     control: Optional[AccuracyControl] = None
     context: Optional[Callable[[], ContextManager[Any]]] = None
+    save: Optional[Callable[[Path], None]] = None
 
 
 class Backend:
@@ -147,6 +150,14 @@ class Backend:
 
         Raises:
             errors.Unsupported: the backend cannot take this export; the message says why.
+        """
+        raise NotImplementedError
+
+    def load(self, export: Export, precision: str, device: str, folder: Path) -> Optimized:
+        """What `optimize` has made of the same export, as `Optimized.save` has left it.
+
+        Args:
+            folder: with what was saved; it may be used as long as the process lives.
         """
         raise NotImplementedError
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # What the loader says of a library on a file system without permission to execute.
 NO_EXEC = "failed to map segment from shared object"
+# A file beside saved code that is to be replayed as CUDA graphs.
+REPLAYS = "cuda_graphs"
 
 
 class Inductor(Backend):
@@ -49,6 +51,25 @@ class Inductor(Backend):
     def optimize(
         self, export: Export, precision: str, device: str, cache: Optional[Path] = None
     ) -> Optimized:
+        return self._compiled(export, precision, device, cache)
+
+    def load(self, export: Export, precision: str, device: str, folder: Path) -> Optimized:
+        """TorchDynamo traces the module again; the code that comes out is there."""
+        return self._compiled(export, precision, device, folder, (folder / REPLAYS).exists())
+
+    def _compiled(
+        self,
+        export: Export,
+        precision: str,
+        device: str,
+        cache: Optional[Path],
+        replays: Optional[bool] = None,
+    ) -> Optimized:
+        """The module is compiled.
+
+        Args:
+            replays: whether CUDA graphs are replayed; None: if that is faster.
+        """
         import torch
 
         kept = cache or Path(tempfile.mkdtemp(prefix="inductor_"))
@@ -56,7 +77,7 @@ class Inductor(Backend):
         before, start = _counts(), time.perf_counter()
         _declare_dynamic(export)
         try:
-            compiled = _compile(export, precision, device)
+            compiled = _compile(export, precision, device, replays)
         except Exception as error:
             if NO_EXEC not in first_cause(error):
                 raise
@@ -71,6 +92,11 @@ class Inductor(Backend):
         def call(*images: Any) -> Any:
             check_sizes(images, export, "TorchInductor's code")
             return compiled.call(*images)
+
+        def save(folder: Path) -> None:
+            shutil.copytree(str(kept), str(folder), dirs_exist_ok=True)
+            if compiled.replays:
+                (folder / REPLAYS).touch()
 
         return Optimized(
             call=call,
@@ -88,6 +114,7 @@ class Inductor(Backend):
                 share_of_flops=_share_of_flops(export, precision, device),
             ),
             read_artifact_bytes=lambda: folder_bytes(kept),
+            save=save,
         )
 
 
@@ -110,17 +137,24 @@ class _Compiled:
         return self.call is not self.plain
 
 
-def _compile(export: Export, precision: str, device: str) -> _Compiled:
-    """The module is compiled; on CUDA with CUDA graphs if it is faster with them."""
+def _compile(
+    export: Export, precision: str, device: str, replays: Optional[bool] = None
+) -> _Compiled:
+    """The module is compiled; on CUDA with CUDA graphs if it is faster with them.
+
+    Args:
+        replays: whether it has CUDA graphs, where that is known.
+    """
     import torch
 
     module = export.python_module()
     plain = chosen = autocast(torch.compile(module), precision, device)
-    if device == "cuda":
+    if device == "cuda" and replays is not False:
         recorded = torch.compile(module, options={"triton.cudagraphs": True})
         recorded = _own_outputs(autocast(recorded, precision, device))
         # At one size, as each takes half a minute to compile for.
-        if _seconds_of_calls(recorded, export.inputs) < _seconds_of_calls(plain, export.inputs):
+        plain_s = _seconds_of_calls(plain, export.inputs)  # Its profile is read, too.
+        if replays or _seconds_of_calls(recorded, export.inputs) < plain_s:
             chosen = recorded
     _warm(chosen, export)
     return _Compiled(chosen, plain)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shutil
 import tempfile
 import time
 from collections import Counter
@@ -24,6 +25,8 @@ from results.record import AccuracyControl, Coverage
 if TYPE_CHECKING:
     from detectors.export import Export
 
+# Of the graph, in the folder that it is saved to.
+FILE = "model.onnx"
 OPSET = 18
 # The first that has deformable convolutions.
 OPSET_OF_DEFORM_CONV = 19
@@ -75,7 +78,6 @@ class ONNXRuntime(Backend):
     def optimize(
         self, export: Export, precision: str, device: str, cache: Optional[Path] = None
     ) -> Optimized:
-        import torch
 
         if export.onnx_file is not None:
             raise Unsupported("ONNX Runtime is the baseline of an ONNX file")
@@ -83,18 +85,39 @@ class ONNXRuntime(Backend):
         module = export.script_module()
         exported = time.perf_counter()
         graph = convert(module, export)
-        is_int8 = precision == "int8"
         control = None
-        if is_int8 and export.validation is not None:
+        if precision == "int8" and export.validation is not None:
             graph, control = quantize_under_control(graph, export)
-        elif is_int8:
+        elif precision == "int8":
             graph = quantize(graph, export)
         converted = time.perf_counter()
-        threads = torch.get_num_threads()
         # TensorRT's engines are kept in any case: that is how their size is known.
         kept = cache or Path(tempfile.mkdtemp(prefix="tensorrt_"))
         before = _engines(kept)
-        layers = None
+        made = self._optimized(graph, export, precision, device, kept)
+        is_cached = made.provider == TENSORRT and bool(before) and _engines(kept) == before
+        phases = {"export": exported - start, "convert": converted - exported}
+        seconds = replace(made.seconds, **phases)
+        return replace(made, seconds=seconds, control=control, cached=is_cached)
+
+    def load(self, export: Export, precision: str, device: str, folder: Path) -> Optimized:
+        return self._optimized((folder / FILE).read_bytes(), export, precision, device, folder)
+
+    def _optimized(
+        self, graph: bytes, export: Export, precision: str, device: str, kept: Path
+    ) -> Optimized:
+        """A session of a serialized model.
+
+        Args:
+            kept: folder for TensorRT's engines.
+
+        Raises:
+            errors.Unsupported: ONNX Runtime cannot take it.
+        """
+        import torch
+
+        start, threads = time.perf_counter(), torch.get_num_threads()
+        layers, is_int8 = None, precision == "int8"
         if is_int8:
             session, layers = quantized_session(graph, threads)
         else:
@@ -104,6 +127,12 @@ class ONNXRuntime(Backend):
             raise Unsupported("ONNX Runtime could load neither TensorRT nor CUDA")
         call = caller(session, export)
         call(*export.inputs)  # TensorRT builds its engines when it first sees the sizes.
+
+        def save(folder: Path) -> None:
+            (folder / FILE).write_bytes(graph)
+            for engine in kept.iterdir() if provider == TENSORRT else ():
+                shutil.copy(str(engine), str(folder / engine.name))
+
         return Optimized(
             call=call,
             # But for int8 the graph is fp32: only TensorRT has a switch for less.
@@ -112,16 +141,11 @@ class ONNXRuntime(Backend):
             provider=provider,
             threads=threads if provider == CPU else None,
             coverage=replace(_coverage(session, provider), heavy_layers=layers),
-            seconds=Phases(
-                export=exported - start,
-                convert=converted - exported,
-                compile=time.perf_counter() - converted,
-            ),
-            control=control,
-            cached=provider == TENSORRT and bool(before) and _engines(kept) == before,
+            seconds=Phases(compile=time.perf_counter() - start),
             read_artifact_bytes=lambda: (
                 folder_bytes(kept, "*.engine") if provider == TENSORRT else len(graph)
             ),
+            save=save,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
@@ -23,6 +24,8 @@ HEAVY_LAYERS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
 HEAVY_OPERATORS = ("Convolution", "ConvolutionBackpropData", "MatMul")
 # How the CPU plugin says that it has no such operator, or not for such types.
 _NOT_HAD = "Unsupported operation"
+# Of the compiled model, in the folder that it is saved to.
+FILE = "model.blob"
 NO_LAYERS = ("Const", "Input", "Output", "Reorder", "Parameter", "Result")
 
 
@@ -64,25 +67,49 @@ class OpenVINO(Backend):
         converted = time.perf_counter()
         compiled = compile_model(model, precision, torch.get_num_threads(), cache)
         compiled_at = time.perf_counter()
-        coverage = _coverage(compiled)
-        _check_precision(compiled, precision, coverage.heavy_layers or {})
-        call = _caller(compiled.create_infer_request(), export)
-        call(*export.inputs)  # The plugin picks its kernels when it first sees the sizes.
-        return Optimized(
-            call=call,
-            precision=precision,
-            provider="CPU",
-            threads=int(compiled.get_property("INFERENCE_NUM_THREADS")),
-            coverage=coverage,
-            seconds=Phases(
-                export=exported - start,
-                convert=converted - exported,
-                compile=compiled_at - converted,
-            ),
-            control=control,
-            cached=bool(compiled.get_property("LOADED_FROM_CACHE")),
-            read_artifact_bytes=lambda: len(compiled.export_model().getvalue()),
+        seconds = Phases(
+            export=exported - start,
+            convert=converted - exported,
+            compile=compiled_at - converted,
         )
+        made = _optimized(compiled, export, precision, seconds)
+        is_cached = bool(compiled.get_property("LOADED_FROM_CACHE"))
+        return replace(made, control=control, cached=is_cached)
+
+    def load(self, export: Export, precision: str, device: str, folder: Path) -> Optimized:
+        import torch
+
+        start = time.perf_counter()
+        settings = _settings(precision, torch.get_num_threads())
+        compiled = _core().import_model((folder / FILE).read_bytes(), "CPU", settings)
+        seconds = Phases(compile=time.perf_counter() - start)
+        return _optimized(compiled, export, precision, seconds)
+
+
+def _optimized(compiled: Any, export: Export, precision: str, seconds: Phases) -> Optimized:
+    """What becomes of a compiled model.
+
+    Raises:
+        errors.Unsupported: it computes in another precision.
+    """
+    coverage = _coverage(compiled)
+    _check_precision(compiled, precision, coverage.heavy_layers or {})
+    call = _caller(compiled.create_infer_request(), export)
+    call(*export.inputs)  # The plugin picks its kernels when it first sees the sizes.
+
+    def save(folder: Path) -> None:
+        (folder / FILE).write_bytes(compiled.export_model().getvalue())
+
+    return Optimized(
+        call=call,
+        precision=precision,
+        provider="CPU",
+        threads=int(compiled.get_property("INFERENCE_NUM_THREADS")),
+        coverage=coverage,
+        seconds=seconds,
+        read_artifact_bytes=lambda: len(compiled.export_model().getvalue()),
+        save=save,
+    )
 
 
 def quantize(model: Any, export: Export, **changes: Any) -> Any:
@@ -310,11 +337,7 @@ def compile_model(model: Any, precision: str, threads: int, cache: Optional[Path
     Raises:
         errors.Unsupported: the CPU plugin does not have one of its operators.
     """
-    settings = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": HINTS[precision],
-        "INFERENCE_NUM_THREADS": threads,
-    }
+    settings = _settings(precision, threads)
     if cache is not None:
         settings["CACHE_DIR"] = str(cache)
     try:
@@ -323,6 +346,15 @@ def compile_model(model: Any, precision: str, threads: int, cache: Optional[Path
         if _NOT_HAD not in str(error):
             raise
         raise Unsupported(f"OpenVINO cannot compile the model: {first_cause(error)}") from error
+
+
+def _settings(precision: str, threads: int) -> Dict[str, Any]:
+    """Of a model compiled for the latency of one call at a time."""
+    return {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": HINTS[precision],
+        "INFERENCE_NUM_THREADS": threads,
+    }
 
 
 @functools.lru_cache(maxsize=None)

@@ -59,6 +59,9 @@ class Torch(Backend):
             read_precision=lambda: effective_precision(call, export, precision),
         )
 
+    def load(self, export: Export, precision: str, device: str, folder: Path) -> Optimized:
+        return self.optimize(export, precision, device)
+
 
 def autocast(module: Callable, precision: str, device: str) -> Callable[..., Tuple[Any, ...]]:
     """The module called without gradients and, at a lower precision, under autocast.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Optional
+from typing import TYPE_CHECKING, Any, Callable, Dict, Optional
 
 from backends.base import Backend, Optimized, Phases
 from backends.torch import Torch, autocast, effective_precision
@@ -13,6 +14,10 @@ from results.record import Coverage
 
 if TYPE_CHECKING:
     from detectors.export import Export
+
+
+# Of the frozen module, in the folder that it is saved to.
+FILE = "frozen.ts"
 
 
 class TorchScript(Backend):
@@ -39,7 +44,29 @@ class TorchScript(Backend):
         start = time.perf_counter()
         exported_module = self._export(export, precision, device).eval()
         exported = time.perf_counter()
-        module = torch.jit.freeze(exported_module)
+        made = self._optimized(lambda: torch.jit.freeze(exported_module), export, precision, device)
+        return replace(made, seconds=replace(made.seconds, export=exported - start))
+
+    def load(self, export: Export, precision: str, device: str, folder: Path) -> Optimized:
+        import torch
+
+        file = str(folder / FILE)
+        return self._optimized(
+            lambda: torch.jit.load(file, map_location=device), export, precision, device
+        )
+
+    def _optimized(
+        self, frozen: Callable[[], Any], export: Export, precision: str, device: str
+    ) -> Optimized:
+        """What becomes of a frozen module.
+
+        Args:
+            frozen: makes it: what is optimized for oneDNN cannot be saved any more.
+        """
+        import torch
+
+        start = time.perf_counter()
+        module = frozen()
         traced_casts = precision != "fp32" and export.kind == "traced"
         if precision == "fp32" or traced_casts:
             # Its own operators would compute in fp32 whatever autocast says.
@@ -53,10 +80,10 @@ class TorchScript(Backend):
             provider=device,
             threads=torch.get_num_threads() if device == "cpu" else None,
             coverage=Coverage(operators=count_operators(module.graph)),
-            seconds=Phases(export=exported - start, compile=compiled - exported),
+            seconds=Phases(compile=compiled - start),
             read_precision=lambda: effective_precision(call, export, precision),
-            # As one would save it: what is made for oneDNN after that stays in memory.
-            read_artifact_bytes=lambda: saved_bytes(torch.jit.freeze(exported_module)),
+            read_artifact_bytes=lambda: saved_bytes(frozen()),
+            save=lambda folder: torch.jit.save(frozen(), str(folder / FILE)),
         )
 
     def _export(self, export: Export, precision: str, device: str) -> Any:

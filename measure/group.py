@@ -14,11 +14,12 @@ import numpy as np
 import benchmark
 from benchmark import RunFailed, StopRule
 from errors import InputError, Unsupported
-from measure import protocol, quiet, verify
+from measure import protocol, verify
 from measure.bisection import bisection
 from measure.calibration import Calibration
 from measure.drawing import drawn_runs
 from measure.evaluation import EVALUATED, Evaluator, NotJudged, check_model, validation_of
+from measure.generations import Generations
 from measure.plan import Choice, Plan
 from measure.progress import Progress
 from measure.worker import CALL_LIMIT_S, PREPARE_LIMIT_S, Command, Hosts, Worker, scratch_folder
@@ -357,7 +358,7 @@ class Measurement:
             with scratch_folder() as folder:
                 for run in self.all_runs:
                     self.prepare(run, hosts, folder)
-                self.time(hosts)
+                self.time(hosts, folder)
                 if self.plan.stages:
                     self.stages = self.time_stages()
                 for run in self.runs:
@@ -385,23 +386,12 @@ class Measurement:
         model, plan = self.model, self.plan
         self.progress.say(f"{model.name}: preparing {run.label} {run.precision}")
         run.log = folder / f"{run.key}.log"
+        request = self.request(run)
         calibration = plan.calibration if run.precision == "int8" else None
-        validation = self.validation if calibration else None
-        judged = isinstance(validation, protocol.Validate)
-        request = protocol.PrepareRun(
-            model=model.model,
-            backend=run.choice.backend.name,
-            precision=run.precision,
-            device=plan.device,
-            source=plan.source if run.choice.command.name is None else "bundled",
-            folder=str(model.folder),
-            cache=plan.cache and str(plan.cache),
-            calibration=None if calibration is None else calibration.path,
-            validation=validation if judged else None,
-        )
+        limit_s = _prepare_limit_s(calibration, request.validation is not None)
         try:
-            run.worker = _start(hosts, run, plan)
-            run.facts = run.ask(request, _prepare_limit_s(calibration, judged))
+            self.start(run, hosts)
+            run.facts = run.ask(request, limit_s)
             run.artifacts = self.keep(run.choice, run.facts.artifacts)
             limit_s = PREPARE_LIMIT_S * len(model.facts.timed)
             run.warmup_s = run.ask(protocol.Warm.by(plan.warm_up), limit_s).seconds
@@ -414,6 +404,39 @@ class Measurement:
                 raise
             # The cache, for example, cannot be written in there.
             run.give_up("failed", f"{run.choice.command}: {error}")
+
+    def request(self, run: Running, saved: str | None = None) -> protocol.PrepareRun:
+        """The request to prepare a run.
+
+        Args:
+            saved: folder in which its engine is saved; what int8 costs has been judged then.
+        """
+        model, plan = self.model, self.plan
+        calibration = plan.calibration if run.precision == "int8" else None
+        validation = self.validation if calibration and saved is None else None
+        return protocol.PrepareRun(
+            model=model.model,
+            backend=run.choice.backend.name,
+            precision=run.precision,
+            device=plan.device,
+            source=plan.source if run.choice.command.name is None else "bundled",
+            folder=str(model.folder),
+            cache=plan.cache and str(plan.cache),
+            calibration=None if calibration is None else calibration.path,
+            validation=validation if isinstance(validation, protocol.Validate) else None,
+            saved=saved,
+        )
+
+    def start(self, run: Running, hosts: Hosts) -> None:
+        """Starts a worker for a run.
+
+        Raises:
+            benchmark.RunFailed: the environment cannot be had any more.
+        """
+        try:
+            run.worker = hosts.of(run.choice.command).start(run.log, self.plan.threads)
+        except InputError as error:
+            raise RunFailed(str(error)) from None
 
     @property
     def validation(self) -> protocol.Validate | str | None:
@@ -446,7 +469,7 @@ class Measurement:
         objects = self.model.objects
         return name if objects == facts.OBJECTS else f"{objects}-objects.{name}"
 
-    def time(self, hosts: Hosts) -> None:
+    def time(self, hosts: Hosts, folder: Path) -> None:
         """Makes the rounds, and sees what else the machine did."""
         timed = self.model.facts.timed
         live = [run for run in self.all_runs if run.worker is not None]
@@ -454,28 +477,44 @@ class Measurement:
             run.unsettled = 0  # What it did while it was prepared disturbed no turn.
         self.rule = _with_budget(self.rule, len(live) * len(timed))
         self.read_gpu()
-        workers = [run.worker for run in live]
-        before = quiet.snapshot(workers, hosts)
         if live:
-            calls = {run.key: _timed_call(run, len(timed)) for run in live}
+            generations = Generations(
+                live,
+                self.rounds,
+                hosts,
+                folder,
+                start=lambda run: self.start(run, hosts),
+                request=self.request,
+                warm_up=self.plan.later_warm_up,
+                timed_call=lambda run: _timed_call(run, len(timed)),
+                seen=self.read_memory,
+                say=self.progress.say,
+            )
             title = f"{self.model.name} {self.precision}"
             with self.progress.rounds(title, self.rule) as advance:
                 benchmark.run_rounds(
-                    calls,
+                    generations.calls(),
                     self.runs[0].key,
                     self.rule,
                     self.plan.seed,
                     progress=advance,
                     into=self.rounds,
+                    renew=generations.renew,
+                    renewal_s=generations.expected_s(),
                 )
+            self.machine = generations.machine()
         else:
             self.rounds.stopped = "all failed"
         for run in live:
             if run.key in self.rounds.failures:
                 run.give_up("failed", self.rounds.failures[run.key])
             run.settled = run.unsettled < MOST_UNSETTLED
-        self.machine = quiet.between(before, quiet.snapshot(workers, hosts))
         self.read_gpu()
+
+    def read_memory(self, run: Running) -> None:
+        """Takes note of the memory that a run has taken, in the process that prepared it."""
+        if run.memory is None:
+            run.memory = self.known(run, "how much memory it took", protocol.ReadMemory())
 
     def read_gpu(self) -> None:
         """Takes note of how the GPU is doing, as the first worker that lives sees it."""
@@ -518,7 +557,7 @@ class Measurement:
         if run.worker is None:
             return
         self.progress.say(f"{self.model.name} {run.precision}: checking {run.key}")
-        run.memory = self.known(run, "how much memory it took", protocol.ReadMemory())
+        self.read_memory(run)
         run.coverage = self.known(run, "how much the engine took", protocol.ReadCoverage())
         failure = self.model.facts.blank_failure
         if failure is not None and run.choice.is_baseline:
@@ -706,9 +745,10 @@ class Measurement:
         samples = tuple(tuple(self.samples(key)) for key in (self.runs[0].key, AGAIN))
         aa = None
         if all(samples) and interruption is None:
-            speedup = benchmark.speedup(*samples, self.plan.seed)
+            speedup = benchmark.speedup(*samples, self.plan.seed, self.rounds.generations)
             resolution = benchmark.resolution(speedup)
-            aa = SameAgainstSame(self.model.name, self.precision, speedup, resolution, samples)
+            of = (self.model.name, self.precision, speedup, resolution, samples)
+            aa = SameAgainstSame(*of, tuple(self.rounds.generations))
         return Measured(groups, found, aa, interruption)
 
     def one_by_one(self) -> list[Group]:
@@ -743,6 +783,7 @@ class Measurement:
             images_per_call=self.model.model.images_per_call,
             image_sizes={name: known.sizes[name] for name in inputs},
             rounds=self.rounds.rounds,
+            generations=tuple(self.rounds.generations),
             stopped=self.rounds.stopped,
             runs=tuple(self.record(run, inputs, place) for run in self.runs),
             image=image,
@@ -830,7 +871,7 @@ class Measurement:
         samples = self.samples(run.key, place)
         if not (baseline and samples):
             return None
-        return benchmark.speedup(baseline, samples, self.plan.seed)
+        return benchmark.speedup(baseline, samples, self.plan.seed, self.rounds.generations)
 
     def own_torch(self, run: Running) -> str | None:
         """The key of Torch in the environment of a run, if that is not the suite's own."""
@@ -850,7 +891,8 @@ class Measurement:
             return None
         extra_s = run.facts.prepare.own - baseline.facts.prepare.own
         images = self.model.model.images_per_call
-        return benchmark.break_even(*samples, extra_s, images, self.plan.seed)
+        of = (*samples, extra_s, images, self.plan.seed)
+        return benchmark.break_even(*of, self.rounds.generations)
 
 
 def _count(found: Sequence[verify.Detections]) -> int | None:
@@ -858,18 +900,6 @@ def _count(found: Sequence[verify.Detections]) -> int | None:
     if found and not any(image.has_objects for image in found):
         return None
     return sum(len(image.scores) for image in found)
-
-
-def _start(hosts: Hosts, run: Running, plan: Plan) -> Worker:
-    """A worker for a run.
-
-    Raises:
-        benchmark.RunFailed: the environment cannot be had any more.
-    """
-    try:
-        return hosts.of(run.choice.command).start(run.log, plan.threads)
-    except InputError as error:
-        raise RunFailed(str(error)) from None
 
 
 def _prepare_limit_s(calibration: Calibration | None, is_judged: bool) -> float:

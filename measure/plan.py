@@ -14,7 +14,7 @@ import numpy as np
 
 from backends import base
 from backends.base import Backend
-from benchmark import RunFailed, StopRule, WarmUp
+from benchmark import LEAST_GENERATIONS, LEAST_ROUNDS_OF_GENERATION, RunFailed, StopRule, WarmUp
 from configuration import Input
 from detectors import inputs, zoo
 from detectors.config_file import is_program, read_configuration, read_program, read_settings
@@ -25,7 +25,7 @@ from measure.calibration import Calibration
 from measure.dataset import Dataset, Picture
 from measure.dataset import read as read_dataset
 from measure.worker import READY_LIMIT_S, Command, Hosts, Worker
-from models import CALIBRATION_IMAGES, MODELS, Detectron2Model, Model
+from models import CALIBRATION_IMAGES, GENERATIONS, MODELS, Detectron2Model, Model
 from results.environment import cpu_flags, file_name, free_memory_mb, has_native_bf16, usable_cores
 from results.facts import OBJECTS
 from results.file import prepare_directory
@@ -85,7 +85,7 @@ class Plan:
         view: how the models see them.
         pictures: the images that were read, 3 x H x W, to be kept beside the results.
         detections: how many objects synthetic weights find; with several, each is measured.
-        warm_up, rule: of the timing.
+        warm_up, rule: of the timing; later_warm_up: of workers that are started anew.
         output: folder for results and the files that backends want kept, or None.
         cache: folder in which engines are kept between invocations, or None.
         costs: whether someone will read what it costs to prepare a run.
@@ -114,6 +114,7 @@ class Plan:
     weights: str
     detections: tuple[int, ...]
     warm_up: WarmUp
+    later_warm_up: WarmUp
     rule: StopRule
     threads: int
     seed: int
@@ -241,7 +242,8 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
         pictures=pictures,
         weights=weights,
         detections=options.detections,
-        warm_up=WarmUp.on(device) if options.warmup is None else WarmUp.fixed(options.warmup),
+        warm_up=_warm_up(options.warmup, WarmUp.on(device)),
+        later_warm_up=_warm_up(options.warmup, WarmUp.again(device)),
         rule=_stop_rule(options, device),
         threads=threads,
         seed=options.seed,
@@ -763,6 +765,30 @@ def _check_weights(models: Sequence[Model], weights: str, threads: int, hosts: H
 
 
 def _stop_rule(options: argparse.Namespace, device: str) -> StopRule:
+    """When enough rounds have been made.
+
+    Raises:
+        errors.InputError: there are fewer of them than generations, or too few generations.
+    """
+    asked = options.generations
+    if asked is not None and 1 < asked < LEAST_GENERATIONS:
+        raise InputError(
+            f"--generations {asked}: so few tell nothing of how processes differ; 1, or at least "
+            f"{LEAST_GENERATIONS}"
+        )
     if options.iterations is not None:
-        return StopRule.fixed(options.iterations)
-    return StopRule(half_width=HALF_WIDTH[device], budget_s=options.time_budget)
+        if asked is not None and asked > options.iterations:
+            raise InputError(
+                f"--iterations {options.iterations} are too few for --generations {asked}"
+            )
+        return StopRule.fixed(options.iterations, asked or 1)
+    return StopRule(
+        half_width=HALF_WIDTH[device],
+        budget_s=options.time_budget,
+        min_generations=asked or GENERATIONS,
+        max_generations=asked or StopRule.max_rounds // LEAST_ROUNDS_OF_GENERATION,
+    )
+
+
+def _warm_up(calls: int | None, default: WarmUp) -> WarmUp:
+    return default if calls is None else WarmUp.fixed(calls)

@@ -50,7 +50,7 @@ from results.record import (
     Weights,
 )
 
-PROTOCOL = 1
+PROTOCOL = 2
 # The number of the host itself, among those of its workers.
 HOST = 0
 # Seconds that a worker has to close what it has opened, when it was told to stop.
@@ -488,6 +488,7 @@ class PrepareRun(Request[RunFacts]):
         calibration: file with images to calibrate int8 on, see `detectors.inputs.Calls`; None: they
             are made of the timed one.
         validation: how int8 is judged on these; None: it is not.
+        saved: folder in which `Save` has left the engine; None: it is made.
     """
 
     answer: ClassVar = RunFacts
@@ -500,6 +501,15 @@ class PrepareRun(Request[RunFacts]):
     cache: Optional[str] = None
     calibration: Optional[str] = None
     validation: Optional[Validate] = None
+    saved: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class Save(Request[Done]):
+    """Save the engine for later generations; what cannot be saved is made anew in each."""
+
+    answer: ClassVar = Done
+    folder: str
 
 
 @dataclass(frozen=True)
@@ -740,7 +750,7 @@ REQUESTS: Dict[str, Type[Request[Any]]] = {
     kind.__name__: kind
     for kind in (
         *(Start, Kill, Stop, Survey, InspectModule, ReadInput, CheckWeights, PrepareModel),
-        *(PrepareRun, Warm, TimedCalls, Detect, TimeStages, Trace, ReadMemory, ReadCoverage),
+        *(PrepareRun, Save, Warm, TimedCalls, Detect, TimeStages, Trace, ReadMemory, ReadCoverage),
         *(ReadArtifact, ReadPrecision, ReadGpu, ReadCpuTime, MeasurePeak, Watch),
         *(ReadBatch, DetectBatch, KeepBatch, Judge, FindWorst, KeepCopy),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,17 +66,23 @@ def _throttle_count() -> int:
         return 0
 
 
-def between(before: Snapshot, after: Snapshot) -> Machine:
-    """What happened meanwhile."""
-    total = max(after.total - before.total, 1e-9)
-    others = after.busy - before.busy - _own_seconds(before, after)
+def within(spans: Sequence[tuple[Snapshot, Snapshot]]) -> Machine:
+    """What happened within some spans of time, each given by its beginning and its end."""
+    total = max(1e-9, sum(after.total - before.total for before, after in spans))
+    steal = sum(max(0.0, after.steal - before.steal) for before, after in spans)
+    others = sum(_others_seconds(before, after) for before, after in spans)
     return Machine(
-        steal_share=max(0.0, after.steal - before.steal) / total,
-        others_share=min(1.0, max(0.0, others / total)),
-        thermal_throttles=after.throttled - before.throttled,
-        quota_periods=after.periods - before.periods,
-        quota_stops=after.stopped - before.stopped,
+        steal_share=steal / total,
+        others_share=min(1.0, others / total),
+        thermal_throttles=sum(after.throttled - before.throttled for before, after in spans),
+        quota_periods=sum(after.periods - before.periods for before, after in spans),
+        quota_stops=sum(after.stopped - before.stopped for before, after in spans),
     )
+
+
+def _others_seconds(before: Snapshot, after: Snapshot) -> float:
+    """What other processes have spent meanwhile."""
+    return max(0.0, after.busy - before.busy - _own_seconds(before, after))
 
 
 def _own_seconds(before: Snapshot, after: Snapshot) -> float:

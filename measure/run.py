@@ -355,7 +355,10 @@ class Run:
         run = (self.export, request.precision, request.device)
         cache = request.cache and base.cache_folder(Path(request.cache), self.backend, *run)
         built = time.perf_counter()
-        self.optimized = self.backend.optimize(*run, cache or None)
+        if request.saved is not None and Path(request.saved).is_dir():
+            self.optimized = self.backend.load(*run, Path(request.saved))
+        else:
+            self.optimized = self.backend.optimize(*run, cache or None)
         if self.optimized.context is not None:
             self.optimized.context().__enter__()  # For life.
         self.synchronize()
@@ -381,6 +384,16 @@ class Run:
             artifacts=self.optimized.artifacts,
             control=self.optimized.control,
         )
+
+    def save(self, request: protocol.Save) -> protocol.Done:
+        """Saves the engine, if it can be."""
+        if self.optimized.save is not None:
+            # There is no folder of which a part is missing.
+            unfinished = Path(f"{request.folder}.new")
+            unfinished.mkdir()
+            self.optimized.save(unfinished)
+            unfinished.rename(request.folder)
+        return protocol.Done()
 
     def synchronize(self) -> None:
         """Waits for the device, so that the clock does not stop before the work does."""
@@ -679,6 +692,7 @@ class Worker:
         run = Run(request)
         self.answers.update(
             {
+                protocol.Save: run.save,
                 protocol.Warm: run.warm,
                 protocol.TimedCalls: run.timed_calls,
                 protocol.Detect: run.detect,

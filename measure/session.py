@@ -391,6 +391,8 @@ class Session:
         )
         self.groups += measured.groups
         self.aa = self.aa or measured.aa
+        if self.aa is not None:
+            self.groups = list(facts.with_margin(self.groups, self.aa.resolution or 0.0))
         for name, picture in self._pictures_of(model).items():
             self.found[picture].runs[precision] = measured.found.get(name, {})
         if model.evaluator is not None:
@@ -477,6 +479,7 @@ def settings(plan: Plan, options: argparse.Namespace) -> Settings:
         environment=tuple(x.command.name for x in plan.choices if x.command.name is not None),
         warmup=options.warmup,
         iterations=options.iterations,
+        generations=options.generations,
         time_budget=options.time_budget,
         threads=plan.threads,
         seed=plan.seed,

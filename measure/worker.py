@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -122,6 +122,9 @@ class Host:
         self._buffer = bytearray()
         self._lines: deque[bytes] = deque()
         self._deaths: dict[int, int] = {}
+        # Answers to what several workers were asked at once: of worker and id of the request.
+        self._awaited: set[tuple[int, int]] = set()
+        self._replies: dict[tuple[int, int], dict[str, Any]] = {}
         self._count = self._asked = 0
         try:
             with open(log, "ab") as file:
@@ -236,17 +239,38 @@ class Host:
             benchmark.RunFailed: the worker failed or died.
             errors.InputError, errors.Unsupported: as raised there.
         """
-        deadline = time.monotonic() + limit_s
+        return self.answer(number, self.begin(number, request), request, limit_s)
+
+    def begin(self, number: int, request: protocol.Request[Any]) -> int:
+        """Sends a request whose `answer` will be asked for; returns its id.
+
+        Raises:
+            benchmark.RunFailed: the host has died.
+        """
         try:
             asked = self.tell(number, request)
-            while number not in self._deaths:
+        except BrokenPipeError:
+            raise RunFailed(f"the host of its worker died: {self._last_words()}") from None
+        self._awaited.add((number, asked))
+        return asked
+
+    def answer(self, number: int, asked: int, request: protocol.Request[A], limit_s: float) -> A:
+        """Waits for the answer to a request, see `ask`."""
+        place, deadline = (number, asked), time.monotonic() + limit_s
+        try:
+            while place not in self._replies and number not in self._deaths:
                 reply = self._hear(deadline)
-                if reply.get("from") == number and reply.get("id") == asked:
-                    return _answer(reply, request)  # Others are outdated.
-        except (EOFError, BrokenPipeError):
+                of = (reply.get("from"), reply.get("id"))
+                if of in self._awaited:  # Others are outdated.
+                    self._replies[of] = reply
+            if place in self._replies:
+                return _answer(self._replies.pop(place), request)
+        except EOFError:
             raise RunFailed(f"the host of its worker died: {self._last_words()}") from None
         except NotTheProtocol as odd:
             raise RunFailed(f"{self.command} is out of step: {odd}") from None
+        finally:
+            self._awaited.discard(place)
         raise RunFailed(f"the process {_cause_of_death(self._deaths[number])}")
 
     def wait_for_end(self, number: int, limit_s: float) -> None:
@@ -402,11 +426,24 @@ class Worker:
             benchmark.RunFailed: the process failed, died, or took longer than `limit_s`.
             errors.InputError, errors.Unsupported: as raised there.
         """
-        try:
-            return self.host.ask(self._number, request, limit_s)
-        except TimeoutError:
-            self.kill()
-            raise RunFailed(f"no answer within {limit_s:g} s") from None
+        return self.begin(request)(limit_s)
+
+    def begin(self, request: protocol.Request[A]) -> Callable[[float], A]:
+        """Sends a request; others may be asked, too, until what it returns waits for the answer.
+
+        Raises:
+            benchmark.RunFailed: the host has died.
+        """
+        asked = self.host.begin(self._number, request)
+
+        def answer(limit_s: float) -> A:
+            try:
+                return self.host.answer(self._number, asked, request, limit_s)
+            except TimeoutError:
+                self.kill()
+                raise RunFailed(f"no answer within {limit_s:g} s") from None
+
+        return answer
 
     def cpu_seconds(self) -> float | None:
         """CPU that it and its children that have ended have used; None where it has died."""

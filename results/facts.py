@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import astuple, fields, replace
 from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence, Tuple
 
+from benchmark import Speedup, verdict
 from models import BLANK, timed
 from results.record import (
     AccuracyControl,
@@ -38,7 +39,7 @@ DECISIVE_SETTINGS = (
         "source",
     ),
     *("image", "image_size", "min_size", "max_size", "weights", "detections", "threads", "seed"),
-    *("warmup", "iterations", "time_budget"),
+    *("warmup", "iterations", "generations", "time_budget"),
     *("stages", "trace", "bisect"),
     *("dataset", "limit", "min_ap_ratio"),
     *("calibration", "calibration_annotations", "calibration_limit"),
@@ -196,6 +197,27 @@ def _shown(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(map(str, value))
     return "none" if value is None else str(value)
+
+
+def with_margin(of: Sequence[Group], margin: float) -> Tuple[Group, ...]:
+    """Groups of which the speedups have the verdicts that a margin gives, as a share."""
+
+    def judged(speedup: Optional[Speedup]) -> Optional[Speedup]:
+        if speedup is None:
+            return None
+        return replace(speedup, verdict=verdict(speedup.low, speedup.high, margin))
+
+    names = ("speedup", "speedup_over_fp32", "speedup_over_own_torch")
+    return tuple(
+        replace(
+            group,
+            runs=tuple(
+                replace(run, **{name: judged(getattr(run, name)) for name in names})
+                for run in group.runs
+            ),
+        )
+        for group in of
+    )
 
 
 # What a reader has to know ---------------------------------------------------------------------

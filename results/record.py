@@ -23,9 +23,19 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 # What became of a run. failed: it crashed, or ran out of time or memory; unsupported: its backend
 # cannot take the export; mismatch: it was measured, but its detections are not the reference's.
 Status = Literal["ok", "failed", "unsupported", "mismatch"]
-# What ended the rounds of a group. interval: every speedup was known well enough; interrupted: all
-# that came before what was found had been checked, so that such a group is measured again.
-Stopped = Literal["interval", "max rounds", "fixed", "time budget", "all failed", "interrupted"]
+# What ended the rounds of a group. interval: every speedup was known well enough; generations: so
+# many were asked for; width: the intervals had stopped shrinking; interrupted: all that came before
+# what was found had been checked, so that such a group is measured again.
+Stopped = Literal[
+    "interval",
+    "max rounds",
+    "generations",
+    "fixed",
+    "time budget",
+    "width",
+    "all failed",
+    "interrupted",
+]
 
 # Input (`min`, `opt`, `max`, and with several images `image 2` and so on) -> height and width of
 # each image of the call, in pixels.
@@ -130,6 +140,7 @@ class Settings:
     environment: Tuple[str, ...] = ()
     warmup: Optional[int] = None
     iterations: Optional[int] = None
+    generations: Optional[int] = None
     time_budget: Optional[float] = None
     threads: Optional[int] = None
     seed: int = 0
@@ -702,6 +713,8 @@ class Group:
             `torch.utils.flop_counter` counts them.
         image_digest: tells the timed images from others: 16 hexadecimal digits.
         rounds: complete ones.
+        generations: of these, how many were made in each; between two of them all processes were
+            started anew. Empty: one, in a file of before.
         half_width: the share to which speedups were to be known for the rounds to end.
         budget_s: seconds of timed rounds after which they end; None: no limit.
         gpu: before and after the rounds.
@@ -720,6 +733,7 @@ class Group:
     rounds: int
     stopped: Stopped
     runs: Tuple[Run, ...]
+    generations: Tuple[int, ...] = ()
     image: Optional[str] = None
     objects: int = 100
     found: Optional[int] = None
@@ -842,7 +856,7 @@ class SameAgainstSame:
     Attributes:
         resolution: how far the interval strays from 1, as a share: a smaller difference cannot be
             told from noise. None with too few rounds.
-        samples_s: of the two processes.
+        samples_s: of the two processes; generations: how many of them in each.
     """
 
     model: str
@@ -850,6 +864,7 @@ class SameAgainstSame:
     speedup: Speedup
     resolution: Optional[float]
     samples_s: Tuple[Tuple[float, ...], Tuple[float, ...]]
+    generations: Tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -243,22 +243,28 @@ def describe_stop(
     stopped: Stopped,
     half_width: float = StopRule.half_width,
     budget_s: Optional[float] = None,
+    generations: Sequence[int] = (),
 ) -> str:
     """How many rounds were made, and what ended them.
 
     Args:
-        stopped, half_width, budget_s: as a `Group` has them.
+        stopped, half_width, budget_s, generations: as a `Group` has them.
     """
     width = f"±{100 * half_width:g}%"
     why = {
         "interval": f"until every speedup was known to {width}",
+        "generations": f"as many as asked for, before every speedup was known to {width}",
+        "width": "until more generations did not narrow the intervals any more",
         "max rounds": f"the most allowed, before every speedup was known to {width}",
         "fixed": "as asked for",
         "time budget": f"until the time budget of {budget_s or 0:g} s",
         "all failed": "until every run had failed",
         "interrupted": "until it was interrupted",
     }
-    return f"{rounds} round{'' if rounds == 1 else 's'}, {why[stopped]}"
+    made = f"{rounds} round{'' if rounds == 1 else 's'}"
+    if len(generations) > 1:
+        made += f" in {len(generations)} generations"
+    return f"{made}, {why[stopped]}"
 
 
 def _digits(value: float, significant: int = 4) -> str:
@@ -688,7 +694,8 @@ def _rounds_notes(results: Results, groups: Sequence[Group]) -> Iterator[str]:
         elif group.rounds:
             half_width = StopRule.half_width if group.half_width is None else group.half_width
             budget_s = group.budget_s or results.settings.time_budget
-            made = describe_stop(group.rounds, group.stopped, half_width, budget_s)
+            known = (group.stopped, half_width, budget_s, group.generations)
+            made = describe_stop(group.rounds, *known)
             yield f"{group.precision}: {made}"
 
 

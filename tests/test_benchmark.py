@@ -167,6 +167,171 @@ def test_progress_sees_every_round():
     assert seen == [1, 2, 3, 4]
 
 
+# Generations -----------------------------------------------------------------------------------
+
+
+class Processes(Machine):
+    """Runs whose processes differ, each by a factor of its own, and take time to start."""
+
+    def __init__(self, seed=0, call=0.02, process=0.015, drift=0.05, renewal_s=8.0):
+        super().__init__(seed, call)
+        self.process, self.drift, self.renewal_s = process, drift, renewal_s
+        self.renewals = 0
+
+    def start(self, runs):
+        """New processes for runs of these lengths; the machine as a whole is another, too."""
+        common = self.drift * self.generator.normal()
+        return {
+            name: self.run(name, s * math.exp(common + self.process * self.generator.normal()))
+            for name, s in runs.items()
+        }
+
+    def measure(self, rule, runs, seed=0, fails=(), **more):
+        def renew():
+            self.renewals += 1
+            self.now += self.renewal_s
+            started = self.start(runs)
+            for name, at, reason in fails:
+                if at <= self.renewals:
+                    started[name] = RunFailed(reason)
+            return started
+
+        of = (next(iter(runs)), rule, seed, None, self.clock)
+        return benchmark.run_rounds(self.start(runs), *of, renew=renew, **more)
+
+
+def spread(rounds):
+    """The speedup of the second run over the first."""
+    baseline, run = rounds.samples.values()
+    return benchmark.speedup(baseline, run, 0, rounds.generations)
+
+
+SEVERAL = StopRule(min_generations=5, max_generations=20)
+TWO = {"Torch": 0.4, "OpenVINO": 0.4}
+
+
+def test_all_processes_are_started_anew_between_generations():
+    machine = Processes()
+    rounds = machine.measure(StopRule.fixed(22, 5), TWO)
+    assert (rounds.generations, rounds.stopped) == ([4, 4, 5, 4, 5], "fixed")
+    assert machine.renewals == 4
+    assert [len(x) for x in rounds.samples.values()] == [22, 22]
+
+
+def test_no_fewer_than_fifteen_rounds_in_five_generations():
+    machine = Processes(call=0.0001, process=0.0001)
+    rounds = machine.measure(SEVERAL, TWO)
+    assert (rounds.generations, rounds.stopped) == ([3] * 5, "interval")
+
+
+def test_noise_takes_more_rounds_in_each_generation():
+    quiet, noisy = (
+        Processes(call=call, process=0.0001).measure(SEVERAL, TWO) for call in (0.01, 0.06)
+    )
+    assert noisy.generations[0] > 2 * quiet.generations[0]
+    assert noisy.generations[:5] == [noisy.generations[0]] * 5
+
+
+def test_processes_that_differ_take_more_generations():
+    rounds = Processes(process=0.04).measure(SEVERAL, TWO)
+    assert rounds.stopped == "interval"
+    assert len(rounds.generations) > 6
+    # Short ones: within them there is little to be known.
+    assert max(rounds.generations) < 12
+    found = spread(rounds)
+    assert max(found.high / found.ratio, found.ratio / found.low) <= 1.03 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("budget_s", "generations"),
+    # Four renewals take 32 s, three rounds 2.4 s: so five generations take 44 s, and three 23.2 s.
+    [(1.0, [3, 3, 3]), (25.0, [3, 3, 3]), (45.0, [3] * 5)],
+)
+def test_a_budget_that_cannot_hold_five_generations_holds_three(budget_s, generations):
+    rule = StopRule(min_generations=5, max_generations=20, budget_s=budget_s)
+    machine = Processes(process=0.05, drift=0.0)
+    rounds = machine.measure(rule, TWO, renewal_s=8.0)
+    assert rounds.generations == generations
+    assert rounds.stopped == "time budget"
+    assert machine.now < max(25.0, budget_s)
+
+
+def test_a_budget_is_spent_on_rounds_and_on_renewals():
+    for seed in range(10):
+        rule = StopRule(min_generations=5, max_generations=20, budget_s=60.0, half_width=0.001)
+        machine = Processes(seed, drift=0.02)
+        rounds = machine.measure(rule, TWO, renewal_s=6.0)
+        assert (rounds.stopped, len(rounds.generations)) == ("time budget", 5)
+        assert 52 < machine.now <= 62
+
+
+def test_a_renewal_that_takes_longer_than_expected_leaves_fewer_generations():
+    rule = StopRule(min_generations=5, max_generations=20, budget_s=60.0, half_width=0.001)
+    machine = Processes(renewal_s=25.0)
+    rounds = machine.measure(rule, TWO, renewal_s=2.0)
+    assert (rounds.stopped, len(rounds.generations)) == ("time budget", 3)
+
+
+def test_as_many_generations_as_asked_for():
+    rule = StopRule(min_generations=4, max_generations=4)
+    rounds = Processes(process=0.1).measure(rule, TWO)
+    assert (rounds.stopped, len(rounds.generations)) == ("generations", 4)
+    assert min(rounds.generations) >= 4  # Fifteen rounds in all.
+
+
+def test_ends_when_the_width_has_stopped_shrinking():
+    # Each generation strays further than all before it.
+    machine = Processes(process=0.05)
+    start = machine.start
+
+    def ever_worse(runs):
+        machine.process *= 1.25
+        return start(runs)
+
+    machine.start = ever_worse
+    rounds = machine.measure(SEVERAL, TWO)
+    assert rounds.stopped == "width"
+    assert 13 <= len(rounds.generations) <= 15
+
+
+def test_the_most_rounds_of_all_generations():
+    rule = StopRule(min_generations=5, max_generations=60, half_width=0.0001)
+    rounds = Processes().measure(rule, TWO)
+    assert (rounds.rounds, rounds.stopped) == (200, "max rounds")
+
+
+def test_a_run_that_cannot_be_started_anew_is_dropped():
+    fails = [("OpenVINO", 2, "no memory")]
+    rounds = Processes().measure(StopRule.fixed(12, 4), {**TWO, "Inductor": 0.3}, fails=fails)
+    assert rounds.failures == {"OpenVINO": "no memory"}
+    assert {name: len(x) for name, x in rounds.samples.items()} == {
+        "Torch": 12,
+        "OpenVINO": 6,
+        "Inductor": 12,
+    }
+    # What it has is compared.
+    samples = (rounds.samples["Torch"], rounds.samples["OpenVINO"])
+    assert benchmark.speedup(*samples, 0, rounds.generations).low is not None
+
+
+def test_ends_when_none_can_be_started_anew():
+    fails = [(name, 1, "no memory") for name in TWO]
+    rounds = Processes().measure(StopRule.fixed(12, 4), TWO, fails=fails)
+    assert rounds.stopped == "all failed"
+    assert [len(x) for x in rounds.samples.values()] == [3, 3]
+
+
+@pytest.mark.parametrize(("least", "most"), [(1, 5), (2, 2), (2, 5), (5, 4)], ids=lambda x: str(x))
+def test_impossible_numbers_of_generations(least, most):
+    with pytest.raises(ValueError, match=f"{least} to {most} generations"):
+        StopRule(min_generations=least, max_generations=most)
+
+
+def test_fewer_rounds_than_generations():
+    with pytest.raises(ValueError, match="4 rounds in 5 to 5 generations"):
+        StopRule.fixed(4, 5)
+
+
 # The stop rule
 
 
@@ -316,6 +481,64 @@ def test_interval_covers_when_the_stop_rule_chose_the_rounds():
     assert covered >= 90
 
 
+def simulated(generator, generations, call, process, count):
+    """Samples of two runs that do the same: between generations and rounds the machine drifts.
+
+    Returns:
+        2 x count x all rounds.
+    """
+    parts = []
+    for rounds in generations:
+        drift = 0.05 * generator.normal(size=(1, count, 1))
+        drift = drift + np.cumsum(0.01 * generator.normal(size=(1, count, rounds)), axis=2)
+        own = process * generator.normal(size=(2, count, 1))
+        parts.append(np.exp(drift + own + call * generator.normal(size=(2, count, rounds))))
+    return np.concatenate(parts, axis=2)
+
+
+@pytest.mark.parametrize("rounds", [5, 20, 60])
+@pytest.mark.parametrize("call", [0.01, 0.02, 0.04])
+@pytest.mark.parametrize("process", [0.0, 0.015, 0.03])
+def test_the_interval_of_generations_covers(rounds, call, process):
+    """Whatever the spread between calls (`call`) and between processes (`process`)."""
+    generator = np.random.default_rng([rounds, int(1000 * call), int(1000 * process)])
+    generations = [rounds] * 5
+    samples = simulated(generator, generations, call, process, 1500)
+    found = [benchmark.speedup(*pair, 0, generations) for pair in samples.transpose(1, 0, 2)]
+    covered = np.mean([x.low <= 1 <= x.high for x in found])
+    assert 0.93 <= covered <= 0.98
+
+
+def test_the_bootstrap_does_not_cover_what_differs_between_processes():
+    """Why there are generations at all: of one, however long, nobody can tell."""
+    samples = simulated(np.random.default_rng(0), [60], 0.02, 0.015, 300)
+    found = [benchmark.speedup(*x, 0, resamples=500) for x in samples.transpose(1, 0, 2)]
+    assert np.mean([x.low <= 1 <= x.high for x in found]) < 0.6
+
+
+@pytest.mark.parametrize(("call", "process"), [(0.02, 0.0), (0.02, 0.015), (0.04, 0.03)])
+def test_the_interval_covers_when_the_stop_rule_chose_the_generations(call, process):
+    covered = []
+    for seed in range(400):
+        rule = StopRule(min_generations=5, max_generations=14, budget_s=400.0)
+        rounds = Processes(seed, call, process).measure(rule, TWO, seed)
+        found = spread(rounds)
+        covered.append(found.low <= 1 <= found.high)
+    assert 0.93 <= np.mean(covered) <= 0.99
+
+
+def test_a_speedup_of_generations_is_the_mean_of_theirs():
+    baseline, run = [2.0] * 3 + [8.0] * 4, [1.0] * 3 + [2.0] * 4
+    found = benchmark.speedup(baseline, run, 0, [3, 4])
+    # Of 2 and 4: by Student's t of one degree of freedom.
+    assert found.ratio == pytest.approx(math.sqrt(8))
+    width = stats.t.ppf(0.98, 1) * math.log(2) / 2
+    assert found.high == pytest.approx(found.ratio * math.exp(width))
+    assert found.low == pytest.approx(found.ratio / math.exp(width))
+    # One generation that is whole, and one that was interrupted in its first round.
+    assert benchmark.speedup([2.0] * 7, [1.0] * 6, 0, [6]) == Speedup(2.0, 2.0, 2.0, "faster")
+
+
 def test_same_against_same_is_never_faster():
     generator = np.random.default_rng(3)
     verdicts = [
@@ -380,10 +603,29 @@ def test_no_rounds_have_no_speedup():
         (0.96, 1.01, "inconclusive"),
         (0.90, 1.10, "inconclusive"),
         (0.90, 0.96, "slower"),
+        (None, None, "inconclusive"),
     ],
 )
 def test_verdict(low, high, verdict):
     assert benchmark.verdict(low, high) == verdict
+    # Less than 3% is never a difference, however well a machine resolves it.
+    assert benchmark.verdict(low, high, margin=0.01) == verdict
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (1.19, 1.30, "inconclusive"),
+        (1.21, 1.30, "faster"),
+        (0.70, 0.79, "slower"),
+        (0.70, 0.81, "inconclusive"),
+        (0.98, 1.02, "same"),
+        (0.90, 1.10, "inconclusive"),
+    ],
+)
+def test_a_difference_exceeds_what_the_machine_resolves(low, high, verdict):
+    """What lies within 20% may be noise where that was seen; the same is what lies within 3%."""
+    assert benchmark.verdict(low, high, margin=0.2) == verdict
 
 
 def test_resolution_is_the_far_end_of_the_interval():
@@ -413,6 +655,15 @@ def test_the_interval_of_a_break_even_covers_the_truth():
         assert found.low <= found.images <= found.high
         covered += found.low <= 100 <= found.high
     assert covered >= 88
+
+
+def test_the_break_even_of_generations():
+    baseline, run = [0.30] * 3 + [0.32] * 3 + [0.28] * 3, [0.20] * 9
+    found = benchmark.break_even(baseline, run, 15.0, 2, 0, [3, 3, 3])
+    width = stats.t.ppf(0.98, 2) * 0.02 / math.sqrt(3)
+    assert found.images == pytest.approx(300)
+    assert found.low == pytest.approx(30 / (0.1 + width))
+    assert found.high == pytest.approx(30 / (0.1 - width))
 
 
 def test_what_is_no_faster_never_breaks_even():

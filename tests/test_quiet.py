@@ -37,7 +37,7 @@ def test_what_happened_between_two_snapshots():
         own={1: 9.0, 2: 16.0},
         throttled=5,
     )
-    assert quiet.between(before, after) == Machine(
+    assert quiet.within([(before, after)]) == Machine(
         steal_share=pytest.approx(1 / 20),
         others_share=pytest.approx((18 - 15) / 20),
         thermal_throttles=2,
@@ -49,7 +49,7 @@ def test_what_happened_between_two_snapshots():
 def test_shares_are_shares():
     """Counters are read one after the other, and a process may end in between."""
     before = snapshot(total=100.0, busy=50.0, steal=1.0, own={1: 10.0})
-    found = quiet.between(before, snapshot(total=100.0, busy=50.1, steal=0.9, own={1: 9.9}))
+    found = quiet.within([(before, snapshot(total=100.0, busy=50.1, steal=0.9, own={1: 9.9}))])
     assert 0 <= found.steal_share <= 1
     assert 0 <= found.others_share <= 1
 
@@ -62,7 +62,7 @@ def test_shares_are_shares():
 def test_a_process_that_dies_does_not_make_its_past_that_of_others(ended, others):
     before = snapshot(total=100.0, busy=50.0, own={1: 40.0, 2: 40.0})
     after = snapshot(total=120.0, busy=68.0, own={1: 55.0}, ended=ended)
-    assert quiet.between(before, after).others_share == pytest.approx(others)
+    assert quiet.within([(before, after)]).others_share == pytest.approx(others)
 
 
 # Real processes --------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def test_a_process_of_our_own_is_not_another(hosts, worker):
     before = [quiet.snapshot(workers, hosts) for workers in ([worker], [])]
     worker.ask(WORK)
     after = [quiet.snapshot(workers, hosts) for workers in ([worker], [])]
-    measured, ignored = (quiet.between(*pair).others_share for pair in zip(before, after))
+    measured, ignored = (quiet.within([pair]).others_share for pair in zip(before, after))
     # It takes a whole core, or its part of a busy one.
     assert ignored - measured > 0.3 / (os.cpu_count() or 1)
 

@@ -612,7 +612,7 @@ def test_a_command_may_have_words_and_a_home():
 
 def test_garbage_in_the_middle_costs_the_run(tmp_path, host):
     """The parent is told; the others of that host are gone with it, those of other hosts not."""
-    hello = json.dumps({"hello": {"protocol": 1, "python": "3", "pid": 1}})
+    hello = json.dumps({"hello": {"protocol": protocol.PROTOCOL, "python": "3", "pid": 1}})
     ready = json.dumps({"ready": {"problem": None}})
     started = json.dumps({"from": 0, "id": 1, "answer": {"pid": 2**22 + 1}})
     command = script_of(tmp_path, f"echo '{hello}'; echo '{ready}'; echo '{started}'; echo oh; cat")
