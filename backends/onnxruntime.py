@@ -45,7 +45,7 @@ class ONNXRuntime(Backend):
 
     name = "onnxruntime"
     label = "ONNXRuntime"
-    rank = 5
+    rank = 6
     devices = ("cpu", "cuda")
     precisions = {"cpu": ("fp32", "int8"), "cuda": ("fp32", "fp16")}
     default = False

@@ -74,7 +74,7 @@ class TorchTensorRT(Backend):
 
     name = "torch_tensorrt"
     label = "Torch-TensorRT"
-    rank = 6
+    rank = 7
     in_pytorch = True
     devices = ("cuda",)
     precisions: Dict[str, Tuple[str, ...]] = {"cuda": ("fp32", "fp16", "bf16")}

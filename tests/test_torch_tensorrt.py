@@ -803,7 +803,7 @@ def test_availability_depends_on_a_cuda_device(install, monkeypatch, cuda):
 def test_the_registry_finds_it_with_its_place_in_the_table(install):
     install()
     backend = base.load("torch_tensorrt")
-    assert (backend.label, backend.rank, backend.devices) == ("Torch-TensorRT", 6, ("cuda",))
+    assert (backend.label, backend.rank, backend.devices) == ("Torch-TensorRT", 7, ("cuda",))
     assert backend.precisions == {"cuda": ("fp32", "fp16", "bf16")}
     assert not backend.default
     assert backend.versions() == {
