@@ -147,7 +147,12 @@ def parser() -> argparse.ArgumentParser:
         help="seconds of timed rounds per model and precision "
         f"(default: {RUN_BUDGET_S:g} for each process that takes turns, and for each image)",
     )
-    add("--threads", type=_at_least(1), metavar="N", help="CPU threads (default: usable cores)")
+    add(
+        "--threads",
+        type=_at_least(1),
+        metavar="N",
+        help="CPU threads (default: physical cores that can be used)",
+    )
     add("--seed", type=_at_least(0), default=0, metavar="N", help="of weights, sizes and order")
     add(
         "--output",

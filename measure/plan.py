@@ -26,7 +26,14 @@ from measure.dataset import Dataset, Picture
 from measure.dataset import read as read_dataset
 from measure.worker import READY_LIMIT_S, Command, Hosts, Worker
 from models import CALIBRATION_IMAGES, MODELS, Detectron2Model, Model
-from results.environment import cpu_flags, file_name, free_memory_mb, has_native_bf16, usable_cores
+from results.environment import (
+    cpu_flags,
+    default_threads,
+    file_name,
+    free_memory_mb,
+    has_native_bf16,
+    usable_cores,
+)
 from results.facts import OBJECTS
 from results.file import prepare_directory
 
@@ -182,7 +189,7 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
     cores = usable_cores()
     if options.threads is not None and options.threads > cores:
         raise InputError(f"--threads {options.threads}: only {cores} cores can be used here")
-    threads = options.threads or cores
+    threads = options.threads or default_threads()
     if options.opts and options.config_file is None:
         raise InputError("--opts goes with --config-file")
     if options.bisect and options.module is not None:

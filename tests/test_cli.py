@@ -272,6 +272,21 @@ def test_more_threads_than_cores(main, no_host):
     assert_refused(outcome, f"--threads {cores + 1}", f"only {cores} cores")
 
 
+def test_threads_are_physical_cores_unless_told(main, monkeypatch, no_host):
+    """With as many as `--threads` says, or by default two, memory is looked at."""
+    seen = []
+
+    def look(sizes: object, models: object, threads: int, view: object) -> None:
+        seen.append(threads)
+        raise InputError("looked at")
+
+    monkeypatch.setattr(plan, "check_room", look)
+    monkeypatch.setattr(plan, "default_threads", lambda: 2)
+    for more in ([], ["--threads", "1"]):
+        assert_refused(main("--model", "testRetinaNet", *more), "looked at")
+    assert seen == [2, 1]
+
+
 @NEEDS_NO_CUDA
 @pytest.mark.parametrize("more", [[], ["--list"], ["--backend", "torch_blade"]])
 def test_cuda_where_there_is_none(main, more):
