@@ -153,6 +153,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="CPU threads (default: physical cores that can be used)",
     )
+    add(
+        "--tf32",
+        action=argparse.BooleanOptionalAction,
+        help="whether a GPU may round fp32 to TF32 in products and convolutions, in all engines "
+        "alike (default: it may)",
+    )
     add("--seed", type=_at_least(0), default=0, metavar="N", help="of weights, sizes and order")
     add(
         "--output",

@@ -614,8 +614,7 @@ class Measurement:
                 image, file = self.model.evaluator.read_worst(hosts, evaluated) or (name, None)
             request = protocol.Watch(name, file, str(outputs))
             answer = run.ask(request, _prepare_limit_s(calibration, is_judged=False))
-            computes = run.effective_precision, self.plan.device
-            return bisection(answer, outputs, image, *computes, self.model.facts)
+            return bisection(answer, outputs, image, run.effective_precision, self.model.facts)
         except (RunFailed, Unsupported, InputError, NotJudged, OSError) as error:
             return Bisection(image, reason=str(error))
 
@@ -867,7 +866,7 @@ def _start(hosts: Hosts, run: Running, plan: Plan) -> Worker:
         benchmark.RunFailed: the environment cannot be had any more.
     """
     try:
-        return hosts.of(run.choice.command).start(run.log, plan.threads)
+        return hosts.of(run.choice.command).start(run.log, plan.threads, plan.tf32)
     except InputError as error:
         raise RunFailed(str(error)) from None
 
@@ -956,14 +955,12 @@ def failed_group(model: Model, objects: int, precision: str, plan: Plan, reason:
 
 
 def measure_peaks(precisions: Sequence[str], plan: Plan, hosts: Hosts) -> dict[str, float]:
-    """Operations per second that PyTorch reaches, by precision, where it has such kernels.
+    """Operations per second that PyTorch reaches, by effective precision, where it has kernels.
 
     Raises:
         benchmark.RunFailed: the process died.
     """
-    with hosts.of(Command.own()).worker(hosts.folder / "peak.log", plan.threads) as worker:
-        peaks = {
-            precision: worker.ask(protocol.MeasurePeak(precision, plan.device)).operations_per_s
-            for precision in precisions
-        }
-    return {precision: peak for precision, peak in peaks.items() if peak}
+    log, host = hosts.folder / "peak.log", hosts.of(Command.own())
+    with host.worker(log, plan.threads, plan.tf32) as worker:
+        peaks = [worker.ask(protocol.MeasurePeak(each, plan.device)) for each in precisions]
+    return {peak.precision: peak.operations_per_s for peak in peaks if peak.operations_per_s}

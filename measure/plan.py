@@ -109,6 +109,7 @@ class Plan:
         dataset: that runs are evaluated on, or None.
         calibration: images that int8 takes its ranges from; None: nothing is measured at int8.
         min_ap_ratio: share of Torch fp32's AP that a run is to keep.
+        tf32, cudnn_benchmark: see `results.record.Settings`.
     """
 
     models: tuple[Model, ...]
@@ -141,6 +142,8 @@ class Plan:
     dataset: Dataset | None = None
     min_ap_ratio: float = 0.99
     calibration: Calibration | None = None
+    tf32: bool | None = None
+    cudnn_benchmark: bool | None = None
 
 
 # From options ----------------------------------------------------------------------------------
@@ -269,6 +272,8 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
         dataset=dataset,
         min_ap_ratio=options.min_ap_ratio,
         calibration=calibrated,
+        tf32=options.tf32 is not False if device == "cuda" else None,
+        cudnn_benchmark=survey.cudnn_benchmark,
     )
 
 

@@ -78,6 +78,7 @@ def survey(request: protocol.Survey) -> protocol.Surveyed:
         source=resolve_source(request.source),
         python=platform.python_version(),
         backends=available,
+        cudnn_benchmark=torch.backends.cudnn.benchmark if device == "cuda" else None,
     )
 
 
@@ -368,9 +369,11 @@ class Run:
 
     def facts(self) -> protocol.RunFacts:
         """What is known of it."""
+        from backends.base import computed_in
+
         return protocol.RunFacts(
             label=self.optimized.label,
-            precision=self.optimized.precision,
+            precision=computed_in(self.optimized.precision, self.device),
             provider=self.optimized.provider,
             threads=self.optimized.threads,
             coverage=self.optimized.coverage,
@@ -499,8 +502,11 @@ class Run:
 
     def precision(self, request: protocol.ReadPrecision) -> protocol.EffectivePrecision:
         """The precision that it really computes in."""
+        from backends.base import computed_in
+
         read = self.optimized.read_precision
-        return protocol.EffectivePrecision(self.optimized.precision if read is None else read())
+        precision = self.optimized.precision if read is None else read()
+        return protocol.EffectivePrecision(computed_in(precision, self.device))
 
     def coverage(self, request: protocol.ReadCoverage) -> Coverage:
         """How much of the graph the engine took, with what showed in running."""
@@ -591,9 +597,11 @@ def read_gpu(request: protocol.ReadGpu) -> GpuState:
 
 def measure_peak(request: protocol.MeasurePeak) -> protocol.Peak:
     """Operations per second of PyTorch's matrix products."""
+    from backends.base import computed_in
     from measure.profile import measure_peak
 
-    return protocol.Peak(measure_peak(request.precision, request.device))
+    known = request.precision, request.device
+    return protocol.Peak(measure_peak(*known), computed_in(*known))
 
 
 def read_batch(request: protocol.ReadBatch) -> protocol.BatchRead:
@@ -728,13 +736,17 @@ class Child:
     buffer: bytearray = field(default_factory=bytearray)
 
 
-def work(number: int, source: int, sink: int, log: str, threads: int) -> None:
+def work(request: protocol.Start, source: int, sink: int) -> None:
     """A worker's life: answers until it is told to stop, or its input closes."""
     import torch
 
-    _isolate(log)
-    torch.set_num_threads(threads)
-    worker = Worker(number)
+    from backends.base import allow_tf32
+
+    _isolate(request.log)
+    torch.set_num_threads(request.threads)
+    if request.tf32 is not None:
+        allow_tf32(request.tf32)
+    worker = Worker(request.number)
     with open(source, "rb") as requests:
         for line in requests:
             reply = worker.reply(line)
@@ -848,7 +860,7 @@ class Host:
         pid = os.fork()
         if pid == 0:
             self.leave(from_worker, to_worker)
-            return lambda: work(request.number, its_source, its_sink, request.log, request.threads)
+            return lambda: work(request, its_source, its_sink)
         os.close(its_source)
         os.close(its_sink)
         child = Child(request.number, pid, from_worker, to_worker)

@@ -19,7 +19,11 @@ from benchmark import BreakEven, Speedup, Statistics
 SCHEMA = 2
 TOOL = "run_blade"
 
+# That can be asked for.
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
+# That a run computes in. tf32: what fp32 comes to on a GPU that rounds it in convolutions and
+# products: 10 bits of mantissa, and the range of fp32.
+EffectivePrecision = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
 # What became of a run. failed: it crashed, or ran out of time or memory; unsupported: its backend
 # cannot take the export; mismatch: it was measured, but its detections are not the reference's.
 Status = Literal["ok", "failed", "unsupported", "mismatch"]
@@ -105,6 +109,9 @@ class Settings:
         calibration: name of the folder with images that int8 takes its ranges from;
             `calibration_annotations`: of what is in them; `calibration_limit`: how many are taken;
             `calibration_digest` tells those that were taken from others, as the detector sees them.
+        tf32: whether a GPU was allowed to round fp32 to TF32, by PyTorch and all engines.
+        cudnn_benchmark: whether cuDNN tried its kernels for each size (PyTorch's
+            `torch.backends.cudnn.benchmark`). None, as `tf32`: on a CPU, and in files of before.
     """
 
     model: Tuple[str, ...] = ()
@@ -156,6 +163,8 @@ class Settings:
     calibration_annotations: Optional[str] = None
     calibration_limit: Optional[int] = None
     calibration_digest: Optional[str] = None
+    tf32: Optional[bool] = None
+    cudnn_benchmark: Optional[bool] = None
 
 
 @dataclass(frozen=True)
@@ -556,7 +565,7 @@ class Run:
         label: what the table calls it.
         baseline: whether the others' speedups are relative to this run.
         effective_precision: that it computed in, read back from the engine where it tells; None if
-            it never came to run.
+            it never came to run. Where fp32 was asked for, `tf32` on a GPU that rounds to it.
         provider: what executed it, as the engine names it.
         threads: CPU threads of the engine.
         reason: one sentence; None where the status is `ok`.
@@ -591,7 +600,7 @@ class Run:
     requested_precision: Precision
     status: Status
     environment: Optional[str] = None
-    effective_precision: Optional[Precision] = None
+    effective_precision: Optional[EffectivePrecision] = None
     provider: Optional[str] = None
     threads: Optional[int] = None
     reason: Optional[str] = None
@@ -860,7 +869,8 @@ class Results:
         version: of the suite.
         groups: in the order in which they were measured.
         aa: None where it was not measured.
-        peaks: with `--roofline`: precision -> operations per second of PyTorch's matrix products.
+        peaks: with `--roofline`: effective precision -> operations per second of PyTorch's matrix
+            products.
         left_out: label -> why a backend that is measured by default was left out.
         without: precision -> labels of the backends that do not compute in it.
         recommendations: for each model, which run to ship.

@@ -65,6 +65,11 @@ SYNTHETIC_NOTE = (
     "precision costs a trained model"
 )
 
+TF32_NOTE = (
+    "tf32: fp32 whose factors the GPU rounds to 10 bits of mantissa in products and convolutions, "
+    "as engines do by default: --no-tf32 forbids it to all of them"
+)
+
 # What tables call what average precision is of, and its verdicts.
 AP_VERDICTS: Dict[APVerdict, str] = {
     "keeps": "keeps AP",
@@ -610,6 +615,8 @@ def _model_notes(
     )
     yield from _peak_note(groups[0], peaks)
     yield from _recompilation_notes(groups)
+    if any(run.effective_precision == "tf32" for group in groups for run in group.runs):
+        yield TF32_NOTE
     yield from _environment_notes(results, groups)
     if not groups[0].image:  # Torch was timed against itself on all images together.
         yield from aa_note(results)

@@ -623,6 +623,22 @@ def test_the_gpu_is_named_by_the_environment():
     )
 
 
+def test_tf32_that_is_forbidden_is_not_what_is_not_known():
+    known = {}
+    for tf32 in (None, True, False):
+        results = records(make_document())
+        known[tf32] = replace(results, settings=replace(results.settings, tf32=tf32))
+    assert facts.differences(known[None], known[False]) == ["--tf32: none before, off now"]
+    assert facts.differences(known[True], known[False]) == ["--tf32: on before, off now"]
+    assert facts.differences(known[None], known[None]) == []
+    settings = known[None].settings
+    tried, off = (
+        replace(known[None], settings=replace(settings, cudnn_benchmark=x)) for x in (True, False)
+    )
+    assert facts.differences(known[None], off) == []  # It was off before it was recorded.
+    assert facts.differences(known[None], tried) == ["cudnn.benchmark: none before, True now"]
+
+
 @pytest.mark.parametrize(
     ("weights", "note"),
     [

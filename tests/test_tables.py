@@ -234,6 +234,14 @@ def test_what_it_ran_in_is_said_where_that_is_something_else():
     assert table.rows[0][2] == "fp32 (not bf16)"
 
 
+def test_tf32_is_said_and_explained():
+    ran = group(run("Torch", effective_precision="tf32"))
+    table = tables.model_table(results(ran), [ran])
+    assert table.rows[0][2] == "tf32 (not fp32)"
+    assert "--no-tf32 forbids it" in markdown(table)
+    assert "tf32" not in model_text(group(run("Torch")))
+
+
 def test_what_was_not_checked_is_not_the_reference():
     half = run("Torch", requested_precision="bf16", effective_precision="bf16")
     both = group(run("Torch"), half, run("OpenVINO"))
