@@ -160,8 +160,8 @@ class Backend:
 def allow_tf32(is_allowed: bool) -> None:
     """Says whether products and convolutions of fp32 may be rounded to TF32 on a GPU.
 
-    For the whole process, before CUDA starts. PyTorch has a switch for each. Where TF32 is forbidden,
-    the variable forbids it to engines that have none (TorchBlade, ONNX Runtime's TensorRT).
+    For the whole process, before CUDA starts. PyTorch has a switch for each. A variable of NVIDIA's
+    forbids it to engines that have none, too (TorchBlade, TensorRT in ONNX Runtime).
     """
     import torch
 

@@ -31,6 +31,7 @@ from results.record import (
     Agreement,
     Bisection,
     Calibrated,
+    Copies,
     Coverage,
     DrawnRun,
     GpuState,
@@ -191,6 +192,7 @@ class Running:
         key: tells it from the others that take turns.
         precision: requested.
         calls_s: seconds of each round's calls, one for each input that is timed.
+        copies: what a GPU copied in these; empty on a CPU.
         agreements: input -> whether its detections are those of the reference.
         found: timed input -> what was found in each image of the call.
         unsettled: how often its process still computed when the next had its turn.
@@ -207,6 +209,7 @@ class Running:
     facts: protocol.RunFacts | None = None
     warmup_s: tuple[float, ...] = ()
     calls_s: list[tuple[float, ...]] = field(default_factory=list)
+    copies: list[tuple[Copies, ...]] = field(default_factory=list)
     size_seconds: dict[str, tuple[float, ...]] = field(default_factory=dict)
     memory: protocol.Memory | None = None
     coverage: Coverage | None = None
@@ -797,6 +800,7 @@ class Measurement:
             reason=reason,
             samples_s=samples,
             warmup_s=run.warmup_s if together else (),
+            copies=median_copies(run.copies, place),
             size_seconds={
                 name: run.size_seconds[name] for name in inputs if name in run.size_seconds
             },
@@ -886,13 +890,30 @@ def _timed_call(run: Running, images: int) -> Callable[[], float]:
 
     def call() -> float:
         try:
-            seconds = run.ask(protocol.TimedCalls(), CALL_LIMIT_S * images).seconds
+            answer = run.ask(protocol.TimedCalls(), CALL_LIMIT_S * images)
         except (InputError, Unsupported) as error:
             raise RunFailed(str(error)) from None
-        run.calls_s.append(seconds)
-        return fmean(seconds)
+        run.calls_s.append(answer.seconds)
+        run.copies += filter(None, [answer.copies])
+        return fmean(answer.seconds)
 
     return call
+
+
+def median_copies(calls: Sequence[tuple[Copies, ...]], place: int | None) -> Copies | None:
+    """Medians over turns of what a GPU copied in them; None where there is none.
+
+    Args:
+        calls: of each turn, one for each input that is timed.
+        place: of the input that it is about; None: the means over all.
+    """
+    if not calls:
+        return None
+    own = [call if place is None else call[place : place + 1] for call in calls]
+    return Copies(
+        upload_s=median(fmean(x.upload_s for x in call) for call in own),
+        download_s=median(fmean(x.download_s for x in call) for call in own),
+    )
 
 
 def _rule(plan: Plan, same_again: bool) -> StopRule:

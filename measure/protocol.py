@@ -38,6 +38,7 @@ from models import Detectron2Model, Model, Module
 from results.record import (
     AccuracyControl,
     AveragePrecision,
+    Copies,
     Coverage,
     Drawn,
     DrawnRun,
@@ -198,9 +199,14 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of calls, in order."""
+    """Of calls, in order.
+
+    Attributes:
+        copies: what a GPU copied in each of the timed ones; empty on a CPU.
+    """
 
     seconds: Tuple[float, ...]
+    copies: Tuple[Copies, ...] = ()
 
 
 @dataclass(frozen=True)

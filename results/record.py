@@ -555,6 +555,20 @@ class Bisection:
 
 
 @dataclass(frozen=True)
+class Copies:
+    """Seconds of a call on a GPU that it copied, by its own clock.
+
+    Attributes:
+        upload_s: images from pinned host memory.
+        download_s: detections to pinned host memory. Where the GPU waits for the host between two
+            tensors, that counts, too.
+    """
+
+    upload_s: float
+    download_s: float
+
+
+@dataclass(frozen=True)
 class Run:
     """One test model, backend and precision, measured.
 
@@ -571,7 +585,9 @@ class Run:
         reason: one sentence; None where the status is `ok`.
         samples_s: of every timed call: sample i was taken in round i, so that equal positions in
             two runs are neighbours in time. A run that failed has those from before.
-        warmup_s: of the calls before, which are not counted.
+        warmup_s: of the calls before, which are not counted. Nor are those that a turn of short
+            calls begins with, which nobody keeps.
+        copies: what of `samples_s` went into copies, medians; None on a CPU.
         size_seconds: input that is not timed (`min`, `max`) -> seconds of calls that the check of
             detections made, not in turns with other runs: two after one that is not counted, or the
             first alone where that took more than a second.
@@ -606,6 +622,7 @@ class Run:
     reason: Optional[str] = None
     samples_s: Tuple[float, ...] = ()
     warmup_s: Tuple[float, ...] = ()
+    copies: Optional[Copies] = None
     size_seconds: Dict[str, Tuple[float, ...]] = field(default_factory=dict)
     prepare: Optional[Preparation] = None
     cached: bool = False

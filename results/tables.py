@@ -884,8 +884,25 @@ def costs_table(groups: Sequence[Group]) -> Table:
             for run in group.runs
             if run.prepare
         ),
+        notes=tuple(_copies_notes(groups)),
         nothing="no run was prepared",
     )
+
+
+def _copies_notes(groups: Sequence[Group]) -> Iterator[str]:
+    """What of a call goes into copies between the host and a GPU."""
+    for group in groups:
+        texts = [
+            f"{run.label} {_digits(1000 * run.copies.upload_s, 2)} and "
+            f"{_digits(1000 * run.copies.download_s, 2)}"
+            for run in group.runs
+            if run.copies
+        ]
+        if texts and not group.image:
+            yield (
+                f"{group_name(group)} {group.precision}, ms of a call in which images go to the "
+                f"GPU, and detections come back: {', '.join(texts)}"
+            )
 
 
 def _cost_cells(run: Run, prepare: Preparation) -> List[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -12,14 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from backends import base, onnxruntime
+from benchmark import WarmUp
+from measure import copies, protocol, run
 from measure import group as groups
-from measure import protocol
 from measure.group import load_outputs
+from measure.run import Run, waking_calls
 from measure.tolerances import TOLERANCES, part_bound
 from measure.worker import Command, Host
 from models import MODELS
+from results.record import Copies
 
 ROOT = Path(base.__file__).parent.parent
 needs_cuda = [
@@ -202,5 +207,187 @@ def test_fp32_without_tf32_is_what_the_cpu_computes(
             assert worker.ask(protocol.ReadPrecision()).precision == facts.precision
         found = load_outputs(tmp_path / "found.npz")[export.fields.index("pred_boxes")]
         off[tf32] = np.abs(found - wanted).max() if found.shape == wanted.shape else np.inf
-    assert off[False] < 0.02
+    assert off[False] < 0.05
     assert off[True] > off[False] or not has_it
+
+
+# Copies ----------------------------------------------------------------------------------------
+
+
+class Event:
+    """A moment of a GPU that does everything 2 ms after the one before."""
+
+    now = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        self.moment = None
+
+    def record(self) -> None:
+        Event.now += 2
+        self.moment = Event.now
+
+    def elapsed_time(self, end: Event) -> float:
+        return float(end.moment - self.moment)
+
+
+@pytest.fixture
+def on_stand_in(monkeypatch, prepared) -> Run:
+    """A run as on a GPU, of which the CPU takes the part."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda image: image.clone())
+    monkeypatch.setattr(copies, "DEVICE", "cpu")
+    one = Run(prepare(prepared, "cpu"))
+    one.given = {name: copies.pinned(call) for name, call in one.inputs.items()}
+    one.copier = copies.Copier()
+    return one
+
+
+def test_copies_are_told_apart(on_stand_in):
+    called = []
+    call = on_stand_in.optimized.call
+    wanted = call(*on_stand_in.inputs["opt"])
+
+    def engine(*images: Tensor) -> Any:
+        called.append(Event.now)
+        return call(*images)
+
+    on_stand_in.optimized = replace(on_stand_in.optimized, call=engine)
+    timed = on_stand_in._timed(on_stand_in.given["opt"])
+    # Between the two events of the upload and those of the download; all in order.
+    events = [event.moment for event in on_stand_in.copier._events]
+    assert events == sorted(events)
+    assert called == [events[1]]
+    assert timed.copies == Copies(0.002, 0.002)
+    assert all(torch.equal(one, other) for one, other in zip(timed.outputs, wanted, strict=True))
+    assert on_stand_in.timed_calls().copies == (Copies(0.002, 0.002),)
+
+
+def test_detections_are_read_where_a_call_ends(on_stand_in, exports, tmp_path):
+    export = exports("testRetinaNet")
+    for name, images in export.tuning_inputs.items():
+        answer = on_stand_in.detect(protocol.Detect(name, str(tmp_path / "found.npz")))
+        assert answer.malformed is None
+        with torch.no_grad():
+            wanted = export.eager(*images)
+        for one, other in zip(load_outputs(tmp_path / "found.npz"), wanted, strict=True):
+            assert np.allclose(one, other.numpy(), atol=1e-3)
+
+
+def test_what_is_malformed_is_not_copied(on_stand_in, tmp_path):
+    for output, words in ((None, "a NoneType instead of"), ((3,), "a int where a tensor")):
+        on_stand_in.optimized = replace(on_stand_in.optimized, call=lambda *_, x=output: x)
+        answer = on_stand_in.detect(protocol.Detect("opt", str(tmp_path / "found.npz")))
+        assert words in answer.malformed
+
+
+def test_there_are_no_copies_on_a_cpu(prepared):
+    one = Run(prepare(prepared, "cpu"))
+    assert one.given is one.inputs
+    assert one.timed_calls().copies == ()
+
+
+def test_a_turn_keeps_what_was_copied():
+    answers = iter(
+        [protocol.Seconds((0.1, 0.3), (Copies(1.0, 2.0),) * 2), protocol.Seconds((0.1, 0.3))]
+    )
+    turns = SimpleNamespace(ask=lambda *asked: next(answers), calls_s=[], copies=[])
+    call = groups._timed_call(turns, 2)
+    assert call() == call() == pytest.approx(0.2)
+    assert turns.calls_s == [(0.1, 0.3)] * 2
+    assert turns.copies == [(Copies(1.0, 2.0),) * 2]  # On a CPU there are none.
+
+
+def test_medians_of_copies():
+    turns = [(Copies(1.0, 10.0), Copies(3.0, 30.0)), (Copies(2.0, 5.0), Copies(2.0, 5.0))]
+    turns.append((Copies(100.0, 5.0), Copies(300.0, 7.0)))
+    assert groups.median_copies(turns, None) == Copies(2.0, 6.0)
+    assert groups.median_copies(turns, 1) == Copies(3.0, 7.0)
+    assert groups.median_copies([], None) is None
+
+
+@pytest.mark.parametrize("backend", ["torch", "torch_channels_last", "torchscript"])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_cuda)])
+def test_images_and_detections_are_in_pinned_memory(prepared, device, backend):
+    one = Run(prepare(prepared, device, backend))
+    assert all(image.is_pinned() for call in one.given.values() for image in call)
+    seen = []
+    call = one.optimized.call
+    one.optimized = replace(one.optimized, call=lambda *x: seen.append(call(*x)) or seen[-1])
+    timed = one._timed(one.given["opt"])
+    for given, found in zip(seen[0], timed.outputs, strict=True):
+        assert found.device.type == "cpu"
+        assert found.is_pinned() == given.is_cuda
+        assert torch.equal(given.cpu(), found)
+    assert 0 < timed.copies.upload_s < timed.seconds
+    assert 0 < timed.copies.download_s < timed.seconds
+    assert timed.copies.upload_s + timed.copies.download_s < timed.seconds
+
+
+# Calls that wake a worker ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("last_s", "calls"),
+    [(None, 0), (0.2, 0), (0.051, 0), (0.05, 1), (0.02, 2), (0.012, 4), (0.001, 10), (0.0, 0)],
+)
+def test_short_calls_are_woken(last_s, calls):
+    assert waking_calls(last_s) == calls
+
+
+class Clock:
+    """Seconds that only calls take."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def counted(monkeypatch, prepared):
+    """A run with two timed inputs, and a clock on which a call takes seconds by its input."""
+    one, clock = Run(prepare(prepared, "cpu")), Clock()
+    one.inputs["image 2"] = tuple(image + 1 for image in one.inputs["opt"])
+    one.timed = ["opt", "image 2"]
+    takes = {"opt": 0.02, "image 2": 0.3}
+    called = []
+
+    def call(*images: Tensor) -> Any:
+        name = next(x for x in one.timed if torch.equal(images[0], one.inputs[x][0]))
+        called.append(name)
+        clock.now += takes[name]
+        return images
+
+    one.optimized = replace(one.optimized, call=call)
+    monkeypatch.setattr(run, "time", clock)
+    return one, takes, called
+
+
+def test_a_turn_of_short_calls_begins_with_others(counted):
+    one, takes, called = counted
+    # Nothing is known of it yet.
+    assert one.timed_calls().seconds == pytest.approx((0.02, 0.3))
+    assert called == ["opt", "image 2"]
+    called.clear()
+    # Of two inputs each as its own last call says.
+    assert one.timed_calls().seconds == pytest.approx((0.02, 0.3))
+    assert called == ["opt"] * 3 + ["image 2"]
+    called.clear()
+    takes.update({"opt": 0.3, "image 2": 0.011})
+    one.timed_calls()
+    assert called == ["opt"] * 3 + ["image 2"]
+    called.clear()
+    one.timed_calls()
+    assert called == ["opt"] + ["image 2"] * 5
+
+
+def test_the_warm_up_needs_no_waking(counted):
+    one, _, called = counted
+    seconds = one.warm(protocol.Warm.by(WarmUp.fixed(3))).seconds
+    assert seconds == pytest.approx([0.16] * 3)
+    assert called == ["opt", "image 2"] * 3
+    called.clear()
+    one.timed_calls()
+    assert called == ["opt"] * 3 + ["image 2"]
