@@ -467,8 +467,9 @@ class Run:
         if self.copier is None:
             outputs = self.optimized.call(*images)
         else:
-            on_gpu = self.copier.upload(images)
-            outputs = self.copier.download(self.optimized.call(*on_gpu))
+            # An engine's own memory may be reused when nobody has it: not before it was copied.
+            found = self.optimized.call(*self.copier.upload(images))
+            outputs = self.copier.download(found)
         self.synchronize()
         seconds = time.perf_counter() - start
         return Timed(seconds, outputs, self.copier and self.copier.seconds())

@@ -406,10 +406,10 @@ def test_a_worker_casts_weights_once():
     assert base.load("torch").optimize(export, "fp32", "cpu").context is None
 
 
-def layouts(name: str, backend: str, precision: str) -> Counter:
+def layouts(name: str, backend: str, precision: str, device: str = "cpu") -> Counter:
     """Layout -> how many convolutions of a call give it, as far as their shapes tell."""
-    export = on_device(small_export(name), MODELS[name], "cpu")
-    optimized = base.load(backend).optimize(export, precision, "cpu")
+    export = on_device(small_export(name), MODELS[name], device)
+    optimized = base.load(backend).optimize(export, precision, device)
     found: Counter = Counter()
 
     def look(module: nn.Module, inputs: Tuple[Tensor, ...], output: Tensor) -> None:
@@ -426,17 +426,19 @@ def layouts(name: str, backend: str, precision: str) -> Counter:
 
 
 @pytest.mark.parametrize(
-    ("name", "precision"),
+    ("name", "precision", "device"),
     [
-        ("testRetinaNet", "fp32"),
-        pytest.param("testRetinaNet", "bf16", marks=needs_bf16),
-        ("testMaskRCNNFPN", "fp32"),
-        ("testMaskRCNNC4", "fp32"),
+        ("testRetinaNet", "fp32", "cpu"),
+        pytest.param("testRetinaNet", "bf16", "cpu", marks=needs_bf16),
+        ("testMaskRCNNFPN", "fp32", "cpu"),
+        ("testMaskRCNNC4", "fp32", "cpu"),
+        pytest.param("testMaskRCNNFPN", "fp32", "cuda", marks=needs_cuda),
+        pytest.param("testMaskRCNNC4", "fp16", "cuda", marks=needs_cuda),
     ],
 )
-def test_convolutions_run_channels_last(name, precision):
+def test_convolutions_run_channels_last(name, precision, device):
     """Of a model whose images are 3 x H x W, all of them: with masks, also those of regions."""
-    found = layouts(name, "torch_channels_last", precision)
+    found = layouts(name, "torch_channels_last", precision, device)
     assert found["channels_last"] > 50
     assert found["contiguous"] == 0
 
