@@ -272,7 +272,7 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
         dataset=dataset,
         min_ap_ratio=options.min_ap_ratio,
         calibration=calibrated,
-        tf32=options.tf32 is not False if device == "cuda" else None,
+        tf32=_tf32(options, device),
         cudnn_benchmark=survey.cudnn_benchmark,
     )
 
@@ -772,6 +772,11 @@ def _check_weights(models: Sequence[Model], weights: str, threads: int, hosts: H
     if weights not in zoo.NAMED_WEIGHTS:
         with worker_for(hosts, Command.own(), threads) as worker:
             worker.ask(protocol.CheckWeights(tuple(models), weights))
+
+
+def _tf32(options: argparse.Namespace, device: str) -> bool | None:
+    """Whether a GPU may round fp32 to TF32, which it may by default; None on a CPU."""
+    return options.tf32 is not False if device == "cuda" else None
 
 
 def _stop_rule(options: argparse.Namespace, device: str) -> StopRule:

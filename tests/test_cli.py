@@ -593,6 +593,7 @@ def test_the_result_file_is_complete(finished):
     backends = ("torch", "torch_channels_last", "torchscript", "openvino")
     assert results.settings.backend == backends
     assert results.settings.environment == ()
+    assert results.settings.tf32 is results.settings.cudnn_benchmark is None  # It is a CPU.
     assert {"torch", "torchvision", "numpy", "openvino"} <= set(results.environment.versions)
     (group,) = results.groups
     assert group.model == "testRetinaNet"
@@ -611,6 +612,7 @@ def test_the_result_file_is_complete(finished):
         assert run.versions
         assert run.python == sys.version.split()[0]
         assert run.cached is False
+        assert run.copies is None
         if not run.baseline:
             assert run.speedup.low <= run.speedup.ratio <= run.speedup.high
             assert {x.verdict for x in run.detections.values()} == {"match"}

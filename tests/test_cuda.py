@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import run_blade
 from backends import base, onnxruntime
 from benchmark import WarmUp
-from measure import copies, protocol, run
+from measure import copies, plan, protocol, run
 from measure import group as groups
 from measure.group import load_outputs
 from measure.run import Run, waking_calls
@@ -110,6 +111,21 @@ def test_a_worker_is_told(tmp_path):
     assert [request.tf32 for request in asked] == [None, False]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "device", "tf32"),
+    [
+        ([], "cuda", True),
+        (["--tf32"], "cuda", True),
+        (["--no-tf32"], "cuda", False),
+        ([], "cpu", None),
+        (["--no-tf32"], "cpu", None),
+    ],
+)
+def test_tf32_is_a_matter_of_gpus(arguments, device, tf32):
+    options = run_blade.parser().parse_args(["--all", *arguments])
+    assert plan._tf32(options, device) is tf32
+
+
 @pytest.mark.parametrize("tf32", [True, False, None])
 def test_runs_and_the_peak_are_started_with_it(tmp_path, tf32):
     started = []
@@ -117,11 +133,11 @@ def test_runs_and_the_peak_are_started_with_it(tmp_path, tf32):
     class Hosted:
         """Both a host and a worker."""
 
-        def start(self, *asked: Any) -> None:
-            started.append(asked[-1])
+        def start(self, *told: Any) -> None:
+            started.append(told[-1])
 
-        def worker(self, *asked: Any) -> Any:
-            self.start(*asked)
+        def worker(self, *told: Any) -> Any:
+            self.start(*told)
             return self
 
         def __enter__(self) -> Any:
@@ -135,11 +151,11 @@ def test_runs_and_the_peak_are_started_with_it(tmp_path, tf32):
             return known[request.precision]
 
     hosts = SimpleNamespace(of=lambda command: Hosted(), folder=tmp_path)
-    plan = SimpleNamespace(threads=1, tf32=tf32, device="cuda")
+    asked = SimpleNamespace(threads=1, tf32=tf32, device="cuda")
     choice = SimpleNamespace(command=Command.own())
-    groups._start(hosts, SimpleNamespace(choice=choice, log=tmp_path / "log"), plan)
+    groups._start(hosts, SimpleNamespace(choice=choice, log=tmp_path / "log"), asked)
     # A peak has the name of what was computed in.
-    assert groups.measure_peaks(("fp32", "int8"), plan, hosts) == {"tf32": 4e11}
+    assert groups.measure_peaks(("fp32", "int8"), asked, hosts) == {"tf32": 4e11}
     assert started == [tf32, tf32]
 
 
