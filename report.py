@@ -49,7 +49,7 @@ COLOURS = {
 INK, SOFT, LINE, POINTS, ACCENT, PUBLISHED, GREEN, OLIVE, ROSE, TEAL = COLOURS
 # Of backends, the baseline apart. Where there are more they begin anew, as labels tell, too.
 SERIES = (POINTS, GREEN, PUBLISHED, OLIVE, ROSE, TEAL)
-MARKERS = {"fp32": "o", "fp16": "s", "bf16": "D", "int8": "^"}
+MARKERS = {"fp32": "o", "tf32": "o", "fp16": "s", "bf16": "D", "int8": "^"}
 STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",

@@ -155,7 +155,18 @@ def parser() -> argparse.ArgumentParser:
         help="seconds of timed rounds, and of new processes, per model and precision "
         f"(default: {RUN_BUDGET_S:g} for each process that takes turns, and for each image)",
     )
-    add("--threads", type=_at_least(1), metavar="N", help="CPU threads (default: usable cores)")
+    add(
+        "--threads",
+        type=_at_least(1),
+        metavar="N",
+        help="CPU threads (default: physical cores that can be used)",
+    )
+    add(
+        "--tf32",
+        action=argparse.BooleanOptionalAction,
+        help="whether a GPU may round fp32 to TF32 in products and convolutions, in all engines "
+        "alike (default: it may)",
+    )
     add("--seed", type=_at_least(0), default=0, metavar="N", help="of weights, sizes and order")
     add(
         "--output",

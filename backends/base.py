@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import pkgutil
 import platform
 from dataclasses import dataclass, field
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 DEVICES = ("cpu", "cuda")
+# What NVIDIA's libraries read as they start: 0 forbids TF32, whatever a program says.
+TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
+# The first compute capability that has TF32: Ampere's.
+TF32_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,8 @@ class Optimized:
         call: takes the images (float tensors, 3 x H x W, on the run's device) and returns the
             export's flat tuple of tensors on the device the images came from.
         precision: the precision that it really computes in, read back from the engine where the
-            engine tells (the *effective* precision).
+            engine tells (the *effective* precision). Whether a GPU rounds fp32 to TF32 is not said
+            here: `computed_in` says it of all backends.
         read_precision: reads it back from a call, for engines that do not tell and where watching
             them would disturb the timing: it is called after that.
         label: what the table calls the row, where that depends on what executes it; None: the
@@ -162,6 +168,36 @@ class Backend:
         raise NotImplementedError
 
 
+def allow_tf32(is_allowed: bool) -> None:
+    """Says whether products and convolutions of fp32 may be rounded to TF32 on a GPU.
+
+    For the whole process, before CUDA starts. PyTorch has a switch for each. A variable of NVIDIA's
+    forbids it to engines that have none, too (TorchBlade, TensorRT in ONNX Runtime).
+    """
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = is_allowed
+    torch.backends.cudnn.allow_tf32 = is_allowed
+    if not is_allowed:
+        os.environ[TF32_OVERRIDE] = "0"
+
+
+def allows_tf32() -> bool:
+    """Whether this process may round fp32 to TF32: see `allow_tf32`."""
+    import torch
+
+    return bool(torch.backends.cudnn.allow_tf32) and os.environ.get(TF32_OVERRIDE) != "0"
+
+
+def computed_in(precision: str, device: str) -> str:
+    """The effective precision, given what an engine says of itself: fp32 may be `tf32` on a GPU."""
+    if precision != "fp32" or device != "cuda" or not allows_tf32():
+        return precision
+    import torch
+
+    return "tf32" if torch.cuda.get_device_capability() >= TF32_CAPABILITY else precision
+
+
 def module_name(operator: str) -> str:
     """The module that an operator of a converted graph comes from, as Detectron2 names it.
 
@@ -253,7 +289,7 @@ def _machine(device: str) -> List[Any]:
     from results.environment import cpu_flags
 
     if device == "cuda":
-        return [torch.cuda.get_device_name(), torch.version.cuda]
+        return [torch.cuda.get_device_name(), torch.version.cuda, allows_tf32()]
     return [platform.machine(), cpu_flags(), torch.get_num_threads()]
 
 

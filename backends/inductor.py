@@ -34,7 +34,7 @@ class Inductor(Backend):
 
     name = "inductor"
     label = "Inductor"
-    rank = 3
+    rank = 4
     in_pytorch = True
     devices = ("cpu", "cuda")
     precisions = Torch.precisions

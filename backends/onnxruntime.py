@@ -17,7 +17,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-from backends.base import Backend, Optimized, Phases, check_sizes, folder_bytes, module_name
+from backends.base import (
+    Backend,
+    Optimized,
+    Phases,
+    allows_tf32,
+    check_sizes,
+    folder_bytes,
+    module_name,
+)
 from errors import Unsupported, first_cause
 from results.environment import cpu_flags
 from results.record import AccuracyControl, Coverage
@@ -48,7 +56,7 @@ class ONNXRuntime(Backend):
 
     name = "onnxruntime"
     label = "ONNXRuntime"
-    rank = 5
+    rank = 6
     devices = ("cpu", "cuda")
     precisions = {"cpu": ("fp32", "int8"), "cuda": ("fp32", "fp16")}
     default = False
@@ -452,7 +460,9 @@ def _providers(export: Export, precision: str, device: str, kept: Path) -> List[
             f"{name}:{'x'.join(str(side) for side in image.shape)}"
             for name, image in zip(_input_names(export), export.tuning_inputs[which])
         )
-    wanted = [(TENSORRT, tensorrt), CUDA, CPU]
+    # TensorRT's provider has no such switch, and goes by the variable: see `base.allow_tf32`.
+    cuda = {"use_tf32": int(allows_tf32())}
+    wanted = [(TENSORRT, tensorrt), (CUDA, cuda), CPU]
     available = onnxruntime.get_available_providers()
     return [x for x in wanted if (x[0] if isinstance(x, tuple) else x) in available]
 

@@ -34,7 +34,7 @@ class OpenVINO(Backend):
 
     name = "openvino"
     label = "OpenVINO"
-    rank = 4
+    rank = 5
     devices = ("cpu",)
     precisions = {"cpu": ("fp32", "bf16", "int8")}
 

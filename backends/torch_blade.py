@@ -36,7 +36,7 @@ class TorchBlade(Backend):
 
     name = "torch_blade"
     label = "TorchBlade"
-    rank = 1
+    rank = 2
     in_pytorch = True
     devices = ("cuda",)
     precisions: Dict[str, Tuple[str, ...]] = {"cuda": ("fp32", "fp16")}

@@ -39,7 +39,7 @@ from typing import (
 )
 from unittest import mock
 
-from backends.base import Backend, Optimized, Phases, check_sizes
+from backends.base import Backend, Optimized, Phases, allows_tf32, check_sizes
 from backends.inductor import configure_dynamo
 from backends.torch import autocast
 from backends.torchscript import saved_bytes
@@ -74,7 +74,7 @@ class TorchTensorRT(Backend):
 
     name = "torch_tensorrt"
     label = "Torch-TensorRT"
-    rank = 6
+    rank = 7
     in_pytorch = True
     devices = ("cuda",)
     precisions: Dict[str, Tuple[str, ...]] = {"cuda": ("fp32", "fp16", "bf16")}
@@ -273,6 +273,8 @@ def _options(folder: Path, engine_cache: Optional[Any]) -> Dict[str, Any]:
             raise Unsupported(f"this version of Torch-TensorRT has no setting '{name}'")
     if "use_explicit_typing" in known:
         options["use_explicit_typing"] = True  # Later there is nothing else.
+    if "disable_tf32" in known:  # Else the variable alone says it: see `base.allow_tf32`.
+        options["disable_tf32"] = not allows_tf32()
     if engine_cache is not None:
         options["custom_engine_cache"] = engine_cache
     return options
@@ -526,6 +528,7 @@ def _torchscript(export: Export, precision: str, device: str, cache: Optional[Pa
         enabled_precisions=(
             {torch.float32, torch.float16} if precision == "fp16" and has_flag else {torch.float32}
         ),
+        disable_tf32=not allows_tf32(),
         # TensorRT's front end for TorchScript takes no int64 and no float64.
         truncate_long_and_double=True,
     )

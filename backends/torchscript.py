@@ -25,7 +25,7 @@ class TorchScript(Backend):
 
     name = "torchscript"
     label = "TorchScript"
-    rank = 2
+    rank = 3
     in_pytorch = True
     devices = ("cpu", "cuda")
     precisions = Torch.precisions

@@ -17,7 +17,6 @@ def bisection(
     outputs: Path,
     image: str,
     precision: str,
-    device: str,
     known: protocol.ModelFacts,
 ) -> Bisection:
     """The record of what a worker has seen.
@@ -25,13 +24,11 @@ def bisection(
     Args:
         outputs: file that it has left, see `protocol.Watch`.
         image: see `results.record.Bisection`.
-        precision: that the run computes in, on the device.
+        precision: that the run computes in.
         known: of the model.
     """
     parts = tuple(
-        PartDifference(
-            x.name, x.kind, x.difference, part_bound(x.kind, precision, device), x.accumulated
-        )
+        PartDifference(x.name, x.kind, x.difference, part_bound(x.kind, precision), x.accumulated)
         for x in answer.parts
     )
     with np.load(outputs, allow_pickle=False) as arrays:

@@ -1,6 +1,6 @@
 """What an NVIDIA GPU says of itself: what it is and, by NVML, its clocks and what holds it back.
 
-Written against nvidia-ml-py 13; not run on a GPU yet. Everything here is for the reader of a
+Written against nvidia-ml-py 13, and run on an NVIDIA H200. Everything here is for the reader of a
 result: where NVML cannot be had, there is nothing to read and nothing fails.
 """
 

@@ -32,6 +32,7 @@ from results.record import (
     Agreement,
     Bisection,
     Calibrated,
+    Copies,
     Coverage,
     DrawnRun,
     GpuState,
@@ -192,6 +193,7 @@ class Running:
         key: tells it from the others that take turns.
         precision: requested.
         calls_s: seconds of each round's calls, one for each input that is timed.
+        copies: what a GPU copied in these; empty on a CPU.
         agreements: input -> whether its detections are those of the reference.
         found: timed input -> what was found in each image of the call.
         unsettled: how often its process still computed when the next had its turn.
@@ -208,6 +210,7 @@ class Running:
     facts: protocol.RunFacts | None = None
     warmup_s: tuple[float, ...] = ()
     calls_s: list[tuple[float, ...]] = field(default_factory=list)
+    copies: list[tuple[Copies, ...]] = field(default_factory=list)
     size_seconds: dict[str, tuple[float, ...]] = field(default_factory=dict)
     memory: protocol.Memory | None = None
     coverage: Coverage | None = None
@@ -434,7 +437,8 @@ class Measurement:
             benchmark.RunFailed: the environment cannot be had any more.
         """
         try:
-            run.worker = hosts.of(run.choice.command).start(run.log, self.plan.threads)
+            command, plan = run.choice.command, self.plan
+            run.worker = hosts.of(command).start(run.log, plan.threads, plan.tf32)
         except InputError as error:
             raise RunFailed(str(error)) from None
 
@@ -653,8 +657,7 @@ class Measurement:
                 image, file = self.model.evaluator.read_worst(hosts, evaluated) or (name, None)
             request = protocol.Watch(name, file, str(outputs))
             answer = run.ask(request, _prepare_limit_s(calibration, is_judged=False))
-            computes = run.effective_precision, self.plan.device
-            return bisection(answer, outputs, image, *computes, self.model.facts)
+            return bisection(answer, outputs, image, run.effective_precision, self.model.facts)
         except (RunFailed, Unsupported, InputError, NotJudged, OSError) as error:
             return Bisection(image, reason=str(error))
 
@@ -839,6 +842,7 @@ class Measurement:
             reason=reason,
             samples_s=samples,
             warmup_s=run.warmup_s if together else (),
+            copies=median_copies(run.copies, place),
             size_seconds={
                 name: run.size_seconds[name] for name in inputs if name in run.size_seconds
             },
@@ -917,13 +921,30 @@ def _timed_call(run: Running, images: int) -> Callable[[], float]:
 
     def call() -> float:
         try:
-            seconds = run.ask(protocol.TimedCalls(), CALL_LIMIT_S * images).seconds
+            answer = run.ask(protocol.TimedCalls(), CALL_LIMIT_S * images)
         except (InputError, Unsupported) as error:
             raise RunFailed(str(error)) from None
-        run.calls_s.append(seconds)
-        return fmean(seconds)
+        run.calls_s.append(answer.seconds)
+        run.copies += filter(None, [answer.copies])
+        return fmean(answer.seconds)
 
     return call
+
+
+def median_copies(calls: Sequence[tuple[Copies, ...]], place: int | None) -> Copies | None:
+    """Medians over turns of what a GPU copied in them; None where there is none.
+
+    Args:
+        calls: of each turn, one for each input that is timed.
+        place: of the input that it is about; None: the means over all.
+    """
+    if not calls:
+        return None
+    own = [call if place is None else call[place : place + 1] for call in calls]
+    return Copies(
+        upload_s=median(fmean(x.upload_s for x in call) for call in own),
+        download_s=median(fmean(x.download_s for x in call) for call in own),
+    )
 
 
 def _rule(plan: Plan, same_again: bool) -> StopRule:
@@ -986,14 +1007,12 @@ def failed_group(model: Model, objects: int, precision: str, plan: Plan, reason:
 
 
 def measure_peaks(precisions: Sequence[str], plan: Plan, hosts: Hosts) -> dict[str, float]:
-    """Operations per second that PyTorch reaches, by precision, where it has such kernels.
+    """Operations per second that PyTorch reaches, by effective precision, where it has kernels.
 
     Raises:
         benchmark.RunFailed: the process died.
     """
-    with hosts.of(Command.own()).worker(hosts.folder / "peak.log", plan.threads) as worker:
-        peaks = {
-            precision: worker.ask(protocol.MeasurePeak(precision, plan.device)).operations_per_s
-            for precision in precisions
-        }
-    return {precision: peak for precision, peak in peaks.items() if peak}
+    log, host = hosts.folder / "peak.log", hosts.of(Command.own())
+    with host.worker(log, plan.threads, plan.tf32) as worker:
+        peaks = [worker.ask(protocol.MeasurePeak(each, plan.device)) for each in precisions]
+    return {peak.precision: peak.operations_per_s for peak in peaks if peak.operations_per_s}

@@ -26,7 +26,14 @@ from measure.dataset import Dataset, Picture
 from measure.dataset import read as read_dataset
 from measure.worker import READY_LIMIT_S, Command, Hosts, Worker
 from models import CALIBRATION_IMAGES, GENERATIONS, MODELS, Detectron2Model, Model
-from results.environment import cpu_flags, file_name, free_memory_mb, has_native_bf16, usable_cores
+from results.environment import (
+    cpu_flags,
+    default_threads,
+    file_name,
+    free_memory_mb,
+    has_native_bf16,
+    usable_cores,
+)
 from results.facts import OBJECTS
 from results.file import prepare_directory
 
@@ -102,6 +109,7 @@ class Plan:
         dataset: that runs are evaluated on, or None.
         calibration: images that int8 takes its ranges from; None: nothing is measured at int8.
         min_ap_ratio: share of Torch fp32's AP that a run is to keep.
+        tf32, cudnn_benchmark: see `results.record.Settings`.
     """
 
     models: tuple[Model, ...]
@@ -135,6 +143,8 @@ class Plan:
     dataset: Dataset | None = None
     min_ap_ratio: float = 0.99
     calibration: Calibration | None = None
+    tf32: bool | None = None
+    cudnn_benchmark: bool | None = None
 
 
 # From options ----------------------------------------------------------------------------------
@@ -183,7 +193,7 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
     cores = usable_cores()
     if options.threads is not None and options.threads > cores:
         raise InputError(f"--threads {options.threads}: only {cores} cores can be used here")
-    threads = options.threads or cores
+    threads = options.threads or default_threads()
     if options.opts and options.config_file is None:
         raise InputError("--opts goes with --config-file")
     if options.bisect and options.module is not None:
@@ -264,6 +274,8 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
         dataset=dataset,
         min_ap_ratio=options.min_ap_ratio,
         calibration=calibrated,
+        tf32=_tf32(options, device),
+        cudnn_benchmark=survey.cudnn_benchmark,
     )
 
 
@@ -762,6 +774,11 @@ def _check_weights(models: Sequence[Model], weights: str, threads: int, hosts: H
     if weights not in zoo.NAMED_WEIGHTS:
         with worker_for(hosts, Command.own(), threads) as worker:
             worker.ask(protocol.CheckWeights(tuple(models), weights))
+
+
+def _tf32(options: argparse.Namespace, device: str) -> bool | None:
+    """Whether a GPU may round fp32 to TF32, which it may by default; None on a CPU."""
+    return options.tf32 is not False if device == "cuda" else None
 
 
 def _stop_rule(options: argparse.Namespace, device: str) -> StopRule:

@@ -38,6 +38,7 @@ from models import Detectron2Model, Model, Module
 from results.record import (
     AccuracyControl,
     AveragePrecision,
+    Copies,
     Coverage,
     Drawn,
     DrawnRun,
@@ -127,6 +128,7 @@ class Surveyed:
         device: `cuda` or `cpu`; the one that was asked for, else what there is.
         gpu: its name, as PyTorch has it; None on a CPU.
         source: `detectron2` or `bundled`.
+        cudnn_benchmark: see `results.record.Settings`.
     """
 
     device: str
@@ -134,6 +136,7 @@ class Surveyed:
     source: str
     python: str
     backends: Dict[str, Availability]
+    cudnn_benchmark: Optional[bool] = None
 
 
 @dataclass(frozen=True)
@@ -196,9 +199,14 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of calls, in order."""
+    """Of calls, in order.
+
+    Attributes:
+        copies: what a GPU copied in each of the timed ones; empty on a CPU.
+    """
 
     seconds: Tuple[float, ...]
+    copies: Tuple[Copies, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -262,9 +270,14 @@ class EffectivePrecision:
 
 @dataclass(frozen=True)
 class Peak:
-    """Operations per second of PyTorch's matrix products; None where it has none."""
+    """Operations per second of PyTorch's matrix products; None where it has none.
+
+    Attributes:
+        precision: that they were computed in.
+    """
 
     operations_per_s: Optional[float]
+    precision: str
 
 
 @dataclass(frozen=True)
@@ -350,12 +363,15 @@ class Start(Request[Started]):
         number: of the worker, in the messages to and from it.
         log: file that takes what it prints; temporary files lie beside it.
         threads: CPU threads that it may use.
+        tf32: whether a GPU may round fp32 to TF32, see `backends.base.allow_tf32`; None: it has
+            nothing to do with one.
     """
 
     answer: ClassVar = Started
     number: int
     log: str
     threads: int
+    tf32: Optional[bool] = None
 
 
 @dataclass(frozen=True)

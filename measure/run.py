@@ -37,13 +37,19 @@ if Path(sys.path[0]).resolve() == _HERE:
 from benchmark import warm_up
 from errors import InputError, Unsupported, first_cause
 from measure import protocol
+from measure.copies import Copier, pinned
 from measure.protocol import CHUNK, HOST, PROTOCOL, STOP_S
-from results.record import Coverage, GpuState, Preparation
+from results.record import Copies, Coverage, GpuState, Preparation
 
 # That this process may use. Found out here, as PyTorch has not been imported yet.
 CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 # Calls at other sizes than the one that is timed are repeated if they are shorter than this.
 SHORT_CALL_S = 1.0
+# A turn begins with calls that are not counted, of so long together. A worker has stood still while
+# the others had their turns, and its caches and clocks with it: on a GPU calls of 10 to 20 ms took
+# 1.2 to 1.5 times as long in the rounds as one after the other. A longer call wakes by itself.
+AWAKE_S = 0.05
+MOST_WAKING_CALLS = 10
 
 
 # Preparing a model -----------------------------------------------------------------------------
@@ -78,6 +84,7 @@ def survey(request: protocol.Survey) -> protocol.Surveyed:
         source=resolve_source(request.source),
         python=platform.python_version(),
         backends=available,
+        cudnn_benchmark=torch.backends.cudnn.benchmark if device == "cuda" else None,
     )
 
 
@@ -323,6 +330,31 @@ def _load_tensors(path: Path) -> Dict[str, Any]:
 # A run -----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Timed:
+    """A call that was timed.
+
+    Attributes:
+        outputs: in host memory, on whatever device they were computed.
+        copies: seconds of it that a GPU copied; None on a CPU.
+    """
+
+    seconds: float
+    outputs: Any
+    copies: Optional[Copies] = None
+
+
+def waking_calls(last_s: Optional[float]) -> int:
+    """How many calls are made before one that is counted.
+
+    Args:
+        last_s: seconds of the one before; None: there was none.
+    """
+    if not last_s:
+        return 0
+    return min(MOST_WAKING_CALLS, int(AWAKE_S / last_s))
+
+
 class Run:
     """A prepared run: an optimized export that can be called, timed and asked for detections."""
 
@@ -342,6 +374,13 @@ class Run:
         state, inputs = load_prepared(Path(request.folder))
         self.inputs = {name: tuple(x.to(device) for x in call) for name, call in inputs.items()}
         self.timed = timed(self.inputs)
+        # What a call begins with.
+        self.given = self.inputs
+        self.copier: Optional[Copier] = None
+        if request.device == "cuda":
+            self.given = {name: pinned(call) for name, call in inputs.items()}
+            self.copier = Copier()
+        self.last_s: Dict[str, float] = {}
         self.device, self.asked = request.device, request.precision
         tuning = {name: self.inputs[name] for name in TUNING}
         self.export = build.build(request.model, state, "the weights", tuning, request.source)
@@ -371,9 +410,11 @@ class Run:
 
     def facts(self) -> protocol.RunFacts:
         """What is known of it."""
+        from backends.base import computed_in
+
         return protocol.RunFacts(
             label=self.optimized.label,
-            precision=self.optimized.precision,
+            precision=computed_in(self.optimized.precision, self.device),
             provider=self.optimized.provider,
             threads=self.optimized.threads,
             coverage=self.optimized.coverage,
@@ -403,20 +444,48 @@ class Run:
             torch.cuda.synchronize()
 
     def timed_calls(self, request: Optional[protocol.TimedCalls] = None) -> protocol.Seconds:
-        """Seconds of a call for each timed input, images in, detections out."""
-        return protocol.Seconds(tuple(self._timed(self.inputs[name])[0] for name in self.timed))
+        """Seconds of a call for each timed input, images in, detections out.
+
+        Short ones come after others that are not counted, see `AWAKE_S`.
+        """
+        calls = []
+        for name in self.timed:
+            for _ in range(waking_calls(self.last_s.get(name))):
+                self._timed(self.given[name])
+            calls.append(self._counted(name))
+        copies = tuple(call.copies for call in calls if call.copies is not None)
+        return protocol.Seconds(tuple(call.seconds for call in calls), copies)
 
     def warm(self, request: protocol.Warm) -> protocol.Seconds:
         """Seconds of calls until it is warm; with several inputs, means over them."""
-        times = warm_up(lambda: fmean(self.timed_calls().seconds), request.rule)
+        times = warm_up(
+            lambda: fmean(self._counted(name).seconds for name in self.timed), request.rule
+        )
         return protocol.Seconds(tuple(times))
 
-    def _timed(self, images: Tuple[Any, ...]) -> Tuple[float, Any]:
+    def _counted(self, name: str) -> Timed:
+        """A call for a timed input, whose seconds are kept for the next turn."""
+        call = self._timed(self.given[name])
+        self.last_s[name] = call.seconds
+        return call
+
+    def _timed(self, images: Tuple[Any, ...]) -> Timed:
+        """A call, from images in host memory to detections there.
+
+        Args:
+            images: on a GPU in pinned memory.
+        """
         self.synchronize()
         start = time.perf_counter()
-        outputs = self.optimized.call(*images)
+        if self.copier is None:
+            outputs = self.optimized.call(*images)
+        else:
+            # An engine's own memory may be reused when nobody has it: not before it was copied.
+            found = self.optimized.call(*self.copier.upload(images))
+            outputs = self.copier.download(found)
         self.synchronize()
-        return time.perf_counter() - start, outputs
+        seconds = time.perf_counter() - start
+        return Timed(seconds, outputs, self.copier and self.copier.seconds())
 
     def detect(self, request: protocol.Detect) -> protocol.Detected:
         """Calls an input, and keeps what is found; short calls are repeated for their time.
@@ -424,14 +493,14 @@ class Run:
         Engines pick their kernels when they first see a size, so that the first call of several is
         not counted.
         """
-        images = self.inputs[request.name]
-        first, outputs = self._timed(images)
-        seconds = (first,)
-        if request.repeat and first < SHORT_CALL_S:
-            seconds = tuple(self._timed(images)[0] for _ in range(2))
-        flaw = _flaw(outputs)
+        images = self.given[request.name]
+        first = self._timed(images)
+        seconds = (first.seconds,)
+        if request.repeat and first.seconds < SHORT_CALL_S:
+            seconds = tuple(self._timed(images).seconds for _ in range(2))
+        flaw = _flaw(first.outputs)
         if flaw is None:
-            _save_outputs(Path(request.outputs), self.export.completed(outputs, images))
+            _save_outputs(Path(request.outputs), self.export.completed(first.outputs, images))
         return protocol.Detected(seconds, flaw)
 
     def detect_batch(self, request: protocol.DetectBatch) -> protocol.Done:
@@ -506,14 +575,17 @@ class Run:
         if self.device == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         with torch.profiler.profile(activities=activities) as profile:
-            self._timed(self.export.inputs)
+            self._timed(self.given["opt"])
         profile.export_chrome_trace(request.path)
         return protocol.Done()
 
     def precision(self, request: protocol.ReadPrecision) -> protocol.EffectivePrecision:
         """The precision that it really computes in."""
+        from backends.base import computed_in
+
         read = self.optimized.read_precision
-        return protocol.EffectivePrecision(self.optimized.precision if read is None else read())
+        precision = self.optimized.precision if read is None else read()
+        return protocol.EffectivePrecision(computed_in(precision, self.device))
 
     def coverage(self, request: protocol.ReadCoverage) -> Coverage:
         """How much of the graph the engine took, with what showed in running."""
@@ -604,9 +676,11 @@ def read_gpu(request: protocol.ReadGpu) -> GpuState:
 
 def measure_peak(request: protocol.MeasurePeak) -> protocol.Peak:
     """Operations per second of PyTorch's matrix products."""
+    from backends.base import computed_in
     from measure.profile import measure_peak
 
-    return protocol.Peak(measure_peak(request.precision, request.device))
+    known = request.precision, request.device
+    return protocol.Peak(measure_peak(*known), computed_in(*known))
 
 
 def read_batch(request: protocol.ReadBatch) -> protocol.BatchRead:
@@ -742,13 +816,17 @@ class Child:
     buffer: bytearray = field(default_factory=bytearray)
 
 
-def work(number: int, source: int, sink: int, log: str, threads: int) -> None:
+def work(request: protocol.Start, source: int, sink: int) -> None:
     """A worker's life: answers until it is told to stop, or its input closes."""
     import torch
 
-    _isolate(log)
-    torch.set_num_threads(threads)
-    worker = Worker(number)
+    from backends.base import allow_tf32
+
+    _isolate(request.log)
+    torch.set_num_threads(request.threads)
+    if request.tf32 is not None:
+        allow_tf32(request.tf32)
+    worker = Worker(request.number)
     with open(source, "rb") as requests:
         for line in requests:
             reply = worker.reply(line)
@@ -862,7 +940,7 @@ class Host:
         pid = os.fork()
         if pid == 0:
             self.leave(from_worker, to_worker)
-            return lambda: work(request.number, its_source, its_sink, request.log, request.threads)
+            return lambda: work(request, its_source, its_sink)
         os.close(its_source)
         os.close(its_sink)
         child = Child(request.number, pid, from_worker, to_worker)

@@ -507,6 +507,8 @@ def settings(plan: Plan, options: argparse.Namespace) -> Settings:
         and file_name(options.calibration_annotations),
         calibration_limit=options.calibration_limit,
         calibration_digest=plan.calibration and plan.calibration.digest,
+        tf32=plan.tf32,
+        cudnn_benchmark=plan.cudnn_benchmark,
     )
 
 

@@ -200,12 +200,13 @@ class Host:
         last = f": {printed[-1]}" if printed else ""
         return f"it {_cause_of_death(self.process.poll())}{last}"
 
-    def start(self, log: Path, threads: int) -> Worker:
+    def start(self, log: Path, threads: int, tf32: bool | None = None) -> Worker:
         """Forks a worker.
 
         Args:
             log: file that takes what it prints; its temporary files lie beside it.
             threads: CPU threads that it may use.
+            tf32: see `protocol.Start`.
 
         Raises:
             errors.InputError: see `wait`.
@@ -214,7 +215,7 @@ class Host:
         self.wait()
         self._count += 1
         number = self._count
-        request = protocol.Start(number, str(log), threads)
+        request = protocol.Start(number, str(log), threads, tf32)
         try:
             return Worker(self, number, self.ask(HOST, request, MOMENT_S).pid, log)
         except TimeoutError:
@@ -223,9 +224,9 @@ class Host:
             raise InputError(f"{self.command}: {error}") from None
 
     @contextlib.contextmanager
-    def worker(self, log: Path, threads: int) -> Iterator[Worker]:
+    def worker(self, log: Path, threads: int, tf32: bool | None = None) -> Iterator[Worker]:
         """A worker for some questions, see `start`; it ends with the block."""
-        worker = self.start(log, threads)
+        worker = self.start(log, threads, tf32)
         try:
             yield worker
         finally:

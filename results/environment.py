@@ -31,7 +31,7 @@ RELEVANT_VARIABLES = (
 )  # fmt: skip
 
 _CGROUPS = Path("/sys/fs/cgroup")
-_CPU0 = Path("/sys/devices/system/cpu/cpu0")
+_CPUS = Path("/sys/devices/system/cpu")
 
 
 def _read_text(path: Path) -> Optional[str]:
@@ -97,6 +97,29 @@ def usable_cores() -> int:
         if quota not in ("max", "-1"):  # no limit, in version 2 and 1
             cores = min(cores, int(quota) // int(period))
     return max(1, cores)
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use, and never more than `usable_cores`.
+
+    As many threads as PyTorch takes by itself: two on one core share its arithmetic units, and the
+    slower of the two holds up the others.
+    """
+    usable = usable_cores()
+    try:
+        allowed = os.sched_getaffinity(0)
+    except AttributeError:  # macOS, Windows
+        import psutil
+
+        return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
+    return max(1, min(usable, len(set(map(_siblings, allowed)))))
+
+
+def _siblings(number: int) -> str:
+    """The logical cores on the physical core of one, as Linux lists them; else it is alone."""
+    topology = _CPUS / f"cpu{number}/topology"
+    known = (_read_text(topology / name) for name in ("core_cpus_list", "thread_siblings_list"))
+    return next((text.strip() for text in known if text), str(number))
 
 
 def quota_periods() -> Tuple[int, int]:
@@ -167,7 +190,7 @@ def commit() -> Optional[Commit]:
 
 def _governor() -> Optional[str]:
     """How Linux chooses the CPU's frequency; None where it does not say, as on virtual machines."""
-    return (_read_text(_CPU0 / "cpufreq/scaling_governor") or "").strip() or None
+    return (_read_text(_CPUS / "cpu0/cpufreq/scaling_governor") or "").strip() or None
 
 
 def _versions(names: Collection[str]) -> Dict[str, str]:

@@ -137,6 +137,9 @@ def facts(results: Results) -> Dict[str, Any]:
         value = getattr(settings, name)
         # A flag that is not set is as good as one that did not exist yet.
         named[f"--{name.replace('_', '-')}"] = None if value is False or value == () else value
+    # Here "off" is not as good as not known: before there was the flag, half of it was on.
+    named["--tf32"] = {None: None, True: "on", False: "off"}[settings.tf32]
+    named["cudnn.benchmark"] = settings.cudnn_benchmark or None  # It was off before, too.
     return named
 
 

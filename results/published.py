@@ -33,8 +33,9 @@ PUBLISHED_AS: Dict[str, Tuple[str, str]] = {
     "testRetinaNet_scripted": ("RetinaNet", "scripted"),
 }
 
-# The published precision that ours is set beside; bf16 is a CPU's half precision.
-COUNTERPART = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp16"}
+# The published precision that ours is set beside; bf16 is a CPU's half precision, and tf32 what
+# fp32 comes to on a GPU.
+COUNTERPART = {"fp32": "fp32", "tf32": "fp32", "fp16": "fp16", "bf16": "fp16"}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,11 @@ from benchmark import BreakEven, Speedup, Statistics
 SCHEMA = 2
 TOOL = "run_blade"
 
+# That can be asked for.
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
+# That a run computes in. tf32: what fp32 comes to on a GPU that rounds it in convolutions and
+# products: 10 bits of mantissa, and the range of fp32.
+EffectivePrecision = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
 # What became of a run. failed: it crashed, or ran out of time or memory; unsupported: its backend
 # cannot take the export; mismatch: it was measured, but its detections are not the reference's.
 Status = Literal["ok", "failed", "unsupported", "mismatch"]
@@ -115,6 +119,9 @@ class Settings:
         calibration: name of the folder with images that int8 takes its ranges from;
             `calibration_annotations`: of what is in them; `calibration_limit`: how many are taken;
             `calibration_digest` tells those that were taken from others, as the detector sees them.
+        tf32: whether a GPU was allowed to round fp32 to TF32, by PyTorch and all engines.
+        cudnn_benchmark: whether cuDNN tried its kernels for each size (PyTorch's
+            `torch.backends.cudnn.benchmark`). None, as `tf32`: on a CPU, and in files of before.
     """
 
     model: Tuple[str, ...] = ()
@@ -167,6 +174,8 @@ class Settings:
     calibration_annotations: Optional[str] = None
     calibration_limit: Optional[int] = None
     calibration_digest: Optional[str] = None
+    tf32: Optional[bool] = None
+    cudnn_benchmark: Optional[bool] = None
 
 
 @dataclass(frozen=True)
@@ -557,6 +566,20 @@ class Bisection:
 
 
 @dataclass(frozen=True)
+class Copies:
+    """Seconds of a call on a GPU that it copied, by its own clock.
+
+    Attributes:
+        upload_s: images from pinned host memory.
+        download_s: detections to pinned host memory. Where the GPU waits for the host between two
+            tensors, that counts, too.
+    """
+
+    upload_s: float
+    download_s: float
+
+
+@dataclass(frozen=True)
 class Run:
     """One test model, backend and precision, measured.
 
@@ -567,13 +590,15 @@ class Run:
         label: what the table calls it.
         baseline: whether the others' speedups are relative to this run.
         effective_precision: that it computed in, read back from the engine where it tells; None if
-            it never came to run.
+            it never came to run. Where fp32 was asked for, `tf32` on a GPU that rounds to it.
         provider: what executed it, as the engine names it.
         threads: CPU threads of the engine.
         reason: one sentence; None where the status is `ok`.
         samples_s: of every timed call: sample i was taken in round i, so that equal positions in
             two runs are neighbours in time. A run that failed has those from before.
-        warmup_s: of the calls before, which are not counted.
+        warmup_s: of the calls before, which are not counted. Nor are those that a turn of short
+            calls begins with, which nobody keeps.
+        copies: what of `samples_s` went into copies, medians; None on a CPU.
         size_seconds: input that is not timed (`min`, `max`) -> seconds of calls that the check of
             detections made, not in turns with other runs: two after one that is not counted, or the
             first alone where that took more than a second.
@@ -602,12 +627,13 @@ class Run:
     requested_precision: Precision
     status: Status
     environment: Optional[str] = None
-    effective_precision: Optional[Precision] = None
+    effective_precision: Optional[EffectivePrecision] = None
     provider: Optional[str] = None
     threads: Optional[int] = None
     reason: Optional[str] = None
     samples_s: Tuple[float, ...] = ()
     warmup_s: Tuple[float, ...] = ()
+    copies: Optional[Copies] = None
     size_seconds: Dict[str, Tuple[float, ...]] = field(default_factory=dict)
     prepare: Optional[Preparation] = None
     cached: bool = False
@@ -875,7 +901,8 @@ class Results:
         version: of the suite.
         groups: in the order in which they were measured.
         aa: None where it was not measured.
-        peaks: with `--roofline`: precision -> operations per second of PyTorch's matrix products.
+        peaks: with `--roofline`: effective precision -> operations per second of PyTorch's matrix
+            products.
         left_out: label -> why a backend that is measured by default was left out.
         without: precision -> labels of the backends that do not compute in it.
         recommendations: for each model, which run to ship.

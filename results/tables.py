@@ -65,6 +65,11 @@ SYNTHETIC_NOTE = (
     "precision costs a trained model"
 )
 
+TF32_NOTE = (
+    "tf32: fp32 whose factors the GPU rounds to 10 bits of mantissa in products and convolutions, "
+    "as engines do by default: --no-tf32 forbids it to all of them"
+)
+
 # What tables call what average precision is of, and its verdicts.
 AP_VERDICTS: Dict[APVerdict, str] = {
     "keeps": "keeps AP",
@@ -616,6 +621,8 @@ def _model_notes(
     )
     yield from _peak_note(groups[0], peaks)
     yield from _recompilation_notes(groups)
+    if any(run.effective_precision == "tf32" for group in groups for run in group.runs):
+        yield TF32_NOTE
     yield from _environment_notes(results, groups)
     if not groups[0].image:  # Torch was timed against itself on all images together.
         yield from aa_note(results)
@@ -884,8 +891,25 @@ def costs_table(groups: Sequence[Group]) -> Table:
             for run in group.runs
             if run.prepare
         ),
+        notes=tuple(_copies_notes(groups)),
         nothing="no run was prepared",
     )
+
+
+def _copies_notes(groups: Sequence[Group]) -> Iterator[str]:
+    """What of a call goes into copies between the host and a GPU."""
+    for group in groups:
+        texts = [
+            f"{run.label} {_digits(1000 * run.copies.upload_s, 2)} and "
+            f"{_digits(1000 * run.copies.download_s, 2)}"
+            for run in group.runs
+            if run.copies
+        ]
+        if texts and not group.image:
+            yield (
+                f"{group_name(group)} {group.precision}, ms of a call in which images go to the "
+                f"GPU, and detections come back: {', '.join(texts)}"
+            )
 
 
 def _cost_cells(run: Run, prepare: Preparation) -> List[str]:

@@ -9,6 +9,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -61,6 +62,7 @@ ENGINES = [
     )
     for backend, precisions in (
         ("torch", ("fp32", "bf16")),
+        ("torch_channels_last", ("fp32", "bf16")),
         ("torchscript", ("fp32", "bf16")),
         ("inductor", ("fp32", "bf16")),
         ("openvino", ("fp32", "bf16")),
@@ -78,9 +80,9 @@ PADDED = {(288, 384): (288, 384), (480, 640): (480, 640), (427, 611): (448, 640)
 def test_every_file_is_a_backend():
     assert base.names() == sorted(base.names())
     expected = {"inductor", "onnxruntime", "openvino", "torch", "torch_blade", "torchscript"}
-    assert set(base.names()) >= expected
+    assert set(base.names()) >= {*expected, "torch_channels_last"}
     backends = base.load_all()
-    assert next(backend.label for backend in backends) == "Torch"
+    assert [backend.label for backend in backends][:2] == ["Torch", "Torch channels_last"]
     assert len({backend.rank for backend in backends}) == len(backends)
     for backend in backends:
         assert backend.name in base.names()
@@ -110,7 +112,7 @@ def test_backends_of_one_rank_stand_side_by_side(monkeypatch):
     others = []
     for name in ("atwin", "zwin"):
         module = ModuleType(f"backends.{name}")
-        namespace = {"__module__": module.__name__, "name": name, "rank": 4, "label": name}
+        namespace = {"__module__": module.__name__, "name": name, "rank": 5, "label": name}
         module.Twin = type("Twin", (Backend,), namespace)
         monkeypatch.setitem(sys.modules, module.__name__, module)
         others.append(name)
@@ -123,7 +125,7 @@ def test_backends_of_one_rank_stand_side_by_side(monkeypatch):
 
 
 def test_versions_are_those_of_the_libraries():
-    for name in ("torch", "torchscript"):
+    for name in ("torch", "torch_channels_last", "torchscript"):
         assert base.load(name).versions()["torch"] == torch.__version__
     if OPENVINO_UNAVAILABLE is None:
         import openvino
@@ -190,7 +192,7 @@ def test_engines_that_are_gone_leave_signals_working():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_no_cuda_is_a_reason():
-    for name in ("torch", "torchscript"):
+    for name in ("torch", "torch_channels_last", "torchscript"):
         assert base.load(name).unavailable("cpu") is None
         assert "no CUDA device" in base.load(name).unavailable("cuda")
 
@@ -208,7 +210,10 @@ def reference(name: str) -> Dict[str, Tuple[Tensor, ...]]:
 
 @functools.lru_cache(maxsize=None)
 def engine(name: str, backend: str, precision: str) -> Optimized:
-    return base.load(backend).optimize(small_export(name), precision, "cpu")
+    export = small_export(name)
+    if backend == "torch_channels_last":  # It changes the module, which others use, too.
+        export = on_device(export, MODELS[name], "cpu")
+    return base.load(backend).optimize(export, precision, "cpu")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -399,6 +404,64 @@ def test_a_worker_casts_weights_once():
         assert casts_of(optimized.call, *export.inputs) > 50
         assert casts_of(optimized.call, *export.inputs) == 0
     assert base.load("torch").optimize(export, "fp32", "cpu").context is None
+
+
+def layouts(name: str, backend: str, precision: str, device: str = "cpu") -> Counter:
+    """Layout -> how many convolutions of a call give it, as far as their shapes tell."""
+    export = on_device(small_export(name), MODELS[name], device)
+    optimized = base.load(backend).optimize(export, precision, device)
+    found: Counter = Counter()
+
+    def look(module: nn.Module, inputs: Tuple[Tensor, ...], output: Tensor) -> None:
+        rows, channels, *size = output.shape
+        if rows and channels > 1 and max(size) > 1:
+            last = output.is_contiguous(memory_format=torch.channels_last)
+            found["channels_last" if last else "contiguous"] += 1
+
+    for module in export.eager.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            module.register_forward_hook(look)
+    optimized.call(*export.inputs)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "device"),
+    [
+        ("testRetinaNet", "fp32", "cpu"),
+        pytest.param("testRetinaNet", "bf16", "cpu", marks=needs_bf16),
+        ("testMaskRCNNFPN", "fp32", "cpu"),
+        ("testMaskRCNNC4", "fp32", "cpu"),
+        pytest.param("testMaskRCNNFPN", "fp32", "cuda", marks=needs_cuda),
+        pytest.param("testMaskRCNNC4", "fp16", "cuda", marks=needs_cuda),
+    ],
+)
+def test_convolutions_run_channels_last(name, precision, device):
+    """Of a model whose images are 3 x H x W, all of them: with masks, also those of regions."""
+    found = layouts(name, "torch_channels_last", precision, device)
+    assert found["channels_last"] > 50
+    assert found["contiguous"] == 0
+
+
+@pytest.mark.parametrize("form", ["traced", "exported"])
+def test_a_file_with_weights_runs_channels_last(form):
+    image = torch.rand(1, 3, 8, 8)
+    module = nn.Conv2d(3, 4, 3).eval()
+    if form == "traced":
+        file = torch.jit.trace(module, image)
+    else:
+        file = torch.export.export(module, (image,)).module()
+    export = SimpleNamespace(eager=file, own_runner=None)
+    found = base.load("torch_channels_last").optimize(export, "fp32", "cpu").call(image)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(found, module(image), atol=1e-5)
+
+
+def test_the_baseline_does_not_run_channels_last():
+    """The test above can fail."""
+    found = layouts("testRetinaNet", "torch", "fp32")
+    assert found["contiguous"] > 50
+    assert found["channels_last"] == 0
 
 
 @needs_openvino

@@ -88,7 +88,7 @@ def record_of(
             x.name,
             x.kind,
             x.difference,
-            share * part_bound(x.kind, precision, "cpu"),
+            share * part_bound(x.kind, precision),
             x.accumulated,
         )
         for x in watched.differences
@@ -431,9 +431,9 @@ def test_a_fault_that_vanishes(tmp_path):
         file = tmp_path / "parts.npz"
         sides = {"wanted": found, "run": run, "watched": watched}
         np.savez(file, **{f"{k}/{n}": x for k, side in sides.items() for n, x in enumerate(side)})
-        record = parent.bisection(answer, file, "opt", "fp32", "cpu", known)
+        record = parent.bisection(answer, file, "opt", "fp32", known)
         assert record.vanished == vanished
-        assert record.parts[0].bound == part_bound("FPN", "fp32", "cpu")
+        assert record.parts[0].bound == part_bound("FPN", "fp32")
 
 
 class Refusing:

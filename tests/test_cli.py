@@ -272,6 +272,21 @@ def test_more_threads_than_cores(main, no_host):
     assert_refused(outcome, f"--threads {cores + 1}", f"only {cores} cores")
 
 
+def test_threads_are_physical_cores_unless_told(main, monkeypatch, no_host):
+    """With as many as `--threads` says, or by default two, memory is looked at."""
+    seen = []
+
+    def look(sizes: object, models: object, threads: int, view: object) -> None:
+        seen.append(threads)
+        raise InputError("looked at")
+
+    monkeypatch.setattr(plan, "check_room", look)
+    monkeypatch.setattr(plan, "default_threads", lambda: 2)
+    for more in ([], ["--threads", "1"]):
+        assert_refused(main("--model", "testRetinaNet", *more), "looked at")
+    assert seen == [2, 1]
+
+
 @NEEDS_NO_CUDA
 @pytest.mark.parametrize("more", [[], ["--list"], ["--backend", "torch_blade"]])
 def test_cuda_where_there_is_none(main, more):
@@ -518,11 +533,12 @@ def test_a_run_prints_a_table_and_nothing_else(finished):
     assert outcome.code == 0, outcome.err
     table = outcome.out.split("\n\n\n")[0]
     lines = table.splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:5]]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:6]]
     assert rows[0][:4] == ["Model(traced)", "Backend", "precision", "Median(FPS)"]
     assert rows[0][-2:] == ["Speedup", "Detections"]
     assert [row[:3] for row in rows[2:]] == [
         ["RetinaNet", "Torch", "fp32"],
+        ["RetinaNet", "Torch channels_last", "fp32"],
         ["RetinaNet", "TorchScript", "fp32"],
         ["RetinaNet", "OpenVINO", "fp32"],
     ]
@@ -530,8 +546,8 @@ def test_a_run_prints_a_table_and_nothing_else(finished):
     for row in rows[3:]:
         assert "x ±" in row[-2]
         assert row[-1].endswith(" match")
-    end = lines.index("", 6)
-    notes, answer = lines[5:end], lines[end:]
+    end = lines.index("", 7)
+    notes, answer = lines[6:end], lines[end:]
     assert notes[0] == ""
     assert all(note.startswith("- ") for note in notes[1:])
     # Four lines say which run to ship.
@@ -560,7 +576,8 @@ def test_progress_goes_to_standard_error(finished):
 
 def test_published_speedups_are_printed_beside_ours(finished):
     rows = [line for line in finished[0].out.splitlines() if line.startswith("| RetinaNet | tr")]
-    assert [row.split("|")[4].strip() for row in rows] == ["TorchScript", "OpenVINO"]
+    labels = [row.split("|")[4].strip() for row in rows]
+    assert labels == ["Torch channels_last", "TorchScript", "OpenVINO"]
     assert all(row.strip(" |").endswith("x") for row in rows)
 
 
@@ -573,15 +590,17 @@ def test_the_result_file_is_complete(finished):
     assert results.settings.model == ("testRetinaNet",)
     assert results.settings.threads == 1
     assert results.settings.output == "results"
-    assert results.settings.backend == ("torch", "torchscript", "openvino")
+    backends = ("torch", "torch_channels_last", "torchscript", "openvino")
+    assert results.settings.backend == backends
     assert results.settings.environment == ()
+    assert results.settings.tf32 is results.settings.cudnn_benchmark is None  # It is a CPU.
     assert {"torch", "torchvision", "numpy", "openvino"} <= set(results.environment.versions)
     (group,) = results.groups
     assert group.model == "testRetinaNet"
     assert group.image_sizes["opt"] == ((96, 128),)
     assert (group.rounds, group.stopped) == (6, "fixed")
     assert group.flops > 1e9
-    assert [run.backend for run in group.runs] == ["torch", "torchscript", "openvino"]
+    assert tuple(run.backend for run in group.runs) == backends
     for run in group.runs:
         assert run.status == "ok"
         assert run.requested_precision == run.effective_precision == "fp32"
@@ -593,12 +612,14 @@ def test_the_result_file_is_complete(finished):
         assert run.versions
         assert run.python == sys.version.split()[0]
         assert run.cached is False
+        assert run.copies is None
         if not run.baseline:
             assert run.speedup.low <= run.speedup.ratio <= run.speedup.high
             assert {x.verdict for x in run.detections.values()} == {"match"}
             assert set(run.detections) == {"min", "opt", "max"}
             assert run.break_even is not None
-            assert run.artifact_mb > 10
+            # Torch leaves no file to deploy.
+            assert run.artifact_mb is None or run.artifact_mb > 10
     assert [len(samples) for samples in results.aa.samples_s] == [6, 6]
 
 
@@ -641,7 +662,7 @@ def test_costs_and_coverage_are_printed_below(finished):
     (costs,) = (n for n, line in enumerate(lines) if "break-even (images)" in line)
     assert "OpenVINO" in lines[coverage + 3]
     assert "100%" in lines[coverage + 3]
-    openvino = [cell.strip() for cell in lines[costs + 4].strip("|").split("|")]
+    openvino = [cell.strip() for cell in lines[costs + 5].strip("|").split("|")]
     assert openvino[:3] == ["RetinaNet", "OpenVINO", "fp32"]
     assert all(float(seconds) > 0 for seconds in openvino[3:7])
     assert float(openvino[7]) > 100  # MiB of weights
@@ -652,7 +673,7 @@ def test_what_was_found_is_kept(finished):
     (model,) = file.load_found(output).values()
     (reference,) = model.reference
     assert len(reference.boxes) == len(reference.scores) == len(reference.classes) > 50
-    assert set(model.runs["fp32"]) == {"TorchScript", "OpenVINO"}
+    assert set(model.runs["fp32"]) == {"Torch channels_last", "TorchScript", "OpenVINO"}
     for (run,) in model.runs["fp32"].values():
         assert all(run.agrees)
         assert run.lost == ()
@@ -767,7 +788,7 @@ def test_a_number_of_objects_asks_for_synthetic_weights():
     [
         (["--iterations", "7"], "--iterations: 6 before, 7 now"),
         (["--seed", "1"], "--seed: 0 before, 1 now"),
-        (["--backend", "torchscript"], "--backend: torch torchscript openvino before, torch tor"),
+        (["--backend", "torchscript"], "--backend: torch torch_channels_last torchscript openvino"),
         (["--precision", "bf16"], "--precision: fp32 before, bf16 now"),
     ],
 )

@@ -318,6 +318,19 @@ def test_one_run_that_is_not_comparable_is_named(command):
     assert "times not compared, as it ran as fp32 before, and as bf16 after" in printed.out
 
 
+def test_runs_with_and_without_tf32_are_not_compared(command):
+    """Of files from before there was the setting, it is not known how much was rounded."""
+    before, after = measured(0), measured(1)
+    for document in (before, after):
+        document["settings"]["device"] = "cuda"
+    after["settings"]["tf32"] = True
+    after["groups"][0]["runs"][1]["effective_precision"] = "tf32"
+    code, printed = command(before, after)
+    assert code == 0
+    assert "times not compared, as it ran as fp32 before, and as tf32 after" in printed.out
+    assert "--tf32: none before, on now" in printed.out
+
+
 @pytest.mark.parametrize("flags", [None, []])
 def test_a_file_without_flags_is_not_of_another_machine(command, flags):
     before, after = measured(0), measured(1)

@@ -106,10 +106,10 @@ def test_a_cpu_that_changes_its_frequency_is_said(governor, warned):
 
 
 def test_the_governor_is_read_where_there_is_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(environment, "_CPU0", tmp_path)
+    monkeypatch.setattr(environment, "_CPUS", tmp_path)
     assert environment.environment({}).cpu.governor is None
-    (tmp_path / "cpufreq").mkdir()
-    (tmp_path / "cpufreq" / "scaling_governor").write_text("schedutil\n")
+    (tmp_path / "cpu0/cpufreq").mkdir(parents=True)
+    (tmp_path / "cpu0/cpufreq/scaling_governor").write_text("schedutil\n")
     assert environment.environment({}).cpu.governor == "schedutil"
 
 

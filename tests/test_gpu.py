@@ -91,11 +91,13 @@ def test_its_name_takes_no_nvml(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     found = survey(Survey(("torch",), None))
     assert (found.device, found.gpu) == ("cuda", "Some GPU")
+    assert found.cudnn_benchmark is False  # As Detectron2 has it.
     # It is none of those that were measured on.
     assert survey(Survey(("torch",), "cpu")).gpu is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = survey(Survey(("torch",), None))
     assert (found.device, found.gpu) == ("cpu", None)
+    assert found.cudnn_benchmark is None
 
 
 def test_an_idle_gpu_is_not_throttled():

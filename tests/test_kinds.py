@@ -18,7 +18,7 @@ from results.record import Agreement
 
 HEIGHT, WIDTH = 480, 640
 # What healthy engines do to logits, as a share of how far they vary.
-NOISE = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-2, "int8": 4e-2}
+NOISE = {"fp32": 1e-5, "tf32": 2e-4, "fp16": 2e-3, "bf16": 1e-2, "int8": 4e-2}
 KEYPOINT_FIELDS = (
     *("pred_boxes", "pred_classes", "pred_keypoint_heatmaps", "pred_keypoints", "scores"),
     "image_size",

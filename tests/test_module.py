@@ -551,6 +551,7 @@ def test_a_file_that_takes_one_size(files, picture, name):
 
 
 NO_TORCHSCRIPT, NO_PYTHON = "it takes TorchScript, and", "it takes a Python module, and"
+NO_WEIGHTS = "it has no weights of convolutions to lay out: a frozen file has them as constants"
 
 
 @pytest.mark.parametrize(
@@ -560,8 +561,10 @@ NO_TORCHSCRIPT, NO_PYTHON = "it takes TorchScript, and", "it takes a Python modu
         ("traced.ts", "openvino", None),
         ("traced.ts", "onnxruntime", None),
         ("traced.ts", "inductor", f"{NO_PYTHON} the file is TorchScript"),
+        ("traced.ts", "torch_channels_last", NO_WEIGHTS),
         ("frozen.ts", "torchscript", None),
         ("frozen.ts", "openvino", None),
+        ("frozen.ts", "torch_channels_last", NO_WEIGHTS),
         ("scripted.ts", "torchscript", None),
         ("scripted.ts", "openvino", None),
         ("scripted.ts", "onnxruntime", None),
@@ -569,7 +572,9 @@ NO_TORCHSCRIPT, NO_PYTHON = "it takes TorchScript, and", "it takes a Python modu
         ("exported.pt2", "torchscript", f"{NO_TORCHSCRIPT} the file is a program of torch.export"),
         ("exported.pt2", "onnxruntime", f"{NO_TORCHSCRIPT} the file is a program of torch.export"),
         ("exported.pt2", "openvino", None),
+        ("exported.pt2", "torch_channels_last", NO_WEIGHTS),
         ("graph.onnx", "openvino", None),
+        ("graph.onnx", "torch_channels_last", "ONNXRuntime runs the file, and lays out its .*"),
         ("graph.onnx", "torchscript", f"{NO_TORCHSCRIPT} the file is an ONNX graph"),
         ("graph.onnx", "inductor", f"{NO_PYTHON} the file is an ONNX graph"),
         ("graph.onnx", "onnxruntime", "ONNX Runtime is the baseline of an ONNX file"),

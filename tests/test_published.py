@@ -33,6 +33,7 @@ def test_times_are_milliseconds_that_agree_with_the_frame_rates(row):
     ("model", "precision", "beside"),
     [
         ("testRetinaNet", "fp32", (1.48, "fp32")),
+        ("testRetinaNet", "tf32", (1.48, "fp32")),
         ("testMaskRCNNC4", "bf16", (2.72, "fp16")),
         ("testRetinaNet_scripted", "fp16", (2.01, "fp16")),
         ("testRetinaNet_scripted", "fp32", None),

@@ -623,6 +623,22 @@ def test_the_gpu_is_named_by_the_environment():
     )
 
 
+def test_tf32_that_is_forbidden_is_not_what_is_not_known():
+    known = {}
+    for tf32 in (None, True, False):
+        results = records(make_document())
+        known[tf32] = replace(results, settings=replace(results.settings, tf32=tf32))
+    assert facts.differences(known[None], known[False]) == ["--tf32: none before, off now"]
+    assert facts.differences(known[True], known[False]) == ["--tf32: on before, off now"]
+    assert facts.differences(known[None], known[None]) == []
+    settings = known[None].settings
+    tried, off = (
+        replace(known[None], settings=replace(settings, cudnn_benchmark=x)) for x in (True, False)
+    )
+    assert facts.differences(known[None], off) == []  # It was off before it was recorded.
+    assert facts.differences(known[None], tried) == ["cudnn.benchmark: none before, True now"]
+
+
 @pytest.mark.parametrize(
     ("weights", "note"),
     [
@@ -711,6 +727,51 @@ def test_usable_cores_follow_a_container_quota(control_groups, monkeypatch, grou
     control_groups(group, files)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(64), raising=False)
     assert environment.usable_cores() == cores
+
+
+# Of a machine with eight logical cores, the two on each physical one. Intel numbers them so.
+PAIRS = [f"{core},{core + 4}\n" for core in (0, 1, 2, 3)] * 2
+
+
+@pytest.mark.parametrize(
+    ("pairs", "allowed", "quota", "threads"),
+    [
+        (PAIRS, range(8), "max 100000\n", 4),
+        (PAIRS, {0, 4}, "max 100000\n", 1),
+        (PAIRS, {0, 4, 1}, "max 100000\n", 2),
+        (PAIRS, {0, 1, 2}, "max 100000\n", 3),
+        (PAIRS, range(8), "300000 100000\n", 3),
+        (PAIRS, range(8), "600000 100000\n", 4),
+        (PAIRS, range(8), "50000 100000\n", 1),
+        (["0-1\n", "0-1\n", "2-3\n", "2-3\n"], range(4), "max 100000\n", 2),
+        # Linux does not tell.
+        ([], range(8), "max 100000\n", 8),
+    ],
+)
+@pytest.mark.parametrize("name", ["core_cpus_list", "thread_siblings_list"])
+def test_threads_are_physical_cores(
+    control_groups, tmp_path, monkeypatch, pairs, allowed, quota, threads, name
+):
+    control_groups("0::/", {"cpu.max": quota})
+    for number, text in enumerate(pairs):
+        folder = tmp_path / f"cpu{number}/topology"
+        folder.mkdir(parents=True)
+        (folder / name).write_text(text)
+    monkeypatch.setattr(environment, "_CPUS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(allowed), raising=False)
+    assert environment.default_threads() == threads
+
+
+def test_threads_of_this_machine():
+    assert 1 <= environment.default_threads() <= environment.usable_cores()
+
+
+def test_threads_where_there_is_no_affinity(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(environment, "_cgroup_settings", lambda *names: iter(()))
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: 8 if logical else 4)
+    assert environment.default_threads() == 4
 
 
 @pytest.mark.parametrize(

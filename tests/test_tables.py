@@ -15,6 +15,7 @@ from results.record import (
     AccuracyControl,
     Agreement,
     AveragePrecision,
+    Copies,
     Coverage,
     Difference,
     Environment,
@@ -232,6 +233,22 @@ def test_what_it_ran_in_is_said_where_that_is_something_else():
     other = run("OpenVINO", requested_precision="bf16", effective_precision="fp32")
     table = tables.model_table(results(group(other)), [group(other)])
     assert table.rows[0][2] == "fp32 (not bf16)"
+
+
+def test_copies_are_told_below_the_costs():
+    known = prepared("Torch", copies=Copies(0.0003146, 0.00004))
+    text = markdown(tables.costs_table([group(known, prepared("TorchScript"))]))
+    told = "ms of a call in which images go to the GPU, and detections come back: "
+    assert text.splitlines()[-1] == f"- RetinaNet fp32, {told}Torch 0.31 and 0.040"
+    assert "copies" not in markdown(tables.costs_table([group(prepared("Torch"))]))
+
+
+def test_tf32_is_said_and_explained():
+    ran = group(run("Torch", effective_precision="tf32"))
+    table = tables.model_table(results(ran), [ran])
+    assert table.rows[0][2] == "tf32 (not fp32)"
+    assert "--no-tf32 forbids it" in markdown(table)
+    assert "tf32" not in model_text(group(run("Torch")))
 
 
 def test_what_was_not_checked_is_not_the_reference():

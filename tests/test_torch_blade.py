@@ -447,6 +447,6 @@ def test_availability_depends_on_a_cuda_device(install, monkeypatch, cuda):
 def test_the_registry_finds_it_with_its_place_in_the_table(install):
     install(old=True)
     backend = base.load("torch_blade")
-    assert (backend.label, backend.rank, backend.devices) == ("TorchBlade", 1, ("cuda",))
+    assert (backend.label, backend.rank, backend.devices) == ("TorchBlade", 2, ("cuda",))
     assert backend.precisions == {"cuda": ("fp32", "fp16")}
     assert backend.versions() == {"torch_blade": "0.2.0", "torch": torch.__version__}

@@ -111,6 +111,7 @@ class Settings212:
     cache_built_engines: bool = False
     reuse_cached_engines: bool = False
     immutable_weights: bool = True
+    disable_tf32: bool = False
     enabled_precisions: Set[Any] = dataclasses.field(default_factory=lambda: {torch.float32})
     use_explicit_typing: bool = True
 
@@ -124,6 +125,7 @@ class Settings214:
     cache_built_engines: bool = False
     reuse_cached_engines: bool = False
     immutable_weights: bool = True
+    disable_tf32: bool = False
 
 
 class DiskEngineCache:
@@ -307,6 +309,7 @@ def script_compile(trt: TRT) -> Callable[..., Script]:
         inputs: Any = None,
         enabled_precisions: Any = None,
         *,
+        disable_tf32: bool = False,
         truncate_long_and_double: bool = False,
         require_full_compilation: bool = False,
         min_block_size: int = 3,
@@ -321,6 +324,7 @@ def script_compile(trt: TRT) -> Callable[..., Script]:
             {
                 "inputs": inputs,
                 "enabled_precisions": enabled_precisions,
+                "disable_tf32": disable_tf32,
                 "truncate_long_and_double": truncate_long_and_double,
                 "graph": str(module.graph),
             }
@@ -495,6 +499,17 @@ def test_options_are_those_that_the_version_has(install, version):
     assert options["timing_cache_path"] != "/tmp/shared"
     assert not Path(options["timing_cache_path"]).parent.exists()
     assert not {"cache_built_engines", "custom_engine_cache", "immutable_weights"} & set(options)
+
+
+@pytest.mark.parametrize("is_allowed", [True, False])
+def test_tf32_is_forbidden_to_both_front_ends(install, monkeypatch, is_allowed):
+    monkeypatch.setattr("backends.torch_tensorrt.allows_tf32", lambda: is_allowed)
+    trt = install()
+    TorchTensorRT().optimize(make_export(), "fp32", "cpu")
+    assert trt.options[0]["disable_tf32"] is not is_allowed
+    trt = install_script(install)
+    TorchTensorRT().optimize(make_export(eager=Whole), "fp32", "cpu")
+    assert trt.script_calls[0]["disable_tf32"] is not is_allowed
 
 
 def test_a_setting_that_the_version_lacks_is_not_lost_in_silence(install):
@@ -803,7 +818,7 @@ def test_availability_depends_on_a_cuda_device(install, monkeypatch, cuda):
 def test_the_registry_finds_it_with_its_place_in_the_table(install):
     install()
     backend = base.load("torch_tensorrt")
-    assert (backend.label, backend.rank, backend.devices) == ("Torch-TensorRT", 6, ("cuda",))
+    assert (backend.label, backend.rank, backend.devices) == ("Torch-TensorRT", 7, ("cuda",))
     assert backend.precisions == {"cuda": ("fp32", "fp16", "bf16")}
     assert not backend.default
     assert backend.versions() == {

@@ -198,7 +198,13 @@ def rounded(detections, seed, relative, score_noise):
     )
 
 
-HEALTHY = {"fp32": (1e-5, 1e-5), "fp16": (1e-3, 5e-3), "bf16": (4e-3, 2e-2), "int8": (2e-2, 5e-2)}
+HEALTHY = {
+    "fp32": (1e-5, 1e-5),
+    "tf32": (2e-4, 1e-3),
+    "fp16": (1e-3, 5e-3),
+    "bf16": (4e-3, 2e-2),
+    "int8": (2e-2, 5e-2),
+}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

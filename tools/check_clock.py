@@ -26,7 +26,7 @@ from detectors.inputs import View
 from measure import protocol
 from measure.run import Run, prepare_model
 from models import MODELS
-from results.environment import usable_cores
+from results.environment import default_threads
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--rounds", type=int, default=25)
     options = parser.parse_args()
-    threads = usable_cores()
+    threads = default_threads()
     torch.set_num_threads(threads)
     run = prepare(options)
 

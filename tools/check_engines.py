@@ -43,7 +43,7 @@ from measure.progress import Progress
 from measure.run import load_prepared
 from measure.worker import CALL_LIMIT_S, PREPARE_LIMIT_S, Command, Host, Worker
 from models import MODELS
-from results.environment import usable_cores
+from results.environment import default_threads
 from results.tables import Table, left, markdown, right
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def main() -> int:
     parser.add_argument("--image-size", type=run_blade.image_size, metavar="HxW")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--calls", type=int, default=11, help="of each side in a round")
-    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--threads", type=int, default=default_threads())
     options = parser.parse_args()
     if min(options.rounds, options.calls, options.threads) < 1:
         parser.error("--rounds, --calls and --threads must be at least 1")

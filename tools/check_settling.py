@@ -34,7 +34,7 @@ from measure import worker as workers
 from measure.progress import Progress
 from measure.worker import Command, Host
 from models import MODELS
-from results.environment import usable_cores
+from results.environment import default_threads
 from results.tables import Table, left, markdown, right
 from tools.check_engines import prepare_model, prepare_run
 
@@ -107,7 +107,7 @@ def main() -> int:
         "--spin-ms", type=float, default=200.0, help="after each call (default: 200)"
     )
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--threads", type=int, default=default_threads())
     options = parser.parse_args()
     if min(options.rounds, options.threads) < 1:
         parser.error("--rounds and --threads must be at least 1")

@@ -23,7 +23,7 @@ import benchmark
 from detectors.build import build, find_weights
 from detectors.inputs import read_image, tuning_inputs
 from models import MODELS
-from results.environment import usable_cores
+from results.environment import default_threads
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=list(MODELS), default=["testRetinaNet"])
     parser.add_argument("--rounds", type=int, default=30)
     options = parser.parse_args()
-    torch.set_num_threads(usable_cores())
+    torch.set_num_threads(default_threads())
     for name in options.model:
         speedup = compare(name, options.rounds)
         interval = "too few rounds for an interval"

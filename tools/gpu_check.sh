@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# What a CUDA machine can tell in its first ten minutes, the most telling first: the tests that need
-# CUDA, then RetinaNet, then the other test models. Inductor comes when three models are through, as
-# it compiles for minutes. Whatever was done is in FOLDER after every step; called again, it goes on
-# with what failed or was not reached.
+# What a CUDA machine can tell in ten minutes, the most telling first: the tests that need CUDA, then
+# RetinaNet, then the other test models. Inductor comes when three models are through, as it compiles
+# for minutes. Whatever was done is in FOLDER after every step; called again, it goes on with what
+# failed or was not reached.
+#
+# It has run on an NVIDIA H200 and an H100 (PyTorch 2.11): docs/performance.md.
 #
 #   tools/gpu_check.sh [FOLDER] [--device cpu]
 #
@@ -22,15 +24,16 @@ if [ "${1:-}" = --device ]; then
 fi
 python=${PYTHON:-python3}
 # Seconds; what has no time left is not started.
-limit=${LIMIT:-540}
+limit=${LIMIT:-500}
 precisions=(fp32 fp16)
 inductor=(fp16)
-size=()
+# Of rounds, for each model and precision.
+budget=(--time-budget 10)
 if [ "$device" = cpu ]; then
     # That nothing fails for a typo is all that a CPU can tell.
     precisions=(fp32)
     inductor=(fp32)
-    size=(--image-size 96x128 --iterations 5 --warmup 1)
+    budget=(--image-size 96x128 --iterations 5 --warmup 1)
 fi
 
 mkdir -p "$folder"
@@ -70,13 +73,14 @@ if [ -n "${WHEELS:-}" ]; then
     export PYTHONPATH="$folder/packages${PYTHONPATH:+:$PYTHONPATH}"
 fi
 
-# Measures a test model: its name, the backend, precisions.
+# Measures a test model: the step's name, the model's, backends, precisions and further options.
 measure() {
-    local model=$1 backend=$2
-    shift 2
-    step "${model}_$backend" "$python" run_blade.py --model "$model" --device "$device" \
-        --weights synthetic --backend "$backend" --precision "$@" "${size[@]}" \
-        --coverage --costs --debug --output "$folder/${model}_$backend"
+    local name=$1 model=$2 backends
+    read -ra backends <<< "$3"
+    shift 3
+    step "$name" "$python" run_blade.py --model "$model" --device "$device" \
+        --weights synthetic --backend "${backends[@]}" "${budget[@]}" \
+        --coverage --costs --debug --output "$folder/$name" --precision "$@"
 }
 
 # Runs tests that need CUDA: the step's name, then arguments of pytest.
@@ -97,12 +101,14 @@ print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA de
 PYTHON
 step list "$python" run_blade.py --list --device "$device"
 tests tests -k "not inductor"
+eager="torch_channels_last torchscript"
 for model in testRetinaNet testMaskRCNNFPN testCascadeRCNN; do
-    measure "$model" torchscript "${precisions[@]}"
+    measure "$model" "$model" "$eager" "${precisions[@]}"
 done
-measure testRetinaNet inductor "${inductor[@]}"
+measure testRetinaNet_inductor testRetinaNet inductor "${inductor[@]}"
+measure testRetinaNet_no_tf32 testRetinaNet "$eager" fp32 --no-tf32
 for model in testMaskRCNNC4 testMaskRCNNFPN_b2 testMaskRCNNFPN_pproc testRetinaNet_scripted; do
-    measure "$model" torchscript "${precisions[@]}"
+    measure "$model" "$model" "$eager" "${precisions[@]}"
 done
 tests tests_inductor -k inductor
 say "done"
