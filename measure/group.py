@@ -751,7 +751,7 @@ class Measurement:
             speedup = benchmark.speedup(*samples, self.plan.seed, self.rounds.generations)
             resolution = benchmark.resolution(speedup)
             of = (self.model.name, self.precision, speedup, resolution, samples)
-            aa = SameAgainstSame(*of, tuple(self.rounds.generations))
+            aa = SameAgainstSame(*of, tuple(filter(None, self.rounds.generations)))
         return Measured(groups, found, aa, interruption)
 
     def one_by_one(self) -> list[Group]:
@@ -786,7 +786,7 @@ class Measurement:
             images_per_call=self.model.model.images_per_call,
             image_sizes={name: known.sizes[name] for name in inputs},
             rounds=self.rounds.rounds,
-            generations=tuple(self.rounds.generations),
+            generations=tuple(filter(None, self.rounds.generations)),
             stopped=self.rounds.stopped,
             runs=tuple(self.record(run, inputs, place) for run in self.runs),
             image=image,
