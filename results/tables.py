@@ -682,8 +682,8 @@ def _percentile_notes(groups: Sequence[Group]) -> Iterator[str]:
     ]
     if any(cell.endswith(_UNBOUNDED) for cell in cells):
         yield (
-            f"{_UNBOUNDED}: fewer than {samples_to_bound(0.99)} calls do not tell the 99th "
-            "percentile: often more than 1% of later calls are longer"
+            f"{_UNBOUNDED}: of fewer than {samples_to_bound(0.99)} calls, too few to bound the "
+            "99th percentile with 95% confidence"
         )
     bounds = _known_bounds(groups)
     if bounds:
