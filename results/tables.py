@@ -299,12 +299,23 @@ def _detections(run: Run) -> str:
 
 # The table of a test model ---------------------------------------------------------------------
 
-# The columns of TorchBlade's published results, then ours.
-_MODEL_COLUMNS = (
-    *left("Backend", "precision"),
-    *right("Median(FPS)", "Mean(FPS)", "Median(ms)", "Mean(ms)", "99th_p", "std_dev"),
-    *left("Speedup", "Detections"),
+
+@dataclass(frozen=True)
+class _Bound:
+    """A column of a percentile's bound: its heading, field of `Statistics`, share of calls."""
+
+    heading: str
+    field: str
+    share: str
+
+
+_BOUNDS = (
+    _Bound("p90(ms)", "p90_bound_ms", "90%"),
+    _Bound("p95(ms)", "p95_bound_ms", "95%"),
+    _Bound("p99(ms)", "p99_bound_ms", "99%"),
 )
+# Marks a 99th percentile that the calls are too few to bound.
+_UNBOUNDED = "*"
 
 
 def model_table(results: Results, groups: Sequence[Group], peaks: bool = False) -> Table:
@@ -317,10 +328,11 @@ def model_table(results: Results, groups: Sequence[Group], peaks: bool = False) 
     reached = results.peaks if peaks else {}
     lines = [(group, run) for group in groups for run in group.runs]
     shares = [_peak_share(group, run, reached) for group, run in lines]
-    columns = (*left(f"Model({groups[0].export})"), *_MODEL_COLUMNS)
+    bounds = _known_bounds(groups)
+    columns = _model_columns(groups[0], bounds)
     rows, statuses = [], []
     for group, run in lines:
-        cells = _run_cells(group, run)
+        cells = _run_cells(group, run, bounds)
         if run.reason:
             mark = f"[{len(statuses) + 1}]"
             cells[-1] += f" {mark}"
@@ -344,28 +356,54 @@ def model_table(results: Results, groups: Sequence[Group], peaks: bool = False) 
     )
 
 
-def _run_cells(group: Group, run: Run) -> List[str]:
+def _known_bounds(groups: Sequence[Group]) -> List[_Bound]:
+    """The bounds that some run has."""
+    known = [run.statistics for group in groups for run in group.runs if run.statistics]
+    return [bound for bound in _BOUNDS if any(getattr(x, bound.field) is not None for x in known)]
+
+
+def _model_columns(group: Group, bounds: Sequence[_Bound]) -> Tuple[Column, ...]:
+    """The columns of TorchBlade's published results, with the bounds, then ours."""
+    return (
+        *left(f"Model({group.export})", "Backend", "precision"),
+        *right("Median(FPS)", "Mean(FPS)", "Median(ms)", "Mean(ms)", "99th_p"),
+        *right(*(bound.heading for bound in bounds), "std_dev"),
+        *left("Speedup", "Detections"),
+    )
+
+
+def _run_cells(group: Group, run: Run, bounds: Sequence[_Bound]) -> List[str]:
     speedup = "-" if run.speedup is None else describe_speedup(run.speedup)
     return [
         short_name(group.model),
         run.label,
         _precision(run),
-        *(_statistics_cells(run.statistics) if run.statistics else ["-"] * 6),
+        *_statistics_cells(run.statistics, bounds),
         "1.00x" if run.baseline and run.statistics else speedup,
         _detections(run),
     ]
 
 
-def _statistics_cells(statistics: Statistics) -> List[str]:
-    percentile = statistics.p99_ms
+def _statistics_cells(statistics: Optional[Statistics], bounds: Sequence[_Bound]) -> List[str]:
+    if statistics is None:
+        return ["-"] * (6 + len(bounds))
+    known = [getattr(statistics, bound.field) for bound in bounds]
     return [
         _digits(statistics.median_fps),
         _digits(statistics.mean_fps),
         _digits(statistics.median_ms),
         _digits(statistics.mean_ms),
-        f"{_digits(statistics.max_ms)} (max)" if percentile is None else _digits(percentile),
+        _percentile_cell(statistics),
+        *("-" if bound is None else _digits(bound) for bound in known),
         _digits(statistics.std_dev_ms, significant=3),
     ]
+
+
+def _percentile_cell(statistics: Statistics) -> str:
+    if statistics.p99_ms is None:
+        return "-"
+    mark = _UNBOUNDED if statistics.samples < samples_to_bound(0.99) else ""
+    return f"{_digits(statistics.p99_ms)}{mark}"
 
 
 def judged_tasks(groups: Sequence[Group]) -> List[Task]:
@@ -606,7 +644,7 @@ def _model_notes(
     results: Results, groups: Sequence[Group], peaks: Dict[str, float]
 ) -> Iterator[str]:
     """What a reader of a test model's table has to know, the statuses of its rows apart."""
-    yield from _percentile_note(groups)
+    yield from _percentile_notes(groups)
     yield from _check_note(groups[0])
     names = dict.fromkeys(name for group in groups for name in group.not_compared)
     if names:
@@ -651,12 +689,21 @@ def _weights_note(group: Group) -> str:
     )
 
 
-def _percentile_note(groups: Sequence[Group]) -> Iterator[str]:
-    statistics = [run.statistics for group in groups for run in group.runs if run.statistics]
-    if any(known.p99_ms is None for known in statistics):
+def _percentile_notes(groups: Sequence[Group]) -> Iterator[str]:
+    cells = [
+        _percentile_cell(run.statistics) for group in groups for run in group.runs if run.statistics
+    ]
+    if any(cell.endswith(_UNBOUNDED) for cell in cells):
         yield (
-            "(max): the longest call, in place of a 99th percentile, which takes "
-            f"{samples_to_bound(0.99)} calls to bound with 95% confidence"
+            f"{_UNBOUNDED}: of fewer than {samples_to_bound(0.99)} calls, too few to bound the "
+            "99th percentile with 95% confidence"
+        )
+    bounds = _known_bounds(groups)
+    if bounds:
+        shares = [bound.share for bound in bounds]
+        yield (
+            f"{', '.join(bound.heading for bound in bounds)}: it is 95% sure that at least "
+            f"{_enumerated(shares)} of calls are shorter"
         )
 
 

@@ -6,10 +6,12 @@ import contextlib
 import ctypes
 import functools
 import gc
+import multiprocessing
 import resource
 import signal
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Iterator, List, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Iterator, List, Sequence, Tuple
 
 import numpy as np
 import pytest
@@ -65,6 +67,17 @@ def small_export(
     inputs = tuning_inputs(read_image(None, size), model.images_per_call, seed)
     weights = find_weights(model, "synthetic", inputs, detections, seed)
     return build(model, weights.state, weights.name, inputs, source)
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function of a module gives, called in a process of its own.
+
+    PyTorch keeps the constants of a frozen module for good: hundreds of megabytes of each. With the
+    process they are gone.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def arrays(outputs: Sequence[torch.Tensor]) -> List[np.ndarray]:

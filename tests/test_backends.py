@@ -200,7 +200,7 @@ def test_no_cuda_is_a_reason():
 # Healthy engines -------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=None)
+@functools.lru_cache(maxsize=4)
 def reference(name: str) -> Dict[str, Tuple[Tensor, ...]]:
     """What eager fp32 finds, by size."""
     export = small_export(name)
@@ -208,12 +208,18 @@ def reference(name: str) -> Dict[str, Tuple[Tensor, ...]]:
         return {size: export.eager(*images) for size, images in export.tuning_inputs.items()}
 
 
-@functools.lru_cache(maxsize=None)
-def engine(name: str, backend: str, precision: str) -> Optimized:
+def made(name: str, backend: str, precision: str) -> Optimized:
+    """An engine that one test has for itself."""
     export = small_export(name)
     if backend == "torch_channels_last":  # It changes the module, which others use, too.
         export = on_device(export, MODELS[name], "cpu")
     return base.load(backend).optimize(export, precision, "cpu")
+
+
+@functools.lru_cache(maxsize=None)
+def engine(backend: str, precision: str) -> Optimized:
+    """One of RetinaNet, which many tests call: no more than there are backends and precisions."""
+    return made("testRetinaNet", backend, precision)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -249,7 +255,7 @@ def assert_all_found(agreements: Dict[str, Agreement]) -> None:
 
 @pytest.mark.parametrize(("backend", "precision"), ENGINES)
 def test_a_healthy_engine_matches(backend, precision):
-    call = engine("testRetinaNet", backend, precision).call
+    call = engine(backend, precision).call
     agreements = compare("testRetinaNet", call, precision)
     assert_all_found(agreements)
     if precision == "fp32":
@@ -269,7 +275,7 @@ def test_a_healthy_engine_matches(backend, precision):
     ],
 )
 def test_a_healthy_engine_matches_with_masks(backend, precision):
-    call = engine("testMaskRCNNFPN", backend, precision).call
+    call = made("testMaskRCNNFPN", backend, precision).call
     agreements = compare("testMaskRCNNFPN", call, precision)
     assert_all_found(agreements)
     assert all(agreement.mask_drift is not None for agreement in agreements.values())
@@ -277,7 +283,7 @@ def test_a_healthy_engine_matches_with_masks(backend, precision):
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
 def test_a_healthy_scripted_engine_matches(precision):
-    optimized = engine("testRetinaNet_scripted", "torchscript", precision)
+    optimized = made("testRetinaNet_scripted", "torchscript", precision)
     assert_all_found(compare("testRetinaNet_scripted", optimized.call, precision))
     assert optimized.read_precision() == precision
 
@@ -285,7 +291,7 @@ def test_a_healthy_scripted_engine_matches(precision):
 @pytest.mark.parametrize(("backend", "precision"), ENGINES)
 def test_a_call_changes_neither_its_images_nor_earlier_outputs(backend, precision):
     export = small_export("testRetinaNet")
-    call = engine("testRetinaNet", backend, precision).call
+    call = engine(backend, precision).call
     before = export.inputs[0].clone()
     first = call(*export.inputs)
     kept = [tensor.clone() for tensor in first]
@@ -297,7 +303,7 @@ def test_a_call_changes_neither_its_images_nor_earlier_outputs(backend, precisio
 @pytest.mark.parametrize(("backend", "precision"), ENGINES)
 def test_outputs_are_what_eager_gives(backend, precision):
     export = small_export("testRetinaNet")
-    outputs = engine("testRetinaNet", backend, precision).call(*export.inputs)
+    outputs = engine(backend, precision).call(*export.inputs)
     assert len(outputs) == len(export.fields)
     for field, expected, found in zip(export.fields, reference("testRetinaNet")["opt"], outputs):
         assert found.device == expected.device
@@ -345,7 +351,7 @@ def phases(optimized: Optimized) -> Set[str]:
 
 @pytest.mark.parametrize(("backend", "precision"), ENGINES)
 def test_precision_and_threads_are_read_back(backend, precision):
-    optimized = engine("testRetinaNet", backend, precision)
+    optimized = engine(backend, precision)
     assert optimized.precision == precision
     if optimized.read_precision is not None:
         assert optimized.read_precision() == precision
@@ -467,7 +473,7 @@ def test_the_baseline_does_not_run_channels_last():
 @needs_openvino
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
 def test_the_layers_of_openvino_run_in_that_precision(precision):
-    coverage = engine("testRetinaNet", "openvino", precision).coverage
+    coverage = engine("openvino", precision).coverage
     layers = {name.lower(): count for name, count in coverage.heavy_layers.items()}
     assert layers.get({"fp32": "f32", "bf16": "bf16"}[precision], 0) > 0.9 * sum(layers.values())
     # 53 convolutions of the backbone at least.
@@ -493,7 +499,7 @@ def test_openvino_does_not_round_the_regions_it_pools():
 
 @needs_onnxruntime
 def test_onnxruntime_says_which_provider_got_how_many_nodes():
-    optimized = engine("testRetinaNet", "onnxruntime", "fp32")
+    optimized = engine("onnxruntime", "fp32")
     assert (optimized.label, optimized.provider) == ("ONNXRuntime", "CPUExecutionProvider")
     coverage = optimized.coverage
     assert coverage.operators > 200
@@ -504,14 +510,14 @@ def test_onnxruntime_says_which_provider_got_how_many_nodes():
 @needs_onnxruntime
 def test_masks_of_onnxruntime_are_bool():
     export = small_export("testMaskRCNNFPN_pproc")
-    found = engine("testMaskRCNNFPN_pproc", "onnxruntime", "fp32").call(*export.inputs)
+    call = made("testMaskRCNNFPN_pproc", "onnxruntime", "fp32").call
+    found = call(*export.inputs)
     assert found[export.fields.index("pred_masks")].dtype == torch.bool
-    call = engine("testMaskRCNNFPN_pproc", "onnxruntime", "fp32").call
     assert_all_found(compare("testMaskRCNNFPN_pproc", call, "fp32"))
 
 
 def test_inductor_counts_graphs():
-    optimized = engine("testRetinaNet", "inductor", "fp32")
+    optimized = engine("inductor", "fp32")
     assert optimized.coverage.operators_in_engine > 200
     assert optimized.coverage.segments >= optimized.coverage.graph_breaks > 0
 
@@ -561,7 +567,7 @@ def test_openvino_says_what_its_plugin_does_not_have():
 @needs_openvino
 def test_openvino_quantizes_the_heavy_layers_and_finds_the_objects():
     pytest.importorskip("nncf")
-    optimized = engine("testRetinaNet", "openvino", "int8")
+    optimized = engine("openvino", "int8")
     layers = optimized.coverage.heavy_layers
     assert layers.get("i8", 0) + layers.get("u8", 0) > 0.9 * sum(layers.values())
     agreements = compare("testRetinaNet", optimized.call, "int8")
@@ -576,7 +582,7 @@ def test_openvino_quantizes_the_heavy_layers_and_finds_the_objects():
 def test_openvino_quantizes_a_model_with_a_loop():
     """Masks are pasted in one. Those of synthetic weights are near the threshold all over."""
     pytest.importorskip("nncf")
-    optimized = engine("testMaskRCNNFPN_pproc", "openvino", "int8")
+    optimized = made("testMaskRCNNFPN_pproc", "openvino", "int8")
     layers = optimized.coverage.heavy_layers
     assert layers.get("i8", 0) + layers.get("u8", 0) > 0.9 * sum(layers.values())
     agreements = compare("testMaskRCNNFPN_pproc", optimized.call, "int8")
@@ -622,7 +628,7 @@ def test_a_quantized_model_has_exact_boxes():
 
 
 def test_torchscript_counts_operators_and_seconds():
-    optimized = engine("testRetinaNet", "torchscript", "fp32")
+    optimized = engine("torchscript", "fp32")
     assert optimized.coverage.operators > 200
     assert phases(optimized) == {"export", "compile"}
 
@@ -683,7 +689,7 @@ def test_openvino_takes_the_model_from_the_cache(tmp_path, precision):
     export, backend = small_export("testRetinaNet"), base.load("openvino")
     built = backend.optimize(export, precision, "cpu", tmp_path)
     assert not built.cached
-    assert not engine("testRetinaNet", "openvino", precision).cached
+    assert not engine("openvino", precision).cached
     kept = backend.optimize(export, precision, "cpu", tmp_path)
     assert kept.cached
     assert kept.coverage == built.coverage
@@ -749,7 +755,7 @@ def test_inductor_knows_the_share_of_flops_in_its_graphs():
 def test_artifacts_have_a_size(backend):
     if base.load(backend).unavailable("cpu"):
         pytest.skip(f"{backend} is not installed")
-    optimized = engine("testRetinaNet", backend, "fp32")
+    optimized = engine(backend, "fp32")
     size = optimized.read_artifact_bytes()
     # 38 million parameters of 4 bytes; TorchInductor keeps code alone.
     assert size > (100_000 if backend == "inductor" else 140_000_000)
@@ -759,7 +765,7 @@ def test_artifacts_have_a_size(backend):
 def test_all_flops_of_retinanet_are_in_engines(backend):
     if base.load(backend).unavailable("cpu"):
         pytest.skip(f"{backend} is not installed")
-    optimized = engine("testRetinaNet", backend, "fp32")
+    optimized = engine(backend, "fp32")
     coverage = optimized.coverage.merged((optimized.read_coverage or Coverage)())
     assert coverage.share_of_flops == 1.0
 
@@ -802,7 +808,7 @@ def test_another_number_of_images_is_refused():
 
 @needs_openvino
 def test_openvino_refuses_images_out_of_range():
-    call = engine("testRetinaNet", "openvino", "fp32").call
+    call = engine("openvino", "fp32").call
     with pytest.raises(InputError, match="OpenVINO's model was built for testRetinaNet with 3 x "):
         call(torch.zeros(3, 32, 32))
 
@@ -965,7 +971,7 @@ def one_class_off(call: Call) -> Call:
 @pytest.mark.parametrize("fault", [blind, channels_swapped, shifted, one_class_off])
 @pytest.mark.parametrize(("backend", "precision"), ENGINES)
 def test_a_broken_engine_is_caught(backend, precision, fault):
-    healthy = engine("testRetinaNet", backend, precision).call
+    healthy = engine(backend, precision).call
     for size, agreement in compare("testRetinaNet", fault(healthy), precision).items():
         assert agreement.verdict == "mismatch", (size, agreement)
         assert agreement.reason

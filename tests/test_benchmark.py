@@ -410,7 +410,9 @@ def test_statistics_of_fixed_samples():
     assert result.median_fps == pytest.approx((100 + 200 / 3) / 2)
     assert result.mean_fps == pytest.approx((200 + 100 + 50 + 200 / 3) / 4)
     assert result.relative_iqr == pytest.approx((32.5 - 17.5) / 25)
-    assert result.p99_ms is None
+    # Between the two longest, at 0.97 of the way.
+    assert result.p99_ms == pytest.approx(39.7)
+    assert result.p90_bound_ms is result.p95_bound_ms is result.p99_bound_ms is None
 
 
 def test_statistics_against_numpy_and_scipy():
@@ -424,10 +426,75 @@ def test_statistics_against_numpy_and_scipy():
     assert result.mean_fps == pytest.approx(1 / stats.hmean(times))
 
 
-def test_percentile_takes_299_samples():
-    times = np.linspace(0.1, 0.2, 299)
-    assert benchmark.summarize(times[:298], 1).p99_ms is None
-    assert benchmark.summarize(times, 1).p99_ms == pytest.approx(199, rel=1e-6)
+@pytest.mark.parametrize(
+    ("calls", "p90", "p95", "p99"),
+    [
+        (28, None, None, None),
+        (29, 29, None, None),
+        # From 46 calls on, one may lie above.
+        (45, 45, None, None),
+        (46, 45, None, None),
+        (58, 57, None, None),
+        (59, 58, 59, None),
+        (298, 277, 290, None),
+        (299, 278, 291, 299),
+        (700, 644, 675, 698),
+    ],
+)
+def test_bounds_by_number_of_calls(calls, p90, p95, p99):
+    """How many of the calls lie at or below each bound; here the k-th smallest takes k ms."""
+    times = np.random.default_rng(0).permutation(np.arange(1, calls + 1)) / 1000
+    result = benchmark.summarize(times, 1)
+    assert (result.p90_bound_ms, result.p95_bound_ms, result.p99_bound_ms) == (
+        *(None if place is None else pytest.approx(place) for place in (p90, p95, p99)),
+    )
+
+
+@pytest.mark.parametrize("quantile", [0.5, 0.9, 0.95, 0.99])
+@pytest.mark.parametrize("calls", [1, 5, 100, 1000, 20_000])
+def test_bound_agrees_with_the_binomial_distribution(calls, quantile):
+    """The smallest k with P(Binomial(n, p) <= k - 1) >= 0.95."""
+    place = int(stats.binom.ppf(0.95, calls, quantile)) + 1
+    bound = benchmark.quantile_bound(range(1, calls + 1), quantile)
+    assert bound == (place if place <= calls else None)
+
+
+def odds_of_load_gen(under: int, over: int, quantile: float) -> float:
+    """`odds` of MLPerf's early stopping: I_p(h, t + 1) for h calls below and t above a limit."""
+    return float(stats.beta.cdf(quantile, under, over + 1))
+
+
+@pytest.mark.parametrize(("calls", "quantile"), [(29, 0.9), (299, 0.9), (299, 0.99), (700, 0.95)])
+def test_bound_is_where_early_stopping_passes(calls, quantile):
+    above = calls - int(benchmark.quantile_bound(range(1, calls + 1), quantile))
+    assert odds_of_load_gen(calls - above, above, quantile) <= 0.05
+    assert odds_of_load_gen(calls - above - 1, above + 1, quantile) > 0.05
+
+
+# Distribution -> its inverse. Latencies have long tails; a machine with two speeds has two humps.
+DISTRIBUTIONS = {
+    "uniform": stats.uniform(0.1, 0.1).ppf,
+    "long tail": stats.lognorm(1.0).ppf,
+    "Pareto": stats.pareto(1.5).ppf,
+    "two humps": lambda share: np.where(share < 0.93, 0.1 + share, 5 + share),
+}
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize(
+    ("calls", "quantile"),
+    [(29, 0.9), (100, 0.9), (100, 0.95), (299, 0.95), (299, 0.99), (700, 0.9), (700, 0.99)],
+)
+def test_bound_covers_the_quantile(calls, quantile, distribution):
+    """In 95% of samples at least, and the next lower call would not."""
+    inverse = DISTRIBUTIONS[distribution]
+    samples = inverse(np.random.default_rng(7).random((4000, calls)))
+    true = float(inverse(quantile))
+    bounds = np.array([benchmark.quantile_bound(sample, quantile) for sample in samples])
+    lower = np.array([sample[sample < bound].max() for sample, bound in zip(samples, bounds)])
+    # Three standard errors of a share of 95% among 4000 samples are 1.03%.
+    assert np.mean(bounds >= true) > 0.95 - 0.0103
+    assert np.mean(lower >= true) < 0.95
 
 
 @pytest.mark.parametrize(

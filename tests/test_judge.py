@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 import numpy as np
 import pytest
 import torch
-from conftest import arrays, small_export
+from conftest import apart, arrays, small_export
 from test_verify import in_order, take
 
 from backends import base
@@ -27,6 +27,7 @@ from measure.verify import TOLERANCES, Detections, Tolerance
 from models import MODELS
 from results import facts
 from results.environment import cpu_flags, has_native_bf16
+from results.record import Agreement
 
 PRECISIONS = tuple(TOLERANCES)
 # C4 runs its last stage on each of 1000 regions, however small the image.
@@ -305,7 +306,15 @@ ENGINES = [
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("name", list(MODELS))
 def test_healthy_engines_match(name, seed):
-    export = small_export.__wrapped__(name, seed=seed)  # Not kept for others: there are many.
+    judged = apart(judged_engines, name, seed)
+    assert len(judged) >= 6
+    wrong = {key: agreement.reason for key, agreement in judged.items() if agreement.is_wrong}
+    assert not wrong
+
+
+def judged_engines(name: str, seed: int) -> Dict[Tuple[str, str, str], Agreement]:
+    """(backend, precision, size) -> what verify says of it."""
+    export = small_export(name, seed=seed)
     with torch.no_grad():
         expected = {size: arrays(export.eager(*x)) for size, x in export.tuning_inputs.items()}
     judged = {}
@@ -326,6 +335,4 @@ def test_healthy_engines_match(name, seed):
             judged[backend, precision, size] = agreement
         del optimized
         gc.collect()
-    assert len(judged) >= 6
-    wrong = {key: agreement.reason for key, agreement in judged.items() if agreement.is_wrong}
-    assert not wrong
+    return judged

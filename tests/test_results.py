@@ -59,10 +59,13 @@ def make_document() -> Dict[str, Any]:
             "mean_ms": 200.0,
             "std_dev_ms": 81.6,
             "max_ms": 300.0,
-            "p99_ms": None,
+            "p99_ms": 298.0,
             "median_fps": 5.0,
             "mean_fps": 6.1,
             "relative_iqr": 0.5,
+            "p90_bound_ms": None,
+            "p95_bound_ms": None,
+            "p99_bound_ms": None,
         },
         "speedup": {"ratio": 1.0, "low": 0.9, "high": 1.1, "verdict": "inconclusive"},
         "detections": None,
@@ -541,6 +544,27 @@ def test_half_a_character_is_refused(tmp_path):
     for read in (lambda: load(tmp_path / "results.json"), lambda: load_found(tmp_path)):
         with pytest.raises(InputError, match="is not JSON"):
             read()
+
+
+def test_load_takes_percentiles_of_earlier_versions_from_the_samples(tmp_path):
+    document = make_document()
+    known = document["groups"][0]["runs"][0]["statistics"]
+    for name in ("p90_bound_ms", "p95_bound_ms", "p99_bound_ms"):
+        del known[name]
+    known["p99_ms"] = None
+    write(document, tmp_path / "results.json")
+    (group,) = load(tmp_path / "results.json").groups
+    # Of 100, 200 and 300 ms; 0.02 from the end of the last step.
+    assert group.runs[0].statistics.p99_ms == pytest.approx(298)
+    assert group.runs[0].statistics.p90_bound_ms is None
+
+
+def test_load_leaves_statistics_without_samples_alone(tmp_path):
+    document = make_document()
+    document["groups"][0]["runs"][0]["samples_s"] = []
+    document["groups"][0]["runs"][0]["statistics"]["p99_ms"] = None
+    write(document, tmp_path / "results.json")
+    assert load(tmp_path / "results.json") == records(document)
 
 
 def test_load_ignores_keys_it_does_not_know(tmp_path):

@@ -179,24 +179,23 @@ def example() -> Group:
 def test_a_model():
     assert model_text(example()).splitlines() == [
         "| Model(traced) | Backend     | precision | Median(FPS) | Mean(FPS) | Median(ms) |"
-        " Mean(ms) |      99th_p | std_dev | Speedup          | Detections         |",
+        " Mean(ms) | 99th_p | std_dev | Speedup          | Detections         |",
         "| ------------- | ----------- | --------- | ----------: | --------: | ---------: |"
-        " -------: | ----------: | ------: | ---------------- | ------------------ |",
+        " -------: | -----: | ------: | ---------------- | ------------------ |",
         "| RetinaNet     | Torch       | fp32      |       2.127 |     2.077 |      470.1 |"
-        "    482.6 | 530.5 (max) |    24.1 | 1.00x            | -                  |",
+        "    482.6 | 528.3* |    24.1 | 1.00x            | -                  |",
         "| RetinaNet     | OpenVINO    | fp32      |       3.364 |     3.357 |      297.3 |"
-        "    297.9 | 301.2 (max) |    2.31 | 1.58x ±0.03      | 100/100 match      |",
+        "    297.9 | 301.1* |    2.31 | 1.58x ±0.03      | 100/100 match      |",
         "| RetinaNet     | TorchScript | fp32      |       2.127 |     2.077 |      470.1 |"
-        "    482.6 | 530.5 (max) |    24.1 | 1.01x ±0.02 same | 99/100 match       |",
+        "    482.6 | 528.3* |    24.1 | 1.01x ±0.02 same | 99/100 match       |",
         "| RetinaNet     | Inductor    | fp32      |       3.364 |     3.357 |      297.3 |"
-        "    297.9 | 301.2 (max) |    2.31 | 1.50x ±0.10      | MISMATCH 3/100 [1] |",
+        "    297.9 | 301.1* |    2.31 | 1.50x ±0.10      | MISMATCH 3/100 [1] |",
         "| RetinaNet     | TorchBlade  | fp32      |           - |         - |          - |"
-        "        - |           - |       - | -                | failed [2]         |",
+        "        - |      - |       - | -                | failed [2]         |",
         "",
         "- [1] Inductor fp32: at max: of 100 detections 97 are lost, and 0 are spurious",
         "- [2] TorchBlade fp32: the worker was killed by signal 9",
-        "- (max): the longest call, in place of a 99th percentile, which takes 299 calls to bound "
-        "with 95% confidence",
+        "- *: of fewer than 299 calls, too few to bound the 99th percentile with 95% confidence",
         "- fp32: 5 rounds, as asked for",
     ]
 
@@ -208,15 +207,61 @@ def test_a_model_is_aligned():
     assert len(bars[0]) == 12
 
 
-def test_a_percentile_needs_no_legend():
+def test_a_percentile_needs_no_mark():
     times = statistics(np.linspace(10.0, 11.0, 299), 2)
     fp16 = {"requested_precision": "fp16", "effective_precision": "fp16"}
     torch_run = run("Torch", statistics=times, detections={"opt": Agreement("match")}, **fp16)
     text = model_text(group(torch_run, model="testMaskRCNNFPN_b2", rounds=0, precision="fp16"))
     assert text.splitlines()[2:] == [
         "| MaskRCNNFPN_b2 | Torch   | fp16      |       190.5 |     190.6 |      10.50 |"
-        "    10.50 |  10.99 |   0.290 | 1.00x   | 0/0 match  |"
+        "    10.50 |  10.99 |   10.93 |   10.97 |   11.00 |   0.290 | 1.00x   | 0/0 match  |",
+        "",
+        "- p90(ms), p95(ms), p99(ms): it is 95% sure that at least 90%, 95% and 99% of calls are "
+        "shorter",
     ]
+
+
+@pytest.mark.parametrize(
+    ("calls", "marked", "bounds"),
+    [
+        ((28, 5), True, []),
+        ((29, 5), True, ["p90(ms)"]),
+        ((5, 59), True, ["p90(ms)", "p95(ms)"]),
+        ((298, 298), True, ["p90(ms)", "p95(ms)"]),
+        ((299, 5), True, ["p90(ms)", "p95(ms)", "p99(ms)"]),
+        ((299, 300), False, ["p90(ms)", "p95(ms)", "p99(ms)"]),
+    ],
+)
+def test_bounds_stand_where_some_run_has_them(calls, marked, bounds):
+    times = [statistics(np.linspace(10.0, 11.0, count)) for count in calls]
+    runs = [run(name, statistics=x) for name, x in zip(("Torch", "OpenVINO"), times)]
+    both = group(*runs, run("TorchBlade", status="failed"))
+    table = tables.model_table(results(both), [both])
+    place = headings(table).index("99th_p") + 1
+    assert headings(table)[place:] == [*bounds, "std_dev", "Speedup", "Detections"]
+    for count, row in zip((*calls, 0), table.rows):
+        known = [count >= least for least in (29, 59, 299)][: len(bounds)]
+        assert [cell != "-" for cell in row[place : place + len(bounds)]] == known
+        assert row[place - 1].endswith("*") == (0 < count < 299)
+    assert any(note.startswith("*: of fewer than 299 calls") for note in table.notes) == marked
+    said = [note for note in table.notes if note.startswith("p90(ms)")]
+    assert len(said) == (1 if bounds else 0)
+    assert not said or said[0].startswith(f"{', '.join(bounds)}: it is 95% sure")
+
+
+def test_bounds_of_groups_stand_in_one_table():
+    """A run of another precision with fewer calls has none."""
+    many, few = (statistics(np.linspace(10.0, 11.0, count)) for count in (40, 20))
+    half = {"requested_precision": "bf16", "effective_precision": "bf16"}
+    groups = (
+        group(run("Torch", statistics=few)),
+        group(run("Torch", statistics=many, **half), precision="bf16"),
+    )
+    table = tables.model_table(results(*groups), groups)
+    place = headings(table).index("p90(ms)")
+    # Of 40 calls none may lie above: the bound is the longest.
+    assert [row[place] for row in table.rows] == ["-", "11.00"]
+    assert "p90(ms): it is 95% sure that at least 90% of calls are shorter" in table.notes
 
 
 def test_a_scripted_model():
@@ -474,7 +519,14 @@ def test_notes_are_in_order():
         left_out={"Inductor": "no compiler"},
         without={"int8": ("Torch", "Inductor")},
     )
-    begins = ["[1]", "(max)", "fp32: 20", "A/A, ", "Inductor left out: no compiler", "not at int8"]
+    begins = [
+        "[1]",
+        "*: of fewer than 299",
+        "fp32: 20",
+        "A/A, ",
+        "Inductor left out: no compiler",
+        "not at int8",
+    ]
     begins += ["weights: synth", "synthetic weights survive rounding"]
     assert len(said) == len(begins)
     assert all(note.startswith(begin) for note, begin in zip(said, begins))
