@@ -449,11 +449,17 @@ def _widest(rounds: Rounds, baseline: str) -> float:
 
 def _interval(values: Sequence[float], level: float = LEVEL) -> Tuple[float, float]:
     """The mean of some values, and half its confidence interval by Student's t."""
-    from scipy import stats  # Workers, which import this file, may be where there is no SciPy.
-
     count = len(values)
-    width = stats.t.ppf((1 + level) / 2, count - 1) * np.std(values, ddof=1) / math.sqrt(count)
-    return float(np.mean(values)), float(width)
+    spread = float(np.std(values, ddof=1))
+    width = t_quantile((1 + level) / 2, count - 1) * spread / math.sqrt(count)
+    return float(np.mean(values)), width
+
+
+def t_quantile(quantile: float, degrees: float) -> float:
+    """A quantile of Student's t."""
+    from scipy import special  # Workers, which import this file, may be where there is no SciPy.
+
+    return float(special.stdtrit(degrees, quantile))
 
 
 def by_generation(samples: Sequence[float], generations: Sequence[int]) -> List[Sequence[float]]:

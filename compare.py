@@ -10,7 +10,9 @@ made in the same rounds, as if both had suffered alike. The truth lies between a
 baseline suffers most, and a verdict is one that both give: faster or slower, if the ratio exceeds
 the threshold and its interval excludes 1; same, if its interval lies within the threshold; else
 inconclusive, as also where the baseline itself has changed by a quarter. Where one of the two is
-known to hold, --by goes by that alone.
+known to hold, --by goes by that alone. The more runs there are, the more would be taken for slower
+or faster by chance: so intervals are so wide that all of them hold together with 95% confidence
+(Bonferroni).
 
 Exit codes: 0; with --fail-on 3, a run is slower; 4, one finds something else than it did; 5, one
 does not run any more, was interrupted, or was asked for and is not there (the largest counts); 2,
@@ -126,7 +128,7 @@ class Ratio:
     """How much faster a run is now: above 1, it is faster.
 
     Attributes:
-        low, high: 95% interval; None with too few rounds.
+        low, high: of its interval, see `compare`; None with too few rounds.
     """
 
     ratio: float
@@ -302,17 +304,24 @@ def _other_run(before: Run, after: Run) -> Optional[str]:
     return None
 
 
-def compare(pair: Pair, threshold: float, by: str) -> Comparison:
+def compare_all(of: Sequence[Pair], threshold: float, by: str) -> List[Comparison]:
+    """Judges pairs, such that with 95% confidence all of their intervals hold."""
+    judged = sum(1 for pair in of if pair.obstacle is None)
+    return [compare(pair, threshold, by, judged) for pair in of]
+
+
+def compare(pair: Pair, threshold: float, by: str, judged: int = 1) -> Comparison:
     """Judges a pair.
 
     Args:
         threshold: differences below this share do not matter.
         by: one of `BY`.
+        judged: pairs that are judged together.
     """
     changes, failures = _changes(pair) if pair.same_task else ([], ())
     if pair.obstacle is not None:
         return Comparison(pair, None, None, "-", changes, failures)
-    time, speedup = _ratios(pair)
+    time, speedup = _ratios(pair, judged)
     verdict = _verdict(pair, time, speedup, threshold, by)
     if verdict == "slower":
         failures = ("slower", *failures)
@@ -392,7 +401,7 @@ def _matched(run: Run) -> Dict[str, str]:
     return {size: known.counts for size, known in found.items()}
 
 
-def _ratios(pair: Pair) -> Tuple[Ratio, Optional[Ratio]]:
+def _ratios(pair: Pair, judged: int) -> Tuple[Ratio, Optional[Ratio]]:
     """How much faster a run is now, by its times and by its speedups over the baseline."""
     own = [np.array([run.samples_s]) for run in (pair.before, pair.after)]
     with_baseline = []
@@ -400,27 +409,60 @@ def _ratios(pair: Pair) -> Tuple[Ratio, Optional[Ratio]]:
         baseline = group.baseline.samples_s
         shared = min(len(baseline), len(samples))
         with_baseline.append(np.array([samples[:shared], baseline[:shared]]))
+    generations = [group.generations for group in pair.groups]
     if pair.after.baseline or not all(side.size for side in with_baseline):
-        return _ratio(own), None
-    return _ratio(own), _ratio(with_baseline)
+        return _ratio(own, generations, judged), None
+    return _ratio(own, generations, judged), _ratio(with_baseline, generations, judged)
 
 
-def _ratio(sides: Sequence[np.ndarray]) -> Ratio:
-    """The ratio of slowness before and after, with its interval from resampling whole rounds.
+def _ratio(
+    sides: Sequence[np.ndarray], generations: Sequence[Tuple[int, ...]], judged: int
+) -> Ratio:
+    """The ratio of slowness before and after, with its interval.
+
+    Of generations that is Welch's t on the logarithms of each one's slowness. Where one of the two
+    has but one, whole rounds are resampled, which says nothing of what differs between processes.
 
     Args:
         sides: before and after, seconds of a run, or of it and of the baseline, by round.
+        generations: rounds of each, before and after.
+        judged: ratios whose intervals are to hold together.
     """
+    parts = [
+        [_slowness(np.median(part, axis=0)) for part in benchmark.by_generation(side.T, made)]
+        for side, made in zip(sides, generations)
+    ]
+    if min(map(len, parts)) >= benchmark.LEAST_GENERATIONS:
+        return _welch(*(np.log(part) for part in parts), judged=judged)
     before, after = (_slowness(np.median(side, axis=1)) for side in sides)
     ratio = float(before / after)
     if min(side.shape[1] for side in sides) < benchmark.LEAST_ROUNDS:
         return Ratio(ratio, None, None)
-    generator = np.random.default_rng(0)
+    generator, tail = np.random.default_rng(0), 0.025 / judged
     before, after = (
-        _slowness(benchmark.bootstrap_medians(side, RESAMPLES, generator)) for side in sides
+        _slowness(benchmark.bootstrap_medians(side, RESAMPLES * judged, generator))
+        for side in sides
     )
-    low, high = np.quantile(before / after, (0.025, 0.975))
+    low, high = np.quantile(before / after, (tail, 1 - tail))
     return Ratio(ratio, float(low), float(high))
+
+
+def _welch(before: np.ndarray, after: np.ndarray, judged: int) -> Ratio:
+    """The ratio of two means of logarithms, with its interval by Welch's t.
+
+    B. L. Welch, The generalization of Student's problem when several different population variances
+    are involved, Biometrika 34, 1947.
+    """
+    difference = float(before.mean() - after.mean())
+    variances = [float(side.var(ddof=1)) / side.size for side in (before, after)]
+    error = sum(variances) ** 0.5
+    if error == 0.0:
+        return Ratio(*[float(np.exp(difference))] * 3)
+    each = [own**2 / (side.size - 1) for own, side in zip(variances, (before, after))]
+    level = 1 - (1 - benchmark.LEVEL) / judged
+    width = benchmark.t_quantile((1 + level) / 2, sum(variances) ** 2 / sum(each)) * error
+    bounds = (float(np.exp(difference + side * width)) for side in (0, -1, 1))
+    return Ratio(*bounds)
 
 
 def _slowness(medians: np.ndarray) -> np.ndarray:
@@ -512,8 +554,9 @@ def _notes(comparison: Comparison, by: str) -> List[str]:
 def _legend(threshold: float, by: str) -> Tuple[str, str]:
     whose = "what both say" if by == "both" else f"by {by}"
     return (
-        "by time, by speedup: how much faster it is now, with the 95% interval, and how much its "
-        "speedup over the baseline in the same rounds has grown; above 1 is better",
+        "by time, by speedup: how much faster it is now, and how much its speedup over the "
+        "baseline in the same rounds has grown; above 1 is better; with 95% confidence all of the "
+        "intervals hold",
         f"Verdict, {whose}: slower or faster by more than {100 * threshold:g}%, with an interval "
         "that excludes 1",
     )
@@ -557,7 +600,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     options = parse.parse_args(arguments)
     try:
         before, after = (load(path) for path in (options.before, options.after))
-        compared = [compare(pair, options.threshold, options.by) for pair in pairs(before, after)]
+        compared = compare_all(pairs(before, after), options.threshold, options.by)
         if all(comparison.pair.obstacle and not comparison.changes for comparison in compared):
             raise InputError(f"nothing can be compared: {compared[0].pair.obstacle}")
     except InputError as error:

@@ -52,6 +52,7 @@ def make_plan(**changes: Any) -> Plan:
         weights="synthetic",
         detections=(30,),
         warm_up=WarmUp.fixed(1),
+        later_warm_up=WarmUp.fixed(1),
         rule=StopRule.fixed(6),
         threads=1,
         seed=0,
