@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import numpy as np
 import pytest
+from scipy import stats
 from test_results import DAMAGES, NAME, SPELLED, make_document, records, write
 
 import compare
@@ -54,7 +56,7 @@ def measured(
 
 def verdicts(before: Results, after: Results, **options: Any) -> Dict[str, str]:
     options = {"threshold": 0.05, "by": "both", **options}
-    compared = [compare.compare(pair, **options) for pair in compare.pairs(before, after)]
+    compared = compare.compare_all(compare.pairs(before, after), **options)
     return {x.pair.after.backend: x.verdict for x in compared}
 
 
@@ -159,6 +161,68 @@ def test_exit_codes_of_real_runs(after, code, words, capsys):
 )
 def test_verdict_of_a_ratio(ratio, verdict):
     assert compare.Ratio(*ratio).verdict(0.05) == verdict
+
+
+def of_generations(generator, generations, process=0.02, call=0.02):
+    """Seconds of a run whose processes differ, 1 x rounds."""
+    parts = [
+        np.exp(process * generator.normal() + call * generator.normal(size=(1, count)))
+        for count in generations
+    ]
+    return np.concatenate(parts, axis=1)
+
+
+def test_the_ratio_of_files_with_generations_covers_what_differs_between_processes():
+    generator, generations = np.random.default_rng(0), [(4,) * 5, (6,) * 4]
+    found = []
+    for _ in range(600):
+        sides = [of_generations(generator, made) for made in generations]
+        found.append(compare._ratio(sides, generations, 1))
+    assert 0.93 <= np.mean([x.low <= 1 <= x.high for x in found]) <= 0.985
+    # Of one generation nobody can tell.
+    single = [
+        compare._ratio([of_generations(generator, (20,)) for _ in range(2)], [(20,), (20,)], 1)
+        for _ in range(100)
+    ]
+    assert np.mean([x.low <= 1 <= x.high for x in single]) < 0.6
+
+
+def test_a_ratio_of_generations_is_welchs():
+    generator, generations = np.random.default_rng(1), [(3,) * 5, (3,) * 7]
+    sides = [of_generations(generator, made) for made in generations]
+    logs = [np.log(np.median(side.reshape(-1, 3), axis=1)) for side in sides]
+    expected = stats.ttest_ind(*logs, equal_var=False).confidence_interval(0.96)
+    found = compare._ratio(sides, generations, 1)
+    assert found.ratio == pytest.approx(np.exp(logs[0].mean() - logs[1].mean()))
+    assert (found.low, found.high) == pytest.approx(tuple(np.exp(expected)))
+
+
+@pytest.mark.parametrize("generations", [[(30,), (30,)], [(6,) * 5, (6,) * 5]])
+def test_the_intervals_of_many_runs_hold_together(generations):
+    """Twelve runs that are the same: rarely is any of them said to have changed."""
+    generator, together, alone = np.random.default_rng(2), 0, 0
+    for _ in range(60):
+        sides = [[of_generations(generator, x, 0.0) for x in generations] for _ in range(12)]
+        for judged in (1, 12):
+            found = [compare._ratio(each, generations, judged) for each in sides]
+            miss = any(not x.low <= 1 <= x.high for x in found)
+            if judged == 1:
+                alone += miss
+            else:
+                together += miss
+    assert together <= 8 < 15 <= alone
+
+
+def test_as_many_runs_are_allowed_for_as_are_judged():
+    times = {"torch": 0.4, "openvino": 0.25, "torchscript": 0.3, "onnxruntime": 0.3}
+    before, after = (records(measured(seed, times)) for seed in (0, 1))
+    pairs = compare.pairs(before, after)
+    pairs[-1] = dataclasses.replace(pairs[-1], obstacle="gpu differs")
+    compared = compare.compare_all(pairs, 0.05, "both")
+    assert [x.time and x.time.low for x in compared] == [
+        *(compare.compare(pair, 0.05, "both", 3).time.low for pair in pairs[:3]),
+        None,
+    ]
 
 
 def test_time_and_speedup_have_a_ratio_each():
