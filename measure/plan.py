@@ -24,6 +24,7 @@ from measure import calibration, protocol
 from measure.calibration import Calibration
 from measure.dataset import Dataset, Picture
 from measure.dataset import read as read_dataset
+from measure.sizes import Sizes, draw
 from measure.worker import READY_LIMIT_S, Command, Hosts, Worker
 from models import CALIBRATION_IMAGES, MODELS, Detectron2Model, Model
 from results.environment import cpu_flags, file_name, free_memory_mb, has_native_bf16, usable_cores
@@ -101,6 +102,7 @@ class Plan:
         note: what to say before it begins, or None.
         dataset: that runs are evaluated on, or None.
         calibration: images that int8 takes its ranges from; None: nothing is measured at int8.
+        sizes: that were drawn, for calls of sizes never seen before.
         min_ap_ratio: share of Torch fp32's AP that a run is to keep.
     """
 
@@ -134,6 +136,7 @@ class Plan:
     dataset: Dataset | None = None
     min_ap_ratio: float = 0.99
     calibration: Calibration | None = None
+    sizes: Sizes = field(default_factory=Sizes)
 
 
 # From options ----------------------------------------------------------------------------------
@@ -207,6 +210,8 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
     asked = _asked_backends(options.backend, commands)
     sizes = inputs.view_sizes(pictures, view, options.seed)
     note = check_room(sizes, models, threads, view)
+    others = [view.resized(x.shape[-2:]) for x in pictures[1:]]
+    new_sizes = draw(options.sizes, options.iterations is not None, sizes, others, options.seed)
     hosts.start()
     request = protocol.Survey(asked or default_backends(), options.device, _source(options))
     survey = survey_of(Command.own(), request, threads, hosts)
@@ -262,6 +267,7 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
         dataset=dataset,
         min_ap_ratio=options.min_ap_ratio,
         calibration=calibrated,
+        sizes=new_sizes,
     )
 
 

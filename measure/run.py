@@ -125,24 +125,34 @@ def prepare_model(request: protocol.PrepareModel) -> protocol.ModelFacts:
 
     from backends.torch import count_flops
     from detectors import build, inputs
-    from models import BLANK, timed
+    from models import BLANK, DRAWN, timed
 
     _keep_freed_memory()
     model, folder = request.model, Path(request.folder)
     paths = [Path(path) for path in request.images]
     images = inputs.read_images(paths, request.view, request.seed)
-    calls = inputs.inputs(images, model.images_per_call, request.seed, request.view)
+    of = (images, model.images_per_call, request.seed, request.view)
+    calls = inputs.inputs(*of, request.drawn)
     names = timed(calls)
     weights = build.find_weights(model, request.weights, calls, request.detections, request.seed)
     _save_arrays(folder / "state.npz", _arrays(weights.state))
     export = build.build(model, weights.state, weights.name, calls, request.source)
-    for name, call in calls.items():
-        with _told(export, call), torch.no_grad():
-            found = export.eager(*call)
-            _check_detections(export, found, call)
-            if name == "opt":
-                _check_repeats(export, found, call)
-            found = export.completed(found, call)
+    drawn_failure = None
+    for name, call in list(calls.items()):
+        try:
+            with _told(export, call), torch.no_grad():
+                found = export.eager(*call)
+                _check_detections(export, found, call)
+                if name == "opt":
+                    _check_repeats(export, found, call)
+                found = export.completed(found, call)
+        except InputError as error:
+            if name not in DRAWN:
+                raise
+            # It need not take every size between those that were asked for.
+            drawn_failure = str(error)
+            del calls[name]
+            continue
         _save_outputs(folder / f"reference-{name}.npz", found)
     blank_failure = None
     try:
@@ -169,6 +179,7 @@ def prepare_model(request: protocol.PrepareModel) -> protocol.ModelFacts:
         score_threshold=export.score_threshold,
         limit=export.limit,
         blank_failure=blank_failure,
+        drawn_failure=drawn_failure,
     )
 
 
@@ -365,6 +376,7 @@ class Run:
             **asdict(self.optimized.seconds),
         )
         _raise_mmap_threshold()
+        self.resident_warm_mb: Optional[float] = None
 
     def facts(self) -> protocol.RunFacts:
         """What is known of it."""
@@ -396,6 +408,7 @@ class Run:
     def warm(self, request: protocol.Warm) -> protocol.Seconds:
         """Seconds of calls until it is warm; with several inputs, means over them."""
         times = warm_up(lambda: fmean(self.timed_calls().seconds), request.rule)
+        self.resident_warm_mb = resident_mb()
         return protocol.Seconds(tuple(times))
 
     def _timed(self, images: Tuple[Any, ...]) -> Tuple[float, Any]:
@@ -405,11 +418,21 @@ class Run:
         self.synchronize()
         return time.perf_counter() - start, outputs
 
+    def call_new_size(self, request: protocol.CallNewSize) -> protocol.CalledNewSize:
+        """Calls the images of a timed input, resized; each is made for this call alone."""
+        from detectors.inputs import resampled
+
+        like = self.inputs[self.timed[request.place % len(self.timed)]]
+        images = tuple(resampled(image, request.size).to(self.device) for image in like)
+        seconds = self._timed(images)[0]
+        del images
+        return protocol.CalledNewSize(seconds, resident_mb())
+
     def detect(self, request: protocol.Detect) -> protocol.Detected:
         """Calls an input, and keeps what is found; short calls are repeated for their time.
 
-        Engines pick their kernels when they first see a size, so that the first call of several is
-        not counted.
+        Engines pick their kernels when they first see a size, so that the first call is told apart
+        from the later ones, if there are any.
         """
         images = self.inputs[request.name]
         first, outputs = self._timed(images)
@@ -419,7 +442,7 @@ class Run:
         flaw = _flaw(outputs)
         if flaw is None:
             _save_outputs(Path(request.outputs), self.export.completed(outputs, images))
-        return protocol.Detected(seconds, flaw)
+        return protocol.Detected(first, seconds, flaw)
 
     def detect_batch(self, request: protocol.DetectBatch) -> protocol.Done:
         """Calls images of a data set, and keeps what is found in each.
@@ -505,7 +528,9 @@ class Run:
     def coverage(self, request: protocol.ReadCoverage) -> Coverage:
         """How much of the graph the engine took, with what showed in running."""
         read = self.optimized.read_coverage
-        return self.optimized.coverage if read is None else self.optimized.coverage.merged(read())
+        resident = Coverage(resident_warm_mb=self.resident_warm_mb, resident_end_mb=resident_mb())
+        known = self.optimized.coverage.merged(resident)
+        return known if read is None else known.merged(read())
 
     def artifact(self, request: protocol.ReadArtifact) -> protocol.Artifact:
         """Size of what was compiled."""
@@ -524,6 +549,16 @@ class Run:
 
             on_device = torch.cuda.max_memory_allocated() / 2**20
         return protocol.Memory(kib / 1024, on_device)
+
+
+def resident_mb() -> Optional[float]:
+    """Memory of this process that is in use now, in MiB; None where the system does not tell."""
+    try:
+        with open("/proc/self/statm") as file:
+            pages = int(file.read().split()[1])
+    except (OSError, IndexError, ValueError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def _free_from_binding() -> None:
@@ -681,6 +716,7 @@ class Worker:
             {
                 protocol.Warm: run.warm,
                 protocol.TimedCalls: run.timed_calls,
+                protocol.CallNewSize: run.call_new_size,
                 protocol.Detect: run.detect,
                 protocol.DetectBatch: run.detect_batch,
                 protocol.TimeStages: run.time_stages,

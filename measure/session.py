@@ -478,6 +478,7 @@ def settings(plan: Plan, options: argparse.Namespace) -> Settings:
         warmup=options.warmup,
         iterations=options.iterations,
         time_budget=options.time_budget,
+        sizes=options.sizes,
         threads=plan.threads,
         seed=plan.seed,
         output=options.output and file_name(options.output),

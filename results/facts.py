@@ -38,7 +38,7 @@ DECISIVE_SETTINGS = (
         "source",
     ),
     *("image", "image_size", "min_size", "max_size", "weights", "detections", "threads", "seed"),
-    *("warmup", "iterations", "time_budget"),
+    *("warmup", "iterations", "time_budget", "sizes"),
     *("stages", "trace", "bisect"),
     *("dataset", "limit", "min_ap_ratio"),
     *("calibration", "calibration_annotations", "calibration_limit"),
