@@ -551,7 +551,7 @@ class TimedCalls(Request[Seconds]):
 
 @dataclass(frozen=True)
 class CallNewSize(Request[CalledNewSize]):
-    """Call the images of a timed input, resized.
+    """Call the images of a timed input, cut or mirrored to a new size.
 
     Attributes:
         size: height and width.

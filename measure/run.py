@@ -419,11 +419,11 @@ class Run:
         return time.perf_counter() - start, outputs
 
     def call_new_size(self, request: protocol.CallNewSize) -> protocol.CalledNewSize:
-        """Calls the images of a timed input, resized; each is made for this call alone."""
-        from detectors.inputs import resampled
+        """Calls the images of a timed input at a new size; each is made for this call alone."""
+        from detectors.inputs import mirrored
 
         like = self.inputs[self.timed[request.place % len(self.timed)]]
-        images = tuple(resampled(image, request.size).to(self.device) for image in like)
+        images = tuple(mirrored(image, request.size).to(self.device) for image in like)
         seconds = self._timed(images)[0]
         del images
         return protocol.CalledNewSize(seconds, resident_mb())

@@ -48,6 +48,10 @@ MOST_IQR = 0.10
 MOST_STEAL = 0.02
 MOST_OTHERS = 0.10
 MOST_STOPS = 0.02
+# Memory that grows with three quarters of the calls by more than this many MiB keeps growing; with
+# fewer readings than these there is no telling. See `growth_mb`.
+LEAST_GROWTH_MB = 0.25
+LEAST_READINGS = 10
 # What average precision is of, in words.
 TASKS: Dict[Task, str] = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
 # An AP of less than this, in percent, speaks of a mistake.
@@ -298,6 +302,25 @@ def missing_notes(results: Results) -> List[str]:
     ]
 
 
+def growth_mb(resident_mb: Sequence[float]) -> Optional[float]:
+    """MiB that memory grows by with each call, if it keeps growing; else None.
+
+    Only the second half of the readings counts, and of it the lower quartile of the steps: what
+    leaks grows with every call, and an allocator with some. RetinaNet in 60 calls of new sizes, in
+    MiB from the first to the 30th and from there to the last call: TODO
+
+    Args:
+        resident_mb: memory of a process in use after each call, in MiB.
+    """
+    if len(resident_mb) < LEAST_READINGS:
+        return None
+    half = resident_mb[len(resident_mb) // 2 - 1 :]
+    steps = sorted(after - before for before, after in zip(half, half[1:]))
+    if steps[len(steps) // 4] < LEAST_GROWTH_MB:
+        return None
+    return (half[-1] - half[0]) / len(steps)
+
+
 def general_warnings(environment: Environment) -> List[str]:
     """Why a reader should be careful with all that was measured."""
     governor = environment.cpu.governor
@@ -322,6 +345,12 @@ def warnings(group: Group, least_rounds: int) -> List[str]:
             found.append(
                 f"{where}, {run.label}: its process computes on after its calls, which slows down "
                 "whatever runs beside it"
+            )
+        growth = growth_mb(run.new_size_resident_mb)
+        if growth is not None:
+            found.append(
+                f"{where}, {run.label}: its memory keeps growing, by {growth:.2g} MiB with each "
+                "call of a new size"
             )
     if group.image:
         return found  # All else is said of the group of all images, whose rounds are the same.
