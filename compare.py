@@ -273,13 +273,20 @@ def _other_task(before: Group, after: Group, other_machine: bool) -> Optional[st
     """What makes the groups of two runs another task."""
     old, new = _task(before), _task(after)
     weights = (before.weights, after.weights)
-    if other_machine and all(known and known.source == "synthetic" for known in weights):
-        del old["weights digest"]  # They are the same but for rounding.
+    # They are the same but for rounding, or made for sizes that were drawn, too.
+    is_alike = other_machine or _drawn(before) != _drawn(after)
+    if is_alike and all(known and known.source == "synthetic" for known in weights):
+        del old["weights digest"]
     for name, value in old.items():
         # A model that could not be prepared has no sizes.
         if value and new[name] and value != new[name]:
             return f"{name} differs"
     return None
+
+
+def _drawn(group: Group) -> List[str]:
+    """Names of its inputs at drawn sizes: there are none in earlier files, or without --sizes."""
+    return [name for name in group.image_sizes if name in DRAWN]
 
 
 def _task(group: Group) -> Dict[str, object]:
@@ -378,7 +385,7 @@ def _changes(pair: Pair) -> Tuple[List[str], Tuple[str, ...]]:
     changes += [
         f"detections at {size}: {before[size]} before, {after.get(size, 'not checked')} after"
         for size in before
-        if before[size] != after.get(size)
+        if before[size] != after.get(size) and (size in after or size not in DRAWN)
     ]
     changes += _changes_of_ap(pair)
     verdicts = [run.accuracy and run.accuracy.verdict for run in (old, new)]

@@ -872,7 +872,10 @@ def _case_cells(group: Group, run: Run, several: Sequence[str]) -> Tuple[str, ..
 
 
 def coverage_table(groups: Sequence[Group]) -> Table:
-    """How much of the model each run's engines took; what a backend does not tell is `-`."""
+    """How much of the model each run's engines took, and its memory; what is not told is `-`.
+
+    Torch takes all of it, and is there for its memory.
+    """
     return Table(
         title="Coverage",
         columns=(
@@ -885,7 +888,7 @@ def coverage_table(groups: Sequence[Group]) -> Table:
             for group in groups
             for run in group.runs
             for cells in [_coverage_cells(run.coverage)]
-            if cells and not run.baseline
+            if cells and (not run.baseline or run.coverage.resident_end_mb)
         ),
         notes=(
             "warm, at the end: memory of the process after the warm-up, and after all timed calls",

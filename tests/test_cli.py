@@ -639,8 +639,12 @@ def test_costs_and_coverage_are_printed_below(finished):
     lines = finished[0].out.splitlines()
     (coverage,) = (n for n, line in enumerate(lines) if "FLOPs in engines" in line)
     (costs,) = (n for n, line in enumerate(lines) if "break-even (images)" in line)
-    assert "OpenVINO" in lines[coverage + 3]
-    assert "100%" in lines[coverage + 3]
+    assert [lines[coverage + place].split()[3] for place in (2, 3, 4)] == [
+        *("Torch", "TorchScript", "OpenVINO"),
+    ]
+    assert "100%" in lines[coverage + 4]
+    warm, end = (float(cell) for cell in lines[coverage + 4].split("|")[10:12])
+    assert min(warm, end) > 100  # MiB
     openvino = [cell.strip() for cell in lines[costs + 4].strip("|").split("|")]
     assert openvino[:3] == ["RetinaNet", "OpenVINO", "fp32"]
     assert all(float(seconds) > 0 for seconds in openvino[3:7])

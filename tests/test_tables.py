@@ -513,6 +513,11 @@ def test_coverage_says_what_each_engine_took():
         run("ONNXRuntime", coverage=onnx),
         run("OpenVINO"),
     ]
+    # The baseline is there for its memory alone.
+    known = run("Torch", coverage=Coverage(resident_warm_mb=500.0, resident_end_mb=600.0))
+    assert tables.coverage_table([group(known)]).rows[0][1:] == (
+        *("Torch", "fp32", "cpu", *["-"] * 5, "500", "600", ""),
+    )
     table = tables.coverage_table([group(*runs)])
     assert headings(table)[4:] == [
         *("operators", "in engines", "FLOPs in engines", "segments", "graph breaks"),
