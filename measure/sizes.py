@@ -150,7 +150,7 @@ def draw(
         return Sizes()
     smallest, opt, largest = (ranges[name] for name in TUNING)
     if smallest == largest:
-        reason = f"only images of {_text(opt)} are taken"
+        reason = f"engines are made for images of {_text(opt)} alone"
         if asked is not None:
             raise InputError(f"--sizes {asked}: {reason}")
         return Sizes(reason=reason)

@@ -48,9 +48,11 @@ MOST_IQR = 0.10
 MOST_STEAL = 0.02
 MOST_OTHERS = 0.10
 MOST_STOPS = 0.02
-# Memory that grows with three quarters of the calls by more than this many MiB keeps growing; with
-# fewer readings than these there is no telling. See `growth_mb`.
+# Memory keeps growing if with three quarters of the calls it grows by this many MiB, and by this
+# share of what it grows by in the mean; with fewer readings than these there is no telling. See
+# `growth_mb`.
 LEAST_GROWTH_MB = 0.25
+STEADY_SHARE = 0.5
 LEAST_READINGS = 10
 # What average precision is of, in words.
 TASKS: Dict[Task, str] = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
@@ -305,9 +307,9 @@ def missing_notes(results: Results) -> List[str]:
 def growth_mb(resident_mb: Sequence[float]) -> Optional[float]:
     """MiB that memory grows by with each call, if it keeps growing; else None.
 
-    Only the second half of the readings counts, and of it the lower quartile of the steps: what
-    leaks grows with every call, and an allocator with some. RetinaNet in 60 calls of new sizes, in
-    MiB from the first to the 30th and from there to the last call: TODO
+    What leaks grows with every call, and by about the same; what an allocator keeps comes in blocks
+    of any size, now and then. So what counts is the lower quartile of the steps from call to call,
+    in the second half of them, beside their mean.
 
     Args:
         resident_mb: memory of a process in use after each call, in MiB.
@@ -316,9 +318,9 @@ def growth_mb(resident_mb: Sequence[float]) -> Optional[float]:
         return None
     half = resident_mb[len(resident_mb) // 2 - 1 :]
     steps = sorted(after - before for before, after in zip(half, half[1:]))
-    if steps[len(steps) // 4] < LEAST_GROWTH_MB:
-        return None
-    return (half[-1] - half[0]) / len(steps)
+    mean, quartile = (half[-1] - half[0]) / len(steps), steps[len(steps) // 4]
+    is_steady = quartile >= max(LEAST_GROWTH_MB, STEADY_SHARE * mean)
+    return mean if is_steady else None
 
 
 def general_warnings(environment: Environment) -> List[str]:

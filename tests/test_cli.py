@@ -770,6 +770,7 @@ def test_a_number_of_objects_asks_for_synthetic_weights():
     ("change", "words"),
     [
         (["--iterations", "7"], "--iterations: 6 before, 7 now"),
+        (["--sizes", "10"], "--sizes: none before, 10 now"),
         (["--seed", "1"], "--seed: 0 before, 1 now"),
         (["--backend", "torchscript"], "--backend: torch torchscript openvino before, torch tor"),
         (["--precision", "bf16"], "--precision: fp32 before, bf16 now"),
