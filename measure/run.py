@@ -44,6 +44,8 @@ from results.record import Coverage, GpuState, Preparation
 CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 # Calls at other sizes than the one that is timed are repeated if they are shorter than this.
 SHORT_CALL_S = 1.0
+# A longer one is repeated if, for its pixels, it took this many times what a timed call takes.
+MOST_EXPECTED = 2.0
 
 
 # Preparing a model -----------------------------------------------------------------------------
@@ -377,6 +379,7 @@ class Run:
         )
         _raise_mmap_threshold()
         self.resident_warm_mb: Optional[float] = None
+        self.pixel_s: Optional[float] = None  # Of a timed call.
 
     def facts(self) -> protocol.RunFacts:
         """What is known of it."""
@@ -403,7 +406,9 @@ class Run:
 
     def timed_calls(self, request: Optional[protocol.TimedCalls] = None) -> protocol.Seconds:
         """Seconds of a call for each timed input, images in, detections out."""
-        return protocol.Seconds(tuple(self._timed(self.inputs[name])[0] for name in self.timed))
+        seconds = tuple(self._timed(self.inputs[name])[0] for name in self.timed)
+        self.pixel_s = seconds[0] / _pixels(self.inputs[self.timed[0]])
+        return protocol.Seconds(seconds)
 
     def warm(self, request: protocol.Warm) -> protocol.Seconds:
         """Seconds of calls until it is warm; with several inputs, means over them."""
@@ -437,8 +442,12 @@ class Run:
         images = self.inputs[request.name]
         first, outputs = self._timed(images)
         seconds = (first,)
-        if request.repeat and first < SHORT_CALL_S:
-            seconds = tuple(self._timed(images)[0] for _ in range(2))
+        count = 2
+        if first >= SHORT_CALL_S:
+            expected = None if self.pixel_s is None else self.pixel_s * _pixels(images)
+            count = int(expected is not None and first > MOST_EXPECTED * expected)
+        if request.repeat and count:
+            seconds = tuple(self._timed(images)[0] for _ in range(count))
         flaw = _flaw(outputs)
         if flaw is None:
             _save_outputs(Path(request.outputs), self.export.completed(outputs, images))
@@ -602,6 +611,11 @@ def _validation(request: protocol.Validate, export: Any) -> Any:
             f"{error.name}"
         ) from None
     return Validation(request, export)
+
+
+def _pixels(images: Iterable[Any]) -> int:
+    """Pixels of the images of a call."""
+    return sum(image.shape[-2] * image.shape[-1] for image in images)
 
 
 def _flaw(outputs: Any) -> Optional[str]:

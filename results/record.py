@@ -570,8 +570,9 @@ class Run:
             two runs are neighbours in time. A run that failed has those from before.
         warmup_s: of the calls before, which are not counted.
         size_seconds: input that is not timed (`min`, `max`) -> seconds of calls that the check of
-            detections made, not in turns with other runs: two after one that is not counted, or the
-            first alone where that took more than a second.
+            detections made, not in turns with other runs: two after one that is not counted. Where
+            that took more than a second, it is one, if a timed call takes less than half of it
+            for as many pixels, else the first alone.
         first_call_s: the same inputs -> seconds of the first call there.
         new_size_s: of calls after the rounds, each of a size that was never seen before: call i is
             of size i of the group's `new_sizes`, made in turns with the other runs. No speedup is

@@ -967,7 +967,7 @@ def _first_call(run: Run) -> str:
     name, first = max(run.first_call_s.items(), key=lambda each: each[1])
     text = f"{_digits(1000 * first)} ms at {name}"
     later = run.size_seconds.get(name, ())
-    # A long one is not repeated, and is all that there is.
+    # One that is long for its size alone is not repeated.
     if not later or later == (first,):
         return text
     return f"{text}, then {_digits(1000 * median(later))}"

@@ -408,6 +408,29 @@ def test_a_file_that_does_not_take_drawn_sizes_has_no_stream(tmp_path):
     assert measurement.stream_of(StopRule()) == Stream(reason=known.drawn_failure)
 
 
+# First calls -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("calls", "later"),
+    [
+        ([0.9, 0.2, 0.3], (0.2, 0.3)),
+        ([5.0, 0.4], (0.4,)),  # Something was compiled: a timed call would take 1 s.
+        ([1.5], (1.5,)),
+    ],
+)
+def test_the_first_call_is_told_apart_from_later_ones(calls, later, tmp_path, monkeypatch):
+    run = workers.Run.__new__(workers.Run)
+    run.inputs = {"opt": (torch.zeros(3, 10, 10),), "max": (torch.zeros(3, 20, 20),)}
+    run.timed = ["opt"]
+    seconds = iter([0.25, *calls])
+    monkeypatch.setattr(run, "_timed", lambda images: (next(seconds), None), raising=False)
+    assert run.timed_calls().seconds == (0.25,)
+    found = run.detect(protocol.Detect("max", str(tmp_path / "found.npz")))
+    assert (found.first_s, found.seconds) == (calls[0], later)
+    assert list(seconds) == []
+
+
 # Memory ----------------------------------------------------------------------------------------
 
 
