@@ -316,7 +316,10 @@ def growth_mb(resident_mb: Sequence[float]) -> Optional[float]:
 
         192x256: Torch 1042, 1122, 1122; TorchScript 1395, 1420, 1420; OpenVINO 1367, 1419, 1420;
             ONNX Runtime 1654, 1654, 1654
-        480x640: Torch 1108, 1786, 2172; TorchScript 1492, 1635, 1664; OpenVINO 1466, 1699, 1702
+        480x640: Torch 1108, 1786, 2172; TorchScript 1492, 1635, 1664; OpenVINO 1466, 1699, 1702;
+            ONNX Runtime 1970, 1979, 1980
+
+    Torch needs more calls to level off: at 320x416 1085, after 30 calls 1243, after 150 calls 1327.
 
     Of the ten steps from the 10th to the 20th call, the quartile and the mean of Torch at 480x640
     are 6.6 and 26 MiB, of OpenVINO 0 and 10. What keeps 16 MiB for every size has about 16 and 17.
