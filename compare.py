@@ -30,7 +30,7 @@ import numpy as np
 
 import benchmark
 from errors import InputError, Parser
-from models import BLANK
+from models import BLANK, DRAWN
 from results import facts
 from results.file import load, result_file
 from results.record import Group, Results, Run
@@ -157,6 +157,8 @@ class Comparison:
 
     Attributes:
         time: ratio of its median times; None where times were not compared.
+        new_sizes: the same of its calls of new sizes; None where these are others, or none. No
+            verdict stands on it.
         speedup: ratio of its speedups over the baseline; None also for the baseline, and where
             that was not measured.
         verdict: `faster`, `slower`, `same`, `inconclusive`, or `-` where times were not compared.
@@ -170,6 +172,7 @@ class Comparison:
     verdict: str
     changes: List[str]
     failures: Tuple[str, ...]
+    new_sizes: Optional[Ratio] = None
 
 
 def runs_of(results: Results) -> Dict[Key, Tuple[Group, Run]]:
@@ -272,8 +275,10 @@ def _other_task(before: Group, after: Group, other_machine: bool) -> Optional[st
     """What makes the groups of two runs another task."""
     old, new = _task(before), _task(after)
     weights = (before.weights, after.weights)
-    if other_machine and all(known and known.source == "synthetic" for known in weights):
-        del old["weights digest"]  # They are the same but for rounding.
+    # They are the same but for rounding, or made for sizes that were drawn, too.
+    is_alike = other_machine or _drawn(before) != _drawn(after)
+    if is_alike and all(known and known.source == "synthetic" for known in weights):
+        del old["weights digest"]
     for name, value in old.items():
         # A model that could not be prepared has no sizes.
         if value and new[name] and value != new[name]:
@@ -281,12 +286,19 @@ def _other_task(before: Group, after: Group, other_machine: bool) -> Optional[st
     return None
 
 
+def _drawn(group: Group) -> List[str]:
+    """Names of its inputs at drawn sizes: there are none in earlier files, or without --sizes."""
+    return [name for name in group.image_sizes if name in DRAWN]
+
+
 def _task(group: Group) -> Dict[str, object]:
     return {
         "export": group.export,
         "images per call": group.images_per_call,
-        # A blank picture is not timed, and files of before have none.
-        "image sizes": {x: size for x, size in group.image_sizes.items() if x != BLANK},
+        # These are not timed, and other files may have none.
+        "image sizes": {
+            x: size for x, size in group.image_sizes.items() if x not in (BLANK, *DRAWN)
+        },
         "image digest": group.image_digest,
         "weights digest": group.weights and group.weights.digest,
     }
@@ -325,7 +337,18 @@ def compare(pair: Pair, threshold: float, by: str, judged: int = 1) -> Compariso
     verdict = _verdict(pair, time, speedup, threshold, by)
     if verdict == "slower":
         failures = ("slower", *failures)
-    return Comparison(pair, time, speedup, verdict, changes, failures)
+    return Comparison(pair, time, speedup, verdict, changes, failures, _new_sizes(pair))
+
+
+def _new_sizes(pair: Pair) -> Optional[Ratio]:
+    """How much faster calls of new sizes are now, if they are of the same."""
+    before, after = (
+        (group.new_sizes[: len(run.new_size_s)], run.new_size_s)
+        for group, run in zip(pair.groups, (pair.before, pair.after))
+    )
+    if before[0] != after[0] or not before[1]:
+        return None
+    return _ratio([np.array([seconds]) for _, seconds in (before, after)])
 
 
 def _verdict(pair: Pair, time: Ratio, speedup: Optional[Ratio], threshold: float, by: str) -> str:
@@ -371,7 +394,7 @@ def _changes(pair: Pair) -> Tuple[List[str], Tuple[str, ...]]:
     changes += [
         f"detections at {size}: {before[size]} before, {after.get(size, 'not checked')} after"
         for size in before
-        if before[size] != after.get(size)
+        if before[size] != after.get(size) and (size in after or size not in DRAWN)
     ]
     changes += _changes_of_ap(pair)
     verdicts = [run.accuracy and run.accuracy.verdict for run in (old, new)]
@@ -470,10 +493,16 @@ def _slowness(medians: np.ndarray) -> np.ndarray:
     return medians[0] / medians[1] if len(medians) == 2 else medians[0]
 
 
+(BY_SPEEDUP,) = right("by speedup")
 COLUMNS = (
     *left("Model", "Backend", "precision"),
-    *right("before(ms)", "after(ms)", "by time", "by speedup"),
+    *right("before(ms)", "after(ms)", "by time"),
+    BY_SPEEDUP,
     *left("Verdict", "Detections and status"),
+)
+NEW_SIZES = (
+    "at new sizes: how much faster calls of sizes that were never seen before are now; no verdict "
+    "stands on it"
 )
 
 
@@ -488,13 +517,22 @@ def report(
     for name, results in (("before", before), ("after", after)):
         if not results.complete:
             differences.append(f"{name} is not complete: it was interrupted")
+    columns, rows = COLUMNS, list(map(_cells, compared))
+    if any(comparison.new_sizes for comparison in compared):
+        place = COLUMNS.index(BY_SPEEDUP) + 1
+        columns = (*COLUMNS[:place], *right("at new sizes"), *COLUMNS[place:])
+        rows = [
+            (*row[:place], _ratio_cell(comparison.new_sizes), *row[place:])
+            for row, comparison in zip(rows, compared)
+        ]
     table = Table(
         title="Comparison",
-        columns=COLUMNS,
-        rows=tuple(map(_cells, compared)),
+        columns=columns,
+        rows=tuple(rows),
         notes=(
             *(note for comparison in compared for note in _notes(comparison, by)),
             *_legend(threshold, by),
+            *(NEW_SIZES,) * (columns != COLUMNS),
             *_missing_and_new(before, after),
         ),
     )

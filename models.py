@@ -21,9 +21,10 @@ CALIBRATION_IMAGES = 300
 COCO_CLASSES = 80
 # Names of the inputs that engines are made for; `opt` is timed.
 TUNING = ("min", "opt", "max")
-# Names of two inputs that are not timed either: of another aspect ratio, where `min` and `max` are
-# squares, and one in which nothing is found.
+# Names of inputs that are not timed either: of another aspect ratio, where `min` and `max` are
+# squares; at sizes that were drawn; and one in which nothing is found.
 TURNED = "turned"
+DRAWN = ("drawn 1", "drawn 2")
 BLANK = "blank"
 
 
@@ -147,4 +148,4 @@ def runner(kind: str) -> str:
 
 def timed(inputs: Iterable[str]) -> List[str]:
     """Of the names of a test model's inputs, the timed ones: `opt` and the further images."""
-    return [name for name in inputs if name not in ("min", "max", TURNED, BLANK)]
+    return [name for name in inputs if name not in ("min", "max", TURNED, *DRAWN, BLANK)]

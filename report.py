@@ -24,7 +24,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from errors import InputError, Parser
-from models import BLANK, TUNING, TURNED, runner, timed
+from models import BLANK, DRAWN, TUNING, TURNED, runner, timed
 from results import published, scatter, tables
 from results.facts import TASKS, case, case_name
 from results.file import Found, load, load_found, result_file, write_text
@@ -361,7 +361,7 @@ def sizes_plot(groups: Sequence[Group], name: str) -> Optional[Plot]:
     runs = [
         (group, run)
         for group in groups
-        if set(group.image_sizes) - {BLANK, TURNED} == set(TUNING)
+        if set(group.image_sizes) - {BLANK, TURNED, *DRAWN} == set(TUNING)
         for run in group.runs
         if run.samples_s and {"min", "max"} <= set(run.size_seconds)
     ]

@@ -156,6 +156,13 @@ def parser() -> argparse.ArgumentParser:
         f"(default: {RUN_BUDGET_S:g} for each process that takes turns, and for each image)",
     )
     add(
+        "--sizes",
+        type=_at_least(0),
+        metavar="N",
+        help="calls of images that each have a size never seen before, after the rounds (default: "
+        "20, or as many from 10 on as fit into a third of the time budget; none with --iterations)",
+    )
+    add(
         "--threads",
         type=_at_least(1),
         metavar="N",

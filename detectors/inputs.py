@@ -25,7 +25,7 @@ from typing import (
 import numpy as np
 
 from errors import InputError
-from models import TURNED
+from models import DRAWN, TURNED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -371,8 +371,7 @@ def tuning_inputs(
     opt = _tensor(image)
     sizes = sizes or tuning_sizes(opt.shape[-2:], seed)
     first, *others = _call(_fitted(opt, sizes["min"]), images_per_call)
-    height, width = sizes["min"]
-    narrow = (height, max(SMALLEST_SIDE, width * 7 // 8))
+    narrow = narrower(sizes["min"])
     return {
         "min": (first, *(_fitted(other, narrow) for other in others)),
         "opt": _call(opt, images_per_call),
@@ -384,8 +383,17 @@ def tuning_inputs(
     }
 
 
+def narrower(size: Size) -> Size:
+    """The size of further images of a call at `min`."""
+    return size[0], max(SMALLEST_SIDE, size[1] * 7 // 8)
+
+
 def inputs(
-    images: Sequence[np.ndarray], images_per_call: int, seed: int, view: View = View()
+    images: Sequence[np.ndarray],
+    images_per_call: int,
+    seed: int,
+    view: View = View(),
+    drawn: Sequence[Size] = (),
 ) -> Dict[str, Tuple[Tensor, ...]]:
     """All that a detector is called with: `tuning_inputs` of the first image, and the others.
 
@@ -393,8 +401,9 @@ def inputs(
 
     Args:
         images: 3 x H x W each, as `read_images` gives them.
+        drawn: sizes of further inputs that are made of the first image, `drawn 1` and so on.
     """
-    sizes = view_sizes(images, view, seed)
+    sizes = {**view_sizes(images, view, seed), **dict(zip(DRAWN, drawn))}
     first, *rest = (seen(image, view) for image in images)
     others = {
         f"image {place}": _call(_tensor(image), images_per_call)
@@ -491,6 +500,25 @@ def _fitted(image: Tensor, size: Size) -> Tensor:
     top, left = (height - rows) // 2, (width - columns) // 2
     middle = image[:, top : top + rows, left : left + columns]
     return F.interpolate(middle[None], size=list(size), mode="bilinear", align_corners=False)[0]
+
+
+def mirrored(image: Tensor, size: Size) -> Tensor:
+    """An image cut to a size and, where it is too small, mirrored at its edges; on the CPU.
+
+    What is in it keeps its scale and its place, so that about as much is found in it: synthetic
+    weights find next to nothing in an image that is resized.
+
+    By NumPy: PyTorch's threads would spin on into the call that follows.
+
+    Args:
+        image: 3 x H x W.
+    """
+    pixels = image.cpu().numpy()
+    rows, columns = (
+        side - 1 - np.abs(np.arange(wanted) % (2 * side) - side + 0.5).astype(int)
+        for side, wanted in zip(pixels.shape[-2:], size)
+    )
+    return _tensor(pixels[:, rows][:, :, columns])
 
 
 def _call(image: Tensor, count: int) -> Tuple[Tensor, ...]:

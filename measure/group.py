@@ -22,8 +22,9 @@ from measure.evaluation import EVALUATED, Evaluator, NotJudged, check_model, val
 from measure.generations import Generations
 from measure.plan import Choice, Plan
 from measure.progress import Progress
+from measure.sizes import Stream, call_stream, rounds_rule, stream_of
 from measure.worker import CALL_LIMIT_S, PREPARE_LIMIT_S, Command, Hosts, Worker, scratch_folder
-from models import BLANK, RUN_BUDGET_S, TUNING, TURNED, Model, runner
+from models import BLANK, DRAWN, RUN_BUDGET_S, TUNING, TURNED, Model, runner
 from results import facts
 from results.environment import file_name
 from results.file import write_text
@@ -123,6 +124,7 @@ def prepare_model(
         detections=objects,
         seed=plan.seed,
         folder=str(folder),
+        drawn=plan.sizes.drawn,
     )
     with hosts.of(Command.own()).worker(folder / "model.log", plan.threads) as worker:
         try:
@@ -194,6 +196,7 @@ class Running:
         precision: requested.
         calls_s: seconds of each round's calls, one for each input that is timed.
         copies: what a GPU copied in these; empty on a CPU.
+        new_sizes: what came of the calls of new sizes, in order.
         agreements: input -> whether its detections are those of the reference.
         found: timed input -> what was found in each image of the call.
         unsettled: how often its process still computed when the next had its turn.
@@ -211,7 +214,9 @@ class Running:
     warmup_s: tuple[float, ...] = ()
     calls_s: list[tuple[float, ...]] = field(default_factory=list)
     copies: list[tuple[Copies, ...]] = field(default_factory=list)
+    new_sizes: list[protocol.CalledNewSize] = field(default_factory=list)
     size_seconds: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    first_call_s: dict[str, float] = field(default_factory=dict)
     memory: protocol.Memory | None = None
     coverage: Coverage | None = None
     artifact_mb: float | None = None
@@ -346,6 +351,7 @@ class Measurement:
         self.runs = runs_for(plan, precision)
         self.extras = extra_runs(self.runs, same_again)
         self.rounds = benchmark.Rounds()
+        self.stream = Stream()
         self.machine: Machine | None = None
         self.gpu: list[GpuState] = []
         self.stages: Stages | None = None
@@ -362,6 +368,7 @@ class Measurement:
                 for run in self.all_runs:
                     self.prepare(run, hosts, folder)
                 self.time(hosts, folder)
+                self.call_new_sizes()
                 if self.plan.stages:
                     self.stages = self.time_stages()
                 for run in self.runs:
@@ -480,6 +487,8 @@ class Measurement:
         for run in live:
             run.unsettled = 0  # What it did while it was prepared disturbed no turn.
         self.rule = _with_budget(self.rule, len(live) * len(timed))
+        self.stream = self.stream_of(self.rule)
+        self.rule = rounds_rule(self.rule, self.stream)
         self.read_gpu()
         if live:
             generations = Generations(
@@ -519,6 +528,23 @@ class Measurement:
         """Takes note of the memory that a run has taken, in the process that prepared it."""
         if run.memory is None:
             run.memory = self.known(run, "how much memory it took", protocol.ReadMemory())
+
+    def stream_of(self, rule: StopRule) -> Stream:
+        """The calls of new sizes, as far as a budget allows for them.
+
+        Args:
+            rule: with the budget of the rounds and these calls.
+        """
+        if self.model.facts.drawn_failure is not None:
+            return Stream(reason=self.model.facts.drawn_failure)
+        live = [run for run in self.runs if run.worker is not None]
+        calls_s = [run.warmup_s[-1] for run in live if run.warmup_s]
+        return stream_of(self.plan.sizes, calls_s, rule.budget_s)
+
+    def call_new_sizes(self) -> None:
+        """Calls the runs that have a row with images of sizes that they have never seen."""
+        title = f"{self.model.name} {self.precision}"
+        call_stream(self.stream, self.runs, title, self.plan.seed, self.progress)
 
     def read_gpu(self) -> None:
         """Takes note of how the GPU is doing, as the first worker that lives sees it."""
@@ -678,8 +704,8 @@ class Measurement:
 
     @property
     def times_sizes(self) -> bool:
-        """Whether someone will read how long calls at other sizes take: the page has a plot."""
-        return self.plan.output is not None
+        """Whether someone will read how long calls at other sizes take."""
+        return self.plan.costs
 
     def detect(self, run: Running, name: str, folder: Path) -> list[np.ndarray] | str:
         """What a run finds in an input, as arrays, or why that is malformed."""
@@ -689,6 +715,7 @@ class Measurement:
         answer = run.ask(protocol.Detect(name, str(file), repeat=is_read))
         if is_read:
             run.size_seconds[name] = answer.seconds
+            run.first_call_s[name] = answer.first_s
         if answer.malformed is not None:
             return answer.malformed
         outputs = load_outputs(file)
@@ -804,7 +831,14 @@ class Measurement:
             not_compared=self.model.not_compared,
             evaluated=evaluator.evaluated() if together and evaluator else None,
             calibrated=self.calibrated() if together and calibration else None,
+            new_sizes=self.stream.sizes[: self.called_sizes] if together else (),
+            no_new_sizes=self.stream.reason if together else None,
         )
+
+    @property
+    def called_sizes(self) -> int:
+        """New sizes that some run was called with."""
+        return max(len(run.new_sizes) for run in self.runs)
 
     def calibrated(self) -> Calibrated:
         """The record of what int8 is calibrated on."""
@@ -846,6 +880,11 @@ class Measurement:
             size_seconds={
                 name: run.size_seconds[name] for name in inputs if name in run.size_seconds
             },
+            first_call_s={
+                name: run.first_call_s[name] for name in inputs if name in run.first_call_s
+            },
+            new_size_s=tuple(call.seconds for call in run.new_sizes) if together else (),
+            new_size_resident_mb=_resident_mb(run) if together else (),
             prepare=prepare,
             cached=bool(known and known.cached),
             artifact_mb=run.artifact_mb,
@@ -897,6 +936,12 @@ class Measurement:
         images = self.model.model.images_per_call
         of = (*samples, extra_s, images, self.plan.seed)
         return benchmark.break_even(*of, self.rounds.generations)
+
+
+def _resident_mb(run: Running) -> tuple[float, ...]:
+    """Memory after each call of a new size; empty where it is not known."""
+    known = [call.resident_mb for call in run.new_sizes]
+    return tuple(each for each in known if each is not None)
 
 
 def _count(found: Sequence[verify.Detections]) -> int | None:
@@ -966,7 +1011,7 @@ def _inputs_of(timed: Sequence[str], sizes: Iterable[str], place: int | None) ->
         return list(sizes)
     if timed[0] != "opt":
         return list(timed)
-    return [name for name in (*TUNING, TURNED) if name in sizes]
+    return [name for name in (*TUNING, TURNED, *DRAWN) if name in sizes]
 
 
 def _status_of(run: Running, agreements: dict[str, Agreement]) -> tuple[str, str | None]:

@@ -24,6 +24,7 @@ from measure import calibration, protocol
 from measure.calibration import Calibration
 from measure.dataset import Dataset, Picture
 from measure.dataset import read as read_dataset
+from measure.sizes import Sizes, draw
 from measure.worker import READY_LIMIT_S, Command, Hosts, Worker
 from models import CALIBRATION_IMAGES, GENERATIONS, MODELS, Detectron2Model, Model
 from results.environment import (
@@ -108,6 +109,7 @@ class Plan:
         note: what to say before it begins, or None.
         dataset: that runs are evaluated on, or None.
         calibration: images that int8 takes its ranges from; None: nothing is measured at int8.
+        sizes: that were drawn, for calls of sizes never seen before.
         min_ap_ratio: share of Torch fp32's AP that a run is to keep.
         tf32, cudnn_benchmark: see `results.record.Settings`.
     """
@@ -145,6 +147,7 @@ class Plan:
     calibration: Calibration | None = None
     tf32: bool | None = None
     cudnn_benchmark: bool | None = None
+    sizes: Sizes = field(default_factory=Sizes)
 
 
 # From options ----------------------------------------------------------------------------------
@@ -218,6 +221,8 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
     asked = _asked_backends(options.backend, commands)
     sizes = inputs.view_sizes(pictures, view, options.seed)
     note = check_room(sizes, models, threads, view)
+    others = [view.resized(x.shape[-2:]) for x in pictures[1:]]
+    new_sizes = draw(options.sizes, options.iterations is not None, sizes, others, options.seed)
     hosts.start()
     request = protocol.Survey(asked or default_backends(), options.device, _source(options))
     survey = survey_of(Command.own(), request, threads, hosts)
@@ -276,6 +281,7 @@ def make_plan(options: argparse.Namespace, commands: dict[str, Command], hosts: 
         calibration=calibrated,
         tf32=_tf32(options, device),
         cudnn_benchmark=survey.cudnn_benchmark,
+        sizes=new_sizes,
     )
 
 

@@ -160,6 +160,7 @@ class ModelFacts:
         limit: of detections in an image; None: there is none, or it is not known.
         given: the same of what a file of the user's gives, which may lack the image's size.
         blank_failure: why a file of the user's fails on a plain picture, or None.
+        drawn_failure: why it fails at sizes that were drawn, which are no inputs then; or None.
     """
 
     sizes: ImageSizes
@@ -172,6 +173,7 @@ class ModelFacts:
     limit: Optional[int]
     given: Tuple[str, ...] = ()
     blank_failure: Optional[str] = None
+    drawn_failure: Optional[str] = None
 
 
 @dataclass(frozen=True)
@@ -214,12 +216,27 @@ class Detected:
     """A call that was made to see what it finds; its flat tuple is in the file that was named.
 
     Attributes:
+        first_s: seconds of the first call.
         seconds: see `results.record.Run.size_seconds`.
         malformed: why there is no such file: what came out is no tuple of tensors.
     """
 
+    first_s: float
     seconds: Tuple[float, ...]
     malformed: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class CalledNewSize:
+    """A call of images of a new size.
+
+    Attributes:
+        seconds: that it took.
+        resident_mb: memory of the process in MiB after it; None where the system does not tell.
+    """
+
+    seconds: float
+    resident_mb: Optional[float] = None
 
 
 @dataclass(frozen=True)
@@ -447,6 +464,7 @@ class PrepareModel(Request[ModelFacts]):
     Attributes:
         folder: takes `state.npz`, `inputs.npz`, and `reference-NAME.npz` for each input. The input
             `blank`, if there is one, is a picture in which nothing is found.
+        drawn: sizes of further inputs, `drawn 1` and so on.
     """
 
     answer: ClassVar = ModelFacts
@@ -458,6 +476,7 @@ class PrepareModel(Request[ModelFacts]):
     detections: int
     seed: int
     folder: str
+    drawn: Tuple[Tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -554,6 +573,20 @@ class TimedCalls(Request[Seconds]):
     """A call for each of the timed inputs, one after the other."""
 
     answer: ClassVar = Seconds
+
+
+@dataclass(frozen=True)
+class CallNewSize(Request[CalledNewSize]):
+    """Call the images of a timed input, cut or mirrored to a new size.
+
+    Attributes:
+        size: height and width.
+        place: of the input among those that are timed; counted on from the last to the first.
+    """
+
+    answer: ClassVar = CalledNewSize
+    size: Tuple[int, int]
+    place: int
 
 
 @dataclass(frozen=True)
@@ -767,7 +800,7 @@ REQUESTS: Dict[str, Type[Request[Any]]] = {
     for kind in (
         *(Start, Kill, Stop, Survey, InspectModule, ReadInput, CheckWeights, PrepareModel),
         *(PrepareRun, Save, Warm, TimedCalls, Detect, TimeStages, Trace, ReadMemory, ReadCoverage),
-        *(ReadArtifact, ReadPrecision, ReadGpu, ReadCpuTime, MeasurePeak, Watch),
+        *(ReadArtifact, ReadPrecision, ReadGpu, ReadCpuTime, MeasurePeak, Watch, CallNewSize),
         *(ReadBatch, DetectBatch, KeepBatch, Judge, FindWorst, KeepCopy),
     )
 }

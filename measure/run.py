@@ -45,6 +45,8 @@ from results.record import Copies, Coverage, GpuState, Preparation
 CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 # Calls at other sizes than the one that is timed are repeated if they are shorter than this.
 SHORT_CALL_S = 1.0
+# A longer one is repeated if, for its pixels, it took this many times what a timed call takes.
+MOST_EXPECTED = 2.0
 # A turn begins with calls that are not counted, of so long together. A worker has stood still while
 # the others had their turns, and its caches and clocks with it: on a GPU calls of 10 to 20 ms took
 # 1.2 to 1.5 times as long in the rounds as one after the other. A longer call wakes by itself.
@@ -132,24 +134,34 @@ def prepare_model(request: protocol.PrepareModel) -> protocol.ModelFacts:
 
     from backends.torch import count_flops
     from detectors import build, inputs
-    from models import BLANK, timed
+    from models import BLANK, DRAWN, timed
 
     _keep_freed_memory()
     model, folder = request.model, Path(request.folder)
     paths = [Path(path) for path in request.images]
     images = inputs.read_images(paths, request.view, request.seed)
-    calls = inputs.inputs(images, model.images_per_call, request.seed, request.view)
+    of = (images, model.images_per_call, request.seed, request.view)
+    calls = inputs.inputs(*of, request.drawn)
     names = timed(calls)
     weights = build.find_weights(model, request.weights, calls, request.detections, request.seed)
     _save_arrays(folder / "state.npz", _arrays(weights.state))
     export = build.build(model, weights.state, weights.name, calls, request.source)
-    for name, call in calls.items():
-        with _told(export, call), torch.no_grad():
-            found = export.eager(*call)
-            _check_detections(export, found, call)
-            if name == "opt":
-                _check_repeats(export, found, call)
-            found = export.completed(found, call)
+    drawn_failure = None
+    for name, call in list(calls.items()):
+        try:
+            with _told(export, call), torch.no_grad():
+                found = export.eager(*call)
+                _check_detections(export, found, call)
+                if name == "opt":
+                    _check_repeats(export, found, call)
+                found = export.completed(found, call)
+        except InputError as error:
+            if name not in DRAWN:
+                raise
+            # It need not take every size between those that were asked for.
+            drawn_failure = str(error)
+            del calls[name]
+            continue
         _save_outputs(folder / f"reference-{name}.npz", found)
     blank_failure = None
     try:
@@ -176,6 +188,7 @@ def prepare_model(request: protocol.PrepareModel) -> protocol.ModelFacts:
         score_threshold=export.score_threshold,
         limit=export.limit,
         blank_failure=blank_failure,
+        drawn_failure=drawn_failure,
     )
 
 
@@ -407,6 +420,8 @@ class Run:
             **asdict(self.optimized.seconds),
         )
         _raise_mmap_threshold()
+        self.resident_warm_mb: Optional[float] = None
+        self.pixel_s: Optional[float] = None  # Of a timed call.
 
     def facts(self) -> protocol.RunFacts:
         """What is known of it."""
@@ -450,9 +465,10 @@ class Run:
         """
         calls = []
         for name in self.timed:
-            for _ in range(waking_calls(self.last_s.get(name))):
-                self._timed(self.given[name])
+            self._wake(name)
             calls.append(self._counted(name))
+        first = self.timed[0]
+        self.pixel_s = calls[0].seconds / _pixels(self.inputs[first])
         copies = tuple(call.copies for call in calls if call.copies is not None)
         return protocol.Seconds(tuple(call.seconds for call in calls), copies)
 
@@ -461,7 +477,13 @@ class Run:
         times = warm_up(
             lambda: fmean(self._counted(name).seconds for name in self.timed), request.rule
         )
+        self.resident_warm_mb = resident_mb()
         return protocol.Seconds(tuple(times))
+
+    def _wake(self, name: str) -> None:
+        """Makes the calls that come before a short one which counts."""
+        for _ in range(waking_calls(self.last_s.get(name))):
+            self._timed(self.given[name])
 
     def _counted(self, name: str) -> Timed:
         """A call for a timed input, whose seconds are kept for the next turn."""
@@ -487,21 +509,38 @@ class Run:
         seconds = time.perf_counter() - start
         return Timed(seconds, outputs, self.copier and self.copier.seconds())
 
+    def call_new_size(self, request: protocol.CallNewSize) -> protocol.CalledNewSize:
+        """Calls the images of a timed input at a new size; each is made for this call alone."""
+        from detectors.inputs import mirrored
+
+        name = self.timed[request.place % len(self.timed)]
+        images = tuple(mirrored(image, request.size) for image in self.given[name])
+        if self.copier is not None:
+            images = pinned(images)
+        self._wake(name)
+        seconds = self._timed(images).seconds
+        del images
+        return protocol.CalledNewSize(seconds, resident_mb())
+
     def detect(self, request: protocol.Detect) -> protocol.Detected:
         """Calls an input, and keeps what is found; short calls are repeated for their time.
 
-        Engines pick their kernels when they first see a size, so that the first call of several is
-        not counted.
+        Engines pick their kernels when they first see a size, so that the first call is told apart
+        from the later ones, if there are any.
         """
         images = self.given[request.name]
         first = self._timed(images)
         seconds = (first.seconds,)
-        if request.repeat and first.seconds < SHORT_CALL_S:
-            seconds = tuple(self._timed(images).seconds for _ in range(2))
+        count = 2
+        if first.seconds >= SHORT_CALL_S:
+            expected = None if self.pixel_s is None else self.pixel_s * _pixels(images)
+            count = int(expected is not None and first.seconds > MOST_EXPECTED * expected)
+        if request.repeat and count:
+            seconds = tuple(self._timed(images).seconds for _ in range(count))
         flaw = _flaw(first.outputs)
         if flaw is None:
             _save_outputs(Path(request.outputs), self.export.completed(first.outputs, images))
-        return protocol.Detected(seconds, flaw)
+        return protocol.Detected(first.seconds, seconds, flaw)
 
     def detect_batch(self, request: protocol.DetectBatch) -> protocol.Done:
         """Calls images of a data set, and keeps what is found in each.
@@ -590,7 +629,9 @@ class Run:
     def coverage(self, request: protocol.ReadCoverage) -> Coverage:
         """How much of the graph the engine took, with what showed in running."""
         read = self.optimized.read_coverage
-        return self.optimized.coverage if read is None else self.optimized.coverage.merged(read())
+        resident = Coverage(resident_warm_mb=self.resident_warm_mb, resident_end_mb=resident_mb())
+        known = self.optimized.coverage.merged(resident)
+        return known if read is None else known.merged(read())
 
     def artifact(self, request: protocol.ReadArtifact) -> protocol.Artifact:
         """Size of what was compiled."""
@@ -609,6 +650,16 @@ class Run:
 
             on_device = torch.cuda.max_memory_allocated() / 2**20
         return protocol.Memory(kib / 1024, on_device)
+
+
+def resident_mb() -> Optional[float]:
+    """Memory of this process that is in use now, in MiB; None where the system does not tell."""
+    try:
+        with open("/proc/self/statm") as file:
+            pages = int(file.read().split()[1])
+    except (OSError, IndexError, ValueError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def _free_from_binding() -> None:
@@ -652,6 +703,11 @@ def _validation(request: protocol.Validate, export: Any) -> Any:
             f"{error.name}"
         ) from None
     return Validation(request, export)
+
+
+def _pixels(images: Iterable[Any]) -> int:
+    """Pixels of the images of a call."""
+    return sum(image.shape[-2] * image.shape[-1] for image in images)
 
 
 def _flaw(outputs: Any) -> Optional[str]:
@@ -769,6 +825,7 @@ class Worker:
                 protocol.Save: run.save,
                 protocol.Warm: run.warm,
                 protocol.TimedCalls: run.timed_calls,
+                protocol.CallNewSize: run.call_new_size,
                 protocol.Detect: run.detect,
                 protocol.DetectBatch: run.detect_batch,
                 protocol.TimeStages: run.time_stages,

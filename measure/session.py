@@ -481,6 +481,7 @@ def settings(plan: Plan, options: argparse.Namespace) -> Settings:
         iterations=options.iterations,
         generations=options.generations,
         time_budget=options.time_budget,
+        sizes=options.sizes,
         threads=plan.threads,
         seed=plan.seed,
         output=options.output and file_name(options.output),

@@ -332,12 +332,17 @@ def _group_flaw(group: Group) -> Optional[str]:
         return "`stages` has no rest"
     if group.stages is not None and min(astuple(group.stages)) < 0:
         return "`stages` has less than no time"
+    if any(side <= 0 for size in group.new_sizes for side in size):
+        return "`new_sizes` has sides without pixels"
+    if any(len(run.new_size_s) > len(group.new_sizes) for run in group.runs):
+        return "a run has more calls than there are `new_sizes`"
     flaws = (_run_flaw(run) for run in group.runs)
     return next((flaw for flaw in flaws if flaw), None)
 
 
 def _run_flaw(run: Run) -> Optional[str]:
-    timings = [run.samples_s, *run.size_seconds.values()]
+    timings = [run.samples_s, *run.size_seconds.values(), run.new_size_s]
+    timings.append(tuple(run.first_call_s.values()))
     if any(seconds <= 0 for timing in timings for seconds in timing):
         return f"a call of {run.name} took no time"
     if not all(run.size_seconds.values()):

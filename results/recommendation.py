@@ -33,6 +33,8 @@ from results.tables import describe_break_even, describe_difference, percent
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 # Where no smaller difference can be told, the simplest run is not much of an answer.
 NOISY = 0.1
+# Calls of new sizes that are longer than others by this factor are a cost.
+LONGER = 1.1
 # What every run needs.
 PYTORCH = ("torch", "torchvision")
 
@@ -145,6 +147,7 @@ def _candidate(group: Group, run: Run, limits: Constraints, torch_s: float, seed
         label=run.label,
         precision=run.requested_precision,
         median_ms=run.statistics.median_ms if run.statistics else None,
+        new_size_ms=1000 * median(run.new_size_s) if run.new_size_s else None,
         speedup=speedup,
         ap={task: x.ap for task, x in tasks.items() if x.ap is not None},
         # Of each class they stand in the run's own record.
@@ -274,6 +277,8 @@ def _costs(ship: Candidate) -> str:
         difference = ship.ap_differences.get(task)
         told = "" if difference is None else f" ({describe_difference(difference)})"
         parts.append(f"{TASKS[task]} AP {percent(ap)}{told}")
+    if ship.new_size_ms and ship.median_ms and ship.new_size_ms > LONGER * ship.median_ms:
+        parts.append(f"{ship.new_size_ms:.4g} ms for an image of a new size")
     if ship.memory_mb is not None:
         parts.append(f"{ship.memory_mb:.0f} MiB of memory")
     if ship.prepare_s is not None:

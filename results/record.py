@@ -150,6 +150,7 @@ class Settings:
     generations: Optional[int] = None
     time_budget: Optional[float] = None
     threads: Optional[int] = None
+    sizes: Optional[int] = None
     seed: int = 0
     output: Optional[str] = None
     cache: Optional[str] = None
@@ -215,7 +216,10 @@ class Coverage:
         warnings: of the engine's builder.
         nodes_by_segment: TorchBlade's own count, constants and lists included.
         refittable_engines: whether the engines' weights can be exchanged, which may be slower.
-        recompilations_while_timed: how often it compiled within the timed rounds.
+        recompilations_while_timed: how often it compiled within the timed rounds, and the calls of
+            new sizes that follow them.
+        resident_warm_mb, resident_end_mb: memory that its process had in use after the warm-up, and
+            after the rounds and the calls of new sizes; None on systems without /proc.
     """
 
     operators: Optional[int] = None
@@ -232,6 +236,8 @@ class Coverage:
     nodes_by_segment: Optional[Tuple[int, ...]] = None
     refittable_engines: Optional[bool] = None
     recompilations_while_timed: Optional[int] = None
+    resident_warm_mb: Optional[float] = None
+    resident_end_mb: Optional[float] = None
 
     def merged(self, more: Coverage) -> Coverage:
         """This, with all that the other knows: its fields that are not None take precedence."""
@@ -600,8 +606,15 @@ class Run:
             calls begins with, which nobody keeps.
         copies: what of `samples_s` went into copies, medians; None on a CPU.
         size_seconds: input that is not timed (`min`, `max`) -> seconds of calls that the check of
-            detections made, not in turns with other runs: two after one that is not counted, or the
-            first alone where that took more than a second.
+            detections made, not in turns with other runs: two after one that is not counted. Where
+            that took more than a second, it is one, if a timed call takes less than half of it
+            for as many pixels, else the first alone.
+        first_call_s: the same inputs -> seconds of the first call there.
+        new_size_s: of calls after the rounds, each of a size that was never seen before: call i is
+            of size i of the group's `new_sizes`, made in turns with the other runs. No speedup is
+            made of them.
+        new_size_resident_mb: memory that its process had in use after each of these calls; empty
+            on systems without /proc.
         prepare: None where it was not prepared.
         cached: whether the compiled engine came from `--cache`.
         artifact_mb: size of what was compiled, as one would deploy it.
@@ -635,6 +648,9 @@ class Run:
     warmup_s: Tuple[float, ...] = ()
     copies: Optional[Copies] = None
     size_seconds: Dict[str, Tuple[float, ...]] = field(default_factory=dict)
+    first_call_s: Dict[str, float] = field(default_factory=dict)
+    new_size_s: Tuple[float, ...] = ()
+    new_size_resident_mb: Tuple[float, ...] = ()
     prepare: Optional[Preparation] = None
     cached: bool = False
     artifact_mb: Optional[float] = None
@@ -727,14 +743,17 @@ class Group:
 
     Attributes:
         model: test model, or model of the user's own.
+        new_sizes: height and width in pixels of the images of the calls of new sizes, in order.
+        no_new_sizes: why there are none, in a sentence, if it was not asked for; else None.
         export: how it was exported; of a file that was exported elsewhere, what it is.
         image: with several, the file name of the one that the group is about; None for all of them
             together, and where there is but one.
         objects: that synthetic weights were made to find.
         found: detections of the reference at `opt`, of all images of the call; None where the
             detector gives a semantic map and lists nothing.
-        image_sizes: of every input; timed is `opt`, and `image 2` and so on. `blank` is a picture
-            in which nothing is found, if there was one.
+        image_sizes: of every input; timed is `opt`, and `image 2` and so on. `drawn 1` and
+            `drawn 2` are of sizes between those of `min` and `max`. `blank` is a picture in which
+            nothing is found, if there was one.
         flops: of a call at `opt`: two for each multiply-add of a convolution or matrix product, as
             `torch.utils.flop_counter` counts them.
         image_digest: tells the timed images from others: 16 hexadecimal digits.
@@ -775,6 +794,8 @@ class Group:
     not_compared: Tuple[str, ...] = ()
     evaluated: Optional[Evaluated] = None
     calibrated: Optional[Calibrated] = None
+    new_sizes: Tuple[Tuple[int, int], ...] = ()
+    no_new_sizes: Optional[str] = None
 
     @property
     def baseline(self) -> Run:
@@ -815,6 +836,7 @@ class Candidate:
         speedup: over Torch fp32 in the same rounds; None for Torch fp32 itself.
         ap: task -> AP in percent; ap_differences: task -> from Torch fp32.
         memory_mb, prepare_s: see `Constraints`.
+        new_size_ms: median of its calls of new sizes; None where there are none.
         pays_back: images after which its preparation has paid back, against Torch fp32.
         packages: that it needs beside PyTorch's.
         excluded: why it does not qualify; empty: it does.
@@ -829,6 +851,7 @@ class Candidate:
     ap_differences: Dict[Task, Difference] = field(default_factory=dict)
     memory_mb: Optional[float] = None
     prepare_s: Optional[float] = None
+    new_size_ms: Optional[float] = None
     pays_back: Optional[BreakEven] = None
     packages: int = 0
     excluded: Tuple[Exclusion, ...] = ()

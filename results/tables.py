@@ -22,12 +22,13 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, fields
+from statistics import median
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, get_args
 
 import tabulate
 
 from benchmark import BreakEven, Speedup, Statistics, StopRule, samples_to_bound
-from models import BLANK, MODELS, TUNING, TURNED, runner
+from models import BLANK, DRAWN, MODELS, TUNING, TURNED, runner
 from results import published
 from results.facts import (
     LEAST_AP,
@@ -299,6 +300,9 @@ def _detections(run: Run) -> str:
 
 # The table of a test model ---------------------------------------------------------------------
 
+# A call of a new size that is longer than the median by this factor: something was compiled.
+MOST_OVER_MEDIAN = 5.0
+
 
 @dataclass(frozen=True)
 class _Bound:
@@ -338,6 +342,11 @@ def model_table(results: Results, groups: Sequence[Group], peaks: bool = False) 
             cells[-1] += f" {mark}"
             statuses.append(f"{mark} {run.label} {_precision(run)}: {run.reason}")
         rows.append(cells)
+    if any(run.new_size_s for _, run in lines):
+        place = columns.index(Column("Median(ms)", right=True)) + 1
+        columns = (*columns[:place], *right("new size(ms)"), *columns[place:])
+        for (_, run), cells in zip(lines, rows):
+            cells.insert(place, _new_size_cell(run))
     tasks = judged_tasks(groups)
     columns += tuple(
         x for task in tasks for x in (*right(_of(task, "AP")), *left(_of(task, "dAP")))
@@ -404,6 +413,46 @@ def _percentile_cell(statistics: Statistics) -> str:
         return "-"
     mark = _UNBOUNDED if statistics.samples < samples_to_bound(0.99) else ""
     return f"{_digits(statistics.p99_ms)}{mark}"
+
+
+def _new_size_cell(run: Run) -> str:
+    return _digits(1000 * median(run.new_size_s)) if run.new_size_s else "-"
+
+
+def _new_size_notes(groups: Sequence[Group]) -> Iterator[str]:
+    """Which calls `new size(ms)` is of, whether one was much longer, and why there are none."""
+    told: Dict[str, List[str]] = {}
+    for group in groups:
+        if any(run.new_size_s for run in group.runs):
+            told.setdefault(_which_sizes(group), []).append(group.precision)
+    for text, precisions in told.items():
+        only = f" at {_enumerated(precisions)}" if len(told) > 1 else ""
+        yield f"new size(ms){only}: {text}"
+    for group in groups:
+        for run in group.runs:
+            ms = [1000 * seconds for seconds in run.new_size_s]
+            if ms and max(ms) > MOST_OVER_MEDIAN * median(ms):
+                yield (
+                    f"{run.label} {_precision(run)}: a call of a new size took {_digits(max(ms))} "
+                    f"ms, {max(ms) / median(ms):.0f} times the median, as where an engine is "
+                    "compiled again"
+                )
+    reasons: Dict[str, List[str]] = {}
+    for group in groups:
+        if group.no_new_sizes:
+            reasons.setdefault(group.no_new_sizes, []).append(group.precision)
+    for reason, precisions in reasons.items():
+        yield f"no calls of new sizes at {_enumerated(precisions)}: {reason}"
+
+
+def _which_sizes(group: Group) -> str:
+    """How many calls of new sizes there were, from the flattest to the tallest."""
+    sizes = sorted(group.new_sizes)
+    ends = " to ".join(
+        f"{height}x{width}" for height, width in dict.fromkeys(sizes[:: len(sizes) - 1 or 1])
+    )
+    each = "each of a size that was never seen before" if len(sizes) > 1 else "of a new size"
+    return f"the median of {_counted(len(sizes), 'call')}, {each}, {ends}"
 
 
 def judged_tasks(groups: Sequence[Group]) -> List[Task]:
@@ -646,6 +695,7 @@ def _model_notes(
     """What a reader of a test model's table has to know, the statuses of its rows apart."""
     yield from _percentile_notes(groups)
     yield from _check_note(groups[0])
+    yield from _new_size_notes(groups)
     names = dict.fromkeys(name for group in groups for name in group.not_compared)
     if names:
         yield f"not compared, as it is not known what they are: {', '.join(names)}"
@@ -713,7 +763,7 @@ def _check_note(group: Group) -> Iterator[str]:
         yield from (f"timed at {size}" for size in sizes.values())
         return
     small, timed, large = (sizes.pop(name) for name in TUNING)
-    others = [small, *filter(None, (sizes.pop(TURNED, None),)), large]
+    others = [small, *filter(None, (sizes.pop(name, None) for name in (TURNED, *DRAWN))), large]
     blank = "; where it finds nothing, on a plain picture, too" if sizes.pop(BLANK, None) else ""
     reference = f"{runner(group.export)} fp32"
     if sizes:
@@ -730,6 +780,8 @@ def _check_note(group: Group) -> Iterator[str]:
             2: ", the worse",
             3: ", the worst of the three",
             4: ", the worst of the four",
+            5: ", the worst of the five",
+            6: ", the worst of the six",
         }
         yield (
             f"timed at {timed}; Detections: against {reference} at {_enumerated(at)}"
@@ -823,6 +875,8 @@ _COVERAGE = {
     "FLOPs in engines": "share_of_flops",
     "segments": "segments",
     "graph breaks": "graph_breaks",
+    "warm (MiB)": "resident_warm_mb",
+    "at the end (MiB)": "resident_end_mb",
 }
 # Columns of the table of costs that hold seconds: heading, field of a run's `Preparation`.
 _PHASES = {"export (s)": "export", "convert (s)": "convert", "compile (s)": "compile"}
@@ -879,7 +933,10 @@ def _case_cells(group: Group, run: Run, several: Sequence[str]) -> Tuple[str, ..
 
 
 def coverage_table(groups: Sequence[Group]) -> Table:
-    """How much of the model each run's engines took; what a backend does not tell is `-`."""
+    """How much of the model each run's engines took, and its memory; what is not told is `-`.
+
+    Torch takes all of it, and is there for its memory.
+    """
     return Table(
         title="Coverage",
         columns=(
@@ -892,7 +949,10 @@ def coverage_table(groups: Sequence[Group]) -> Table:
             for group in groups
             for run in group.runs
             for cells in [_coverage_cells(run.coverage)]
-            if cells and not run.baseline
+            if cells and (not run.baseline or run.coverage.resident_end_mb)
+        ),
+        notes=(
+            "warm, at the end: memory of the process after the warm-up, and after all timed calls",
         ),
         nothing="no coverage is known",
     )
@@ -909,6 +969,9 @@ def _coverage_cells(coverage: Coverage) -> List[str]:
     ]
     if "share_of_flops" in known:
         known["share_of_flops"] = f"{100 * known['share_of_flops']:.0f}%"
+    for name in ("resident_warm_mb", "resident_end_mb"):
+        if name in known:
+            known[name] = f"{known[name]:.0f}"
     cells = [str(known.get(name, "-")) for name in _COVERAGE.values()]
     return [*cells, "; ".join(more)] if known else []
 
@@ -923,14 +986,15 @@ def costs_table(groups: Sequence[Group]) -> Table:
     """What each run took besides its calls, and when that has paid for itself.
 
     Total has the phases and what lies between and after them, such as a first call in which the
-    engine picks its kernels, but not building the model.
+    engine picks its kernels, but not building the model. The longest first call is that of the
+    sizes that are not timed.
     """
     return Table(
         title="Costs",
         columns=(
             *left("Model", "Backend", "precision"),
             *right(*_PHASES, "total (s)", "artifact (MiB)", "peak memory (MiB)"),
-            *left("break-even (images)"),
+            *left("break-even (images)", "longest first call"),
         ),
         rows=tuple(
             (group_name(group), run.label, _precision(run), *_cost_cells(run, run.prepare))
@@ -970,7 +1034,21 @@ def _cost_cells(run: Run, prepare: Preparation) -> List[str]:
         f"{prepare.own:.1f}",
         *("-" if size is None else f"{size:.0f}" for size in sizes),
         "-" if run.break_even is None else describe_break_even(run.break_even),
+        _first_call(run),
     ]
+
+
+def _first_call(run: Run) -> str:
+    """The longest first call at a size that is not timed: `612.3 ms at max, then 410.2`."""
+    if not run.first_call_s:
+        return "-"
+    name, first = max(run.first_call_s.items(), key=lambda each: each[1])
+    text = f"{_digits(1000 * first)} ms at {name}"
+    later = run.size_seconds.get(name, ())
+    # One that is long for its size alone is not repeated.
+    if not later or later == (first,):
+        return text
+    return f"{text}, then {_digits(1000 * median(later))}"
 
 
 def stages_table(groups: Sequence[Group]) -> Table:

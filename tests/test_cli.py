@@ -660,9 +660,13 @@ def test_costs_and_coverage_are_printed_below(finished):
     lines = finished[0].out.splitlines()
     (coverage,) = (n for n, line in enumerate(lines) if "FLOPs in engines" in line)
     (costs,) = (n for n, line in enumerate(lines) if "break-even (images)" in line)
-    assert "OpenVINO" in lines[coverage + 3]
-    assert "100%" in lines[coverage + 3]
-    openvino = [cell.strip() for cell in lines[costs + 5].strip("|").split("|")]
+    assert [lines[coverage + place].split()[3] for place in (2, 3, 4)] == [
+        *("Torch", "TorchScript", "OpenVINO"),
+    ]
+    assert "100%" in lines[coverage + 4]
+    warm, end = (float(cell) for cell in lines[coverage + 4].split("|")[10:12])
+    assert min(warm, end) > 100  # MiB
+    openvino = [cell.strip() for cell in lines[costs + 4].strip("|").split("|")]
     assert openvino[:3] == ["RetinaNet", "OpenVINO", "fp32"]
     assert all(float(seconds) > 0 for seconds in openvino[3:7])
     assert float(openvino[7]) > 100  # MiB of weights
@@ -787,6 +791,7 @@ def test_a_number_of_objects_asks_for_synthetic_weights():
     ("change", "words"),
     [
         (["--iterations", "7"], "--iterations: 6 before, 7 now"),
+        (["--sizes", "10"], "--sizes: none before, 10 now"),
         (["--seed", "1"], "--seed: 0 before, 1 now"),
         (["--backend", "torchscript"], "--backend: torch torch_channels_last torchscript openvino"),
         (["--precision", "bf16"], "--precision: fp32 before, bf16 now"),

@@ -406,6 +406,53 @@ def test_a_file_without_flags_is_not_of_another_machine(command, flags):
     assert "What differs:\n\n- nothing that is recorded\n" in printed.out
 
 
+def with_new_sizes(document: Dict[str, Any], seconds: float) -> Dict[str, Any]:
+    """The same with calls of new sizes, of the second run some as long as that."""
+    group = document["groups"][0]
+    group["new_sizes"] = [[100 + place, 200] for place in range(20)]
+    noise = np.random.default_rng(3).normal(0, 0.02, 20)
+    group["runs"][1]["new_size_s"] = (seconds * np.exp(noise)).tolist()
+    return document
+
+
+def test_calls_of_new_sizes_are_a_figure_of_their_own(command):
+    both = with_new_sizes(measured(0), 0.3), with_new_sizes(measured(1), 0.6)
+    code, printed = command(*both, "--fail-on", "slower")
+    assert code == 0  # No verdict stands on it.
+    rows = [[cell.strip() for cell in line.split("|")] for line in printed.out.splitlines()]
+    (head,) = (row for row in rows if "by speedup" in row)
+    place = head.index("by speedup") + 1
+    assert head[place] == "at new sizes"
+    cells = {row[2]: row[place] for row in rows if len(row) == len(head) and "RetinaNet" in row}
+    assert cells["Torch"] == "-"
+    assert cells["Openvino"].startswith("0.500 (0.4")
+    assert "- at new sizes: how much faster calls" in printed.out
+
+
+@pytest.mark.parametrize("change", [[], [[9, 9]] * 20])
+def test_calls_of_other_sizes_are_not_compared(command, change):
+    before, after = with_new_sizes(measured(0), 0.3), with_new_sizes(measured(1), 0.6)
+    after["groups"][0]["new_sizes"] = change
+    if not change:
+        after["groups"][0]["runs"][1]["new_size_s"] = []
+    _, printed = command(before, after)
+    assert "at new sizes" not in printed.out
+
+
+def test_a_file_without_drawn_sizes_can_be_compared(command):
+    before, after = measured(0), measured(1)
+    for document, digest in ((before, "a"), (after, "b")):
+        weights = {"source": "synthetic", "objects": 100, "digest": digest}
+        document["groups"][0]["weights"] = weights
+    _, printed = command(before, after)
+    assert "weights digest differs" in printed.err
+    # They are made for the drawn sizes, too.
+    after["groups"][0]["image_sizes"]["drawn 1"] = [[111, 222]]
+    code, printed = command(before, after)
+    assert (code, printed.err) == (0, "")
+    assert "differs" not in printed.out.split("| Model")[1]
+
+
 def test_what_differs_is_named_first(command):
     before, after = measured(0), measured(1)
     before["environment"]["versions"] = {"openvino": "2026.3"}

@@ -153,7 +153,9 @@ def test_runs_and_the_peak_are_started_with_it(tmp_path, tf32):
     hosts = SimpleNamespace(of=lambda command: Hosted(), folder=tmp_path)
     asked = SimpleNamespace(threads=1, tf32=tf32, device="cuda")
     choice = SimpleNamespace(command=Command.own())
-    groups._start(hosts, SimpleNamespace(choice=choice, log=tmp_path / "log"), asked)
+    measurement = object.__new__(groups.Measurement)
+    measurement.plan = asked
+    measurement.start(SimpleNamespace(choice=choice, log=tmp_path / "log"), hosts)
     # A peak has the name of what was computed in.
     assert groups.measure_peaks(("fp32", "int8"), asked, hosts) == {"tf32": 4e11}
     assert started == [tf32, tf32]

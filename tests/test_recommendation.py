@@ -134,6 +134,15 @@ def test_the_fastest_is_shipped():
     assert "nothing that was measured is faster" in fourth
 
 
+@pytest.mark.parametrize(("ms", "is_told"), [(54, False), (81.25, True)])
+def test_what_an_image_of_a_new_size_takes_is_a_cost(ms, is_told):
+    new = run("openvino", "fp32", 50, 100, new_size_s=(ms / 1000, 9.0, 0.001))
+    told = answer(group(*FP32[:2], new))
+    assert told.ship.new_size_ms == pytest.approx(ms)
+    assert told.runner_up.new_size_ms is None
+    assert ("81.25 ms for an image of a new size" in sentences(told)[1]) is is_told
+
+
 def test_a_tie_goes_to_the_simpler_one():
     close = (*FP32[:1], run("torchscript", "fp32", 50.5, 100), run("openvino", "fp32", 50, 100))
     told = answer(group(*close))

@@ -214,6 +214,8 @@ def test_sizes_are_plotted_with_the_median_of_the_table(page):
 def test_sizes_are_not_plotted_of_several_images_together():
     (group,) = records(make_results()).groups
     assert report.sizes_plot([group], "a") is not None
+    drawn = replace(group, image_sizes={**group.image_sizes, "drawn 1": ((66, 99),)})
+    assert report.sizes_plot([drawn], "a") is not None
     several = replace(group, image_sizes={**group.image_sizes, "image 2": ((77, 55),)})
     assert report.sizes_plot([several], "a") is None
 

@@ -468,6 +468,9 @@ DAMAGES = [
         "missing required field `build` - at `$.groups[0]",
     ),
     (change(*RUN, "size_seconds", to={"opt": []}), "`size_seconds` of torch has an input without"),
+    (change(*RUN, "first_call_s", to={"opt": 0.0}), "a call of torch took no time"),
+    (change(*RUN, "new_size_s", to=[0.1]), "more calls than there are `new_sizes`"),
+    (change(*GROUP, "new_sizes", to=[[96, 0]]), "`new_sizes` has sides without pixels"),
     (
         change(*RUN, "samples_s", to=[10**400]),
         "too large a number - at `$.groups[0].runs[0].samples_s[0]`",

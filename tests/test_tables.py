@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, List, Optional, Sequence
 
 import numpy as np
@@ -561,7 +562,14 @@ def test_what_a_checkpoint_does_not_say():
 
 
 def test_coverage_says_what_each_engine_took():
-    inductor = Coverage(operators_in_engine=700, share_of_flops=0.987, segments=9, graph_breaks=8)
+    inductor = Coverage(
+        operators_in_engine=700,
+        share_of_flops=0.987,
+        segments=9,
+        graph_breaks=8,
+        resident_warm_mb=612.4,
+        resident_end_mb=1023.9,
+    )
     onnx = Coverage(
         operators=900,
         operators_in_engine=850,
@@ -574,15 +582,21 @@ def test_coverage_says_what_each_engine_took():
         run("ONNXRuntime", coverage=onnx),
         run("OpenVINO"),
     ]
+    # The baseline is there for its memory alone.
+    known = run("Torch", coverage=Coverage(resident_warm_mb=500.0, resident_end_mb=600.0))
+    assert tables.coverage_table([group(known)]).rows[0][1:] == (
+        *("Torch", "fp32", "cpu", *["-"] * 5, "500", "600", ""),
+    )
     table = tables.coverage_table([group(*runs)])
     assert headings(table)[4:] == [
-        *("operators", "in engines", "FLOPs in engines", "segments", "graph breaks", "more"),
+        *("operators", "in engines", "FLOPs in engines", "segments", "graph breaks"),
+        *("warm (MiB)", "at the end (MiB)", "more"),
     ]
     names = ("RetinaNet", "Inductor", "fp32", "cpu")
     more = "operators by provider: 850 A, 50 B; failures: ['one', 'two']"
     assert table.rows == (
-        (*names, "-", "700", "99%", "9", "8", ""),
-        ("RetinaNet", "ONNXRuntime", "fp32", "cpu", "900", "850", "-", "-", "-", more),
+        (*names, "-", "700", "99%", "9", "8", "612", "1024", ""),
+        ("RetinaNet", "ONNXRuntime", "fp32", "cpu", "900", "850", *["-"] * 5, more),
     )
 
 
@@ -605,19 +619,32 @@ def test_costs_say_what_a_run_took():
     eager = Preparation(build=2.0, total=2.0)
     runs = [
         prepared("Torch", prepare=eager, artifact_mb=None, break_even=None),
-        prepared("TorchScript"),
-        prepared("Inductor", cached=True, peak_device_memory_mb=700.0),
+        prepared(
+            "TorchScript",
+            first_call_s={"min": 0.9, "max": 2.5, "drawn 1": 0.1},
+            size_seconds={"min": (0.1, 0.1), "max": (2.5,), "drawn 1": (0.1, 0.1)},
+        ),
+        prepared(
+            "Inductor",
+            cached=True,
+            peak_device_memory_mb=700.0,
+            first_call_s={"min": 0.9, "max": 0.8},
+            size_seconds={"min": (0.1, 0.2), "max": (0.7, 0.7)},
+        ),
         prepared("OpenVINO", prepare=None),
     ]
     table = tables.costs_table([group(*runs)])
     assert headings(table)[3:] == [
         *("export (s)", "convert (s)", "compile (s)", "total (s)"),
         *("artifact (MiB)", "peak memory (MiB)", "break-even (images)"),
+        "longest first call",
     ]
-    assert table.rows[0][1:] == ("Torch", "fp32", "-", "-", "-", "0.0", "-", "1500", "-")
+    assert table.rows[0][1:] == ("Torch", "fp32", "-", "-", "-", "0.0", "-", "1500", "-", "-")
     costs = ("3.0", "-", "40.0", "45.0", "146", "1500", "121 (98 to never)")
-    assert table.rows[1][3:] == costs
-    assert table.rows[2][3:] == (*costs[:2], "40.0 cached", *costs[3:5], "700", costs[6])
+    # A call of more than a second is not repeated.
+    assert table.rows[1][3:] == (*costs, "2500 ms at max")
+    assert table.rows[2][3:-1] == (*costs[:2], "40.0 cached", *costs[3:5], "700", costs[6])
+    assert table.rows[2][-1] == "900.0 ms at min, then 150.0"
     assert len(table.rows) == 3  # What was never prepared has no costs.
 
 
@@ -819,3 +846,66 @@ def test_what_int8_costs_is_said(control, verdict, line):
     engine = run("OpenVINO", accuracy=own, control=control, **asked)
     found = [x for x in notes(group(run("Torch"), engine)) if x.startswith("OpenVINO int8: ")]
     assert [x.startswith(f"OpenVINO int8: {line}") for x in found] == [True] * (line is not None)
+
+
+# Calls of new sizes ----------------------------------------------------------------------------
+
+
+SIZES = ((300, 500), (500, 300), (390, 390))
+
+
+def streamed(**changes: Any) -> Group:
+    torch = run("Torch", statistics=statistics([400] * 5), new_size_s=(0.5, 0.4, 0.61))
+    compiled = run("Inductor", statistics=statistics([200] * 5), new_size_s=(0.25, 9.0, 0.26))
+    failed = run("OpenVINO", status="failed", reason="it died")
+    return group(torch, compiled, failed, new_sizes=SIZES, **changes)
+
+
+def test_new_sizes_have_a_column_beside_the_median():
+    table = tables.model_table(results(streamed()), [streamed()])
+    place = headings(table).index("new size(ms)")
+    assert headings(table)[place - 1 : place + 2] == ["Median(ms)", "new size(ms)", "Mean(ms)"]
+    assert [row[place] for row in table.rows] == ["500.0", "260.0", "-"]
+    assert [row[place - 1] for row in table.rows] == ["400.0", "200.0", "-"]
+
+
+def test_without_new_sizes_there_is_no_column():
+    table = tables.model_table(results(group(run("Torch"))), [group(run("Torch"))])
+    assert "new size(ms)" not in headings(table)
+    assert not any("new size" in note for note in table.notes)
+
+
+def test_it_is_said_which_sizes_were_new_and_which_call_was_long():
+    found = notes(streamed())
+    which = "the median of 3 calls, each of a size that was never seen before, 300x500 to 500x300"
+    assert f"new size(ms): {which}" in found
+    assert [x for x in found if "as where an engine is compiled again" in x] == [
+        "Inductor fp32: a call of a new size took 9000 ms, 35 times the median, as where an engine "
+        "is compiled again"
+    ]
+    fewer = replace(streamed(precision="bf16"), new_sizes=SIZES[:1])
+    found = notes(streamed(), fewer)
+    assert f"new size(ms) at fp32: {which}" in found
+    assert "new size(ms) at bf16: the median of 1 call, of a new size, 300x500" in found
+
+
+def test_it_is_said_why_there_are_no_new_sizes():
+    why = "only images of 96x128 are taken"
+    both = [group(run("Torch"), no_new_sizes=why, precision=x) for x in ("fp32", "bf16")]
+    assert f"no calls of new sizes at fp32 and bf16: {why}" in notes(*both)
+
+
+def test_drawn_sizes_are_among_those_of_the_check():
+    sizes = {
+        "min": ((50, 70),),
+        "opt": ((96, 128),),
+        "max": ((260, 200),),
+        "drawn 1": ((66, 111),),
+        "drawn 2": ((140, 120),),
+    }
+    checked = (
+        "against Torch fp32 at 50x70, 96x128, 66x111, 140x120 and 260x200, the worst of the five"
+    )
+    assert f"timed at 96x128; Detections: {checked}" in notes(
+        group(run("Torch"), image_sizes=sizes)
+    )

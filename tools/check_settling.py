@@ -50,7 +50,7 @@ import time
 from backends.torch import Torch
 
 
-class Spinning(Torch):
+class StandIn(Torch):
     name, label, rank, default = "spinning", "Spinning", 9, False
 
     def optimize(self, *run):
@@ -78,12 +78,15 @@ COLUMNS = (
 )
 
 
-def suite_with_stand_in(folder: Path, seconds: float) -> Tuple[Path, Backend]:
+def suite_with_stand_in(
+    folder: Path, seconds: float = 0.0, stand_in: str = STAND_IN
+) -> Tuple[Path, Backend]:
     """A copy of the suite that has one more backend: its worker's side, and the backend.
 
     Args:
         folder: takes the copy.
         seconds: that it computes on after a call.
+        stand_in: the file of the backend, of which `StandIn` is the class.
     """
     for room in ("backends", "detectors", "measure", "results"):
         ignored = shutil.ignore_patterns("__pycache__")
@@ -91,11 +94,11 @@ def suite_with_stand_in(folder: Path, seconds: float) -> Tuple[Path, Backend]:
     for name in ("benchmark.py", "configuration.py", "errors.py", "models.py"):
         shutil.copy(HERE / name, folder)
     path = folder / "backends" / "spinning.py"
-    path.write_text(STAND_IN.replace("SECONDS", str(seconds)), encoding="utf-8")
+    path.write_text(stand_in.replace("SECONDS", str(seconds)), encoding="utf-8")
     spec = importlib.util.spec_from_file_location("backends.spinning", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return folder / "measure" / "run.py", module.Spinning()
+    return folder / "measure" / "run.py", module.StandIn()
 
 
 def main() -> int:
