@@ -29,7 +29,7 @@ precisions=(fp32 fp16)
 inductor=(fp16)
 # Of rounds, for each model and precision; RetinaNet's processes are started anew between them.
 budget=(--generations 1 --time-budget 10)
-generations=(--time-budget 40)
+generations=(--time-budget 30)
 if [ "$device" = cpu ]; then
     # That nothing fails for a typo is all that a CPU can tell.
     precisions=(fp32)
@@ -105,12 +105,10 @@ step list "$python" run_blade.py --list --device "$device"
 tests tests -k "not inductor"
 eager="torch_channels_last torchscript"
 measure testRetinaNet testRetinaNet "$eager" "${precisions[@]}" "${generations[@]}"
-for model in testMaskRCNNFPN testCascadeRCNN; do
-    measure "$model" "$model" "$eager" "${precisions[@]}"
-done
-measure testRetinaNet_inductor testRetinaNet inductor "${inductor[@]}"
 measure testRetinaNet_no_tf32 testRetinaNet "$eager" fp32 --no-tf32
-for model in testMaskRCNNC4 testMaskRCNNFPN_b2 testMaskRCNNFPN_pproc testRetinaNet_scripted; do
+measure testMaskRCNNFPN testMaskRCNNFPN "$eager" "${precisions[@]}"
+measure testRetinaNet_inductor testRetinaNet inductor "${inductor[@]}"
+for model in testCascadeRCNN testMaskRCNNC4 testMaskRCNNFPN_b2 testMaskRCNNFPN_pproc testRetinaNet_scripted; do
     measure "$model" "$model" "$eager" "${precisions[@]}"
 done
 tests tests_inductor -k inductor
