@@ -127,8 +127,9 @@ class StopRule:
             before, end after this many seconds, of which starting processes anew is a part;
             `LEAST_ROUNDS`, or `LEAST_GENERATIONS` of `LEAST_ROUNDS_OF_GENERATION`, are made all the
             same. None: no limit.
-        min_generations, max_generations: where the budget cannot hold the least number,
-            `LEAST_GENERATIONS` will do. Both 1: processes are never started anew.
+        min_generations, max_generations: where the budget cannot hold the least number, as many
+            as it holds will do, but no fewer than `LEAST_GENERATIONS`. Both 1: processes are never
+            started anew.
     """
 
     min_rounds: int = 15
@@ -364,10 +365,11 @@ class _Schedule:
 
     def _planned(self) -> int:
         """Generations that are made before anyone looks at the intervals."""
-        least = self.rule.min_generations
-        if self._affordable(least) < LEAST_ROUNDS_OF_GENERATION:
-            return min(least, LEAST_GENERATIONS)
-        return least
+        wanted = self.rule.min_generations
+        for count in range(wanted, LEAST_GENERATIONS, -1):
+            if self._affordable(count) >= LEAST_ROUNDS_OF_GENERATION:
+                return count
+        return min(wanted, LEAST_GENERATIONS)
 
     def _affordable(self, generations: int) -> float:
         """Rounds of the current generation for which there is time, if so many are made in all."""

@@ -23,6 +23,7 @@ class TorchChannelsLast(Torch):
     name = "torch_channels_last"
     label = "Torch channels_last"
     rank = 1
+    default = False
 
     def optimize(
         self, export: Export, precision: str, device: str, cache: Optional[Path] = None

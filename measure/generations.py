@@ -94,6 +94,7 @@ class Generations:
         for run in self.runs:
             run.end()
         self.hosts.renew()
+        self.hosts.start_next()  # They import while these are prepared, which nobody times.
         calls = self._started(live)
         self._began = self._snapshot()
         return calls
@@ -123,6 +124,7 @@ class Generations:
                 with _failing(run, calls):
                     answers[run.key](PREPARE_LIMIT_S)
                     calls[run.key] = self._timed_call(run)
+        self.hosts.wait_for_next()
         for run in runs:
             # Nothing of this is within a round.
             unsettled = run.unsettled

@@ -338,9 +338,12 @@ class Session:
 
     def _measure(self, model: Model, objects: int, precisions: Sequence[str]) -> None:
         with scratch_folder() as folder:
+            if self.plan.rule.max_generations > 1:
+                self.hosts.start_next()  # What follows is not timed.
             prepared = groups.prepare_model(
                 model, objects, self.plan, self.hosts, folder, self.progress
             )
+            self.hosts.wait_for_next()
             self._check_weights(prepared)
             self._keep_reference(prepared)
             for precision in precisions:

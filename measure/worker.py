@@ -556,6 +556,12 @@ class Hosts:
                 with contextlib.suppress(InputError):
                     self._next[command] = self._started(command)
 
+    def wait_for_next(self) -> None:
+        """Waits until the hosts that `renew` will take have imported what they need."""
+        for host in self._next.values():
+            with contextlib.suppress(InputError):
+                host.wait()
+
     def renew(self) -> None:
         """From here on, workers are forked from other hosts."""
         for host in self._open.values():

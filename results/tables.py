@@ -28,7 +28,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 import tabulate
 
 from benchmark import BreakEven, Speedup, Statistics, StopRule, samples_to_bound
-from models import BLANK, DRAWN, MODELS, TUNING, TURNED, runner
+from models import BLANK, DRAWN, GENERATIONS, MODELS, TUNING, TURNED, runner
 from results import published
 from results.facts import (
     LEAST_AP,
@@ -270,6 +270,8 @@ def describe_stop(
     made = f"{rounds} round{'' if rounds == 1 else 's'}"
     if len(generations) > 1:
         made += f" in {len(generations)} generations"
+        if stopped == "time budget" and len(generations) < GENERATIONS:
+            made += f", as {GENERATIONS} do not fit"
     return f"{made}, {why[stopped]}"
 
 

@@ -533,12 +533,11 @@ def test_a_run_prints_a_table_and_nothing_else(finished):
     assert outcome.code == 0, outcome.err
     table = outcome.out.split("\n\n\n")[0]
     lines = table.splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:6]]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:5]]
     assert rows[0][:4] == ["Model(traced)", "Backend", "precision", "Median(FPS)"]
     assert rows[0][-2:] == ["Speedup", "Detections"]
     assert [row[:3] for row in rows[2:]] == [
         ["RetinaNet", "Torch", "fp32"],
-        ["RetinaNet", "Torch channels_last", "fp32"],
         ["RetinaNet", "TorchScript", "fp32"],
         ["RetinaNet", "OpenVINO", "fp32"],
     ]
@@ -546,8 +545,8 @@ def test_a_run_prints_a_table_and_nothing_else(finished):
     for row in rows[3:]:
         assert "x ±" in row[-2]
         assert row[-1].endswith(" match")
-    end = lines.index("", 7)
-    notes, answer = lines[6:end], lines[end:]
+    end = lines.index("", 6)
+    notes, answer = lines[5:end], lines[end:]
     assert notes[0] == ""
     assert all(note.startswith("- ") for note in notes[1:])
     # Four lines say which run to ship.
@@ -576,8 +575,7 @@ def test_progress_goes_to_standard_error(finished):
 
 def test_published_speedups_are_printed_beside_ours(finished):
     rows = [line for line in finished[0].out.splitlines() if line.startswith("| RetinaNet | tr")]
-    labels = [row.split("|")[4].strip() for row in rows]
-    assert labels == ["Torch channels_last", "TorchScript", "OpenVINO"]
+    assert [row.split("|")[4].strip() for row in rows] == ["TorchScript", "OpenVINO"]
     assert all(row.strip(" |").endswith("x") for row in rows)
 
 
@@ -590,7 +588,7 @@ def test_the_result_file_is_complete(finished):
     assert results.settings.model == ("testRetinaNet",)
     assert results.settings.threads == 1
     assert results.settings.output == "results"
-    backends = ("torch", "torch_channels_last", "torchscript", "openvino")
+    backends = ("torch", "torchscript", "openvino")
     assert results.settings.backend == backends
     assert results.settings.environment == ()
     assert results.settings.tf32 is results.settings.cudnn_benchmark is None  # It is a CPU.
@@ -618,8 +616,7 @@ def test_the_result_file_is_complete(finished):
             assert {x.verdict for x in run.detections.values()} == {"match"}
             assert set(run.detections) == {"min", "opt", "max"}
             assert run.break_even is not None
-            # Torch leaves no file to deploy.
-            assert run.artifact_mb is None or run.artifact_mb > 10
+            assert run.artifact_mb > 10
     assert [len(samples) for samples in results.aa.samples_s] == [6, 6]
 
 
@@ -677,7 +674,7 @@ def test_what_was_found_is_kept(finished):
     (model,) = file.load_found(output).values()
     (reference,) = model.reference
     assert len(reference.boxes) == len(reference.scores) == len(reference.classes) > 50
-    assert set(model.runs["fp32"]) == {"Torch channels_last", "TorchScript", "OpenVINO"}
+    assert set(model.runs["fp32"]) == {"TorchScript", "OpenVINO"}
     for (run,) in model.runs["fp32"].values():
         assert all(run.agrees)
         assert run.lost == ()
@@ -793,7 +790,7 @@ def test_a_number_of_objects_asks_for_synthetic_weights():
         (["--iterations", "7"], "--iterations: 6 before, 7 now"),
         (["--sizes", "10"], "--sizes: none before, 10 now"),
         (["--seed", "1"], "--seed: 0 before, 1 now"),
-        (["--backend", "torchscript"], "--backend: torch torch_channels_last torchscript openvino"),
+        (["--backend", "torchscript"], "--backend: torch torchscript openvino"),
         (["--precision", "bf16"], "--precision: fp32 before, bf16 now"),
     ],
 )
