@@ -154,6 +154,13 @@ class StopRule:
         return cls(rounds, rounds, min_generations=generations, max_generations=generations)
 
     @property
+    def least_rounds(self) -> int:
+        """Rounds below which there are too few."""
+        if self.max_generations == 1:
+            return self.min_rounds
+        return LEAST_GENERATIONS * LEAST_ROUNDS_OF_GENERATION
+
+    @property
     def is_fixed(self) -> bool:
         """Whether the number of rounds is set beforehand."""
         return self.min_rounds == self.max_rounds

@@ -240,7 +240,7 @@ class Session:
         return list(dict.fromkeys(x for place in known for x in facts.general_warnings(place)))
 
     def _warnings(self, of: Sequence[Group]) -> list[str]:
-        return [x for group in of for x in facts.warnings(group, self.plan.rule.min_rounds)]
+        return [x for group in of for x in facts.warnings(group, self.plan.rule.least_rounds)]
 
     def run(self) -> int:
         """Measures everything, printing a table after each test model; returns the exit code."""

@@ -244,7 +244,7 @@ def test_processes_that_differ_take_more_generations():
 
 @pytest.mark.parametrize(
     ("budget_s", "generations"),
-    # Four renewals take 32 s, three rounds 2.4 s: so five generations take 44 s, four 33.6 s, three 23.2 s.
+    # A renewal takes 8 s, three rounds 2.4 s: five generations take 44 s, four 33.6, three 23.2.
     [(1.0, [3, 3, 3]), (25.0, [3, 3, 3]), (35.0, [3] * 4), (45.0, [3] * 5)],
 )
 def test_a_budget_that_cannot_hold_five_generations_holds_three(budget_s, generations):
