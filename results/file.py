@@ -332,6 +332,8 @@ def _group_flaw(group: Group) -> Optional[str]:
         return "`stages` has no rest"
     if group.stages is not None and min(astuple(group.stages)) < 0:
         return "`stages` has less than no time"
+    if group.generations and sum(group.generations) != group.rounds:
+        return f"`generations` have {sum(group.generations)} rounds, and `rounds` is {group.rounds}"
     if any(side <= 0 for size in group.new_sizes for side in size):
         return "`new_sizes` has sides without pixels"
     if any(len(run.new_size_s) > len(group.new_sizes) for run in group.runs):

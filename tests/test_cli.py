@@ -613,6 +613,8 @@ def test_the_result_file_is_complete(finished):
         assert run.copies is None
         if not run.baseline:
             assert run.speedup.low <= run.speedup.ratio <= run.speedup.high
+            known = (run.speedup.low, run.speedup.high, results.aa.resolution)
+            assert run.speedup.verdict == benchmark.verdict(*known)
             assert {x.verdict for x in run.detections.values()} == {"match"}
             assert set(run.detections) == {"min", "opt", "max"}
             assert run.break_even is not None

@@ -7,7 +7,7 @@ from typing import Any, Optional
 
 import pytest
 
-from benchmark import summarize
+from benchmark import Speedup, summarize
 from results import environment, facts
 from results.record import Cpu, Environment, GpuState, Group, Machine, Run, Stages
 
@@ -91,6 +91,16 @@ def test_a_quiet_machine_is_not_warned_of():
 )
 def test_warnings(changes, warning):
     assert facts.warnings(group(**changes), 15) == [warning]
+
+
+def test_the_margin_decides_on_verdicts():
+    of = Speedup(1.3, 1.1, 1.5, "faster")
+    runs = (run("Torch", None), replace(run("OpenVINO", None), speedup=of, speedup_over_fp32=of))
+    (judged,) = facts.with_margin([group(runs=runs)], 0.2)
+    assert judged.runs[0].speedup is None
+    for found in (judged.runs[1].speedup, judged.runs[1].speedup_over_fp32):
+        assert found == replace(of, verdict="inconclusive")
+    assert facts.with_margin([judged], 0.05)[0].runs[1].speedup == of
 
 
 def test_fewer_rounds_that_were_asked_for_are_no_warning():

@@ -434,6 +434,7 @@ DAMAGES = [
     ),
     (change(*GROUP, "runs", to=[]), "no run is the baseline - at `$.groups[0]`"),
     (change(*RUN, "baseline", to=False), "no run is the baseline - at `$.groups[0]`"),
+    (change(*GROUP, "generations", to=[1, 1]), "`generations` have 2 rounds, and `rounds` is"),
     (change(*GROUP, "image", to=["a"]), "got `array` - at `$.groups[0].image`"),
     (change(*GROUP, "objects", to="x"), "got `str` - at `$.groups[0].objects`"),
     (change(*GROUP, "image_digest", to=[]), "got `array` - at `$.groups[0].image_digest`"),
