@@ -413,8 +413,7 @@ class _Schedule:
         rounds = sqrt(renewal_s within / (round_s between)).
         """
         ratios = _log_ratios(self.rounds, self.baseline)
-        made = float(np.mean(self.rounds.generations[:-1]))
-        of_medians = self._strays(ONE_SIGMA) ** 2
+        made, of_medians = self.rounds.generations[-1], self._strays(ONE_SIGMA) ** 2
         between = float(np.max(np.var(ratios, axis=1, ddof=1))) - of_medians
         if between <= 0:
             return math.inf
