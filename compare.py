@@ -337,10 +337,10 @@ def compare(pair: Pair, threshold: float, by: str, judged: int = 1) -> Compariso
     verdict = _verdict(pair, time, speedup, threshold, by)
     if verdict == "slower":
         failures = ("slower", *failures)
-    return Comparison(pair, time, speedup, verdict, changes, failures, _new_sizes(pair))
+    return Comparison(pair, time, speedup, verdict, changes, failures, _new_sizes(pair, judged))
 
 
-def _new_sizes(pair: Pair) -> Optional[Ratio]:
+def _new_sizes(pair: Pair, judged: int) -> Optional[Ratio]:
     """How much faster calls of new sizes are now, if they are of the same."""
     before, after = (
         (group.new_sizes[: len(run.new_size_s)], run.new_size_s)
@@ -348,7 +348,8 @@ def _new_sizes(pair: Pair) -> Optional[Ratio]:
     )
     if before[0] != after[0] or not before[1]:
         return None
-    return _ratio([np.array([seconds]) for _, seconds in (before, after)])
+    # They are all of one generation.
+    return _ratio([np.array([seconds]) for _, seconds in (before, after)], [(), ()], judged)
 
 
 def _verdict(pair: Pair, time: Ratio, speedup: Optional[Ratio], threshold: float, by: str) -> str:

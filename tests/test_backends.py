@@ -437,7 +437,7 @@ def layouts(name: str, backend: str, precision: str, device: str = "cpu") -> Cou
         ("testRetinaNet", "fp32", "cpu"),
         pytest.param("testRetinaNet", "bf16", "cpu", marks=needs_bf16),
         ("testMaskRCNNFPN", "fp32", "cpu"),
-        ("testMaskRCNNC4", "fp32", "cpu"),
+        pytest.param("testMaskRCNNC4", "fp32", "cpu", marks=pytest.mark.slow),
         pytest.param("testMaskRCNNFPN", "fp32", "cuda", marks=needs_cuda),
         pytest.param("testMaskRCNNC4", "fp16", "cuda", marks=needs_cuda),
     ],
@@ -516,6 +516,7 @@ def test_masks_of_onnxruntime_are_bool():
     assert_all_found(compare("testMaskRCNNFPN_pproc", call, "fp32"))
 
 
+@pytest.mark.slow
 def test_inductor_counts_graphs():
     optimized = engine("inductor", "fp32")
     assert optimized.coverage.operators_in_engine > 200

@@ -719,7 +719,7 @@ def test_a_finished_run_is_not_measured_again(finished):
 
 def test_what_was_interrupted_is_measured_again(main, copied):
     (group,) = file.load(copied / "results.json").groups
-    group = replace(group, stopped="interrupted", rounds=2)
+    group = replace(group, stopped="interrupted", rounds=2, generations=(2,))
     change(copied, groups=(group,), complete=False)
     again = main(*FINISHED, "--output", copied)
     assert again.code == 0, again.err

@@ -137,7 +137,10 @@ def test_masks_are_neither_empty_nor_full(model):
 @pytest.mark.parametrize(
     ("model", "size"),
     # C4 runs a stage of the ResNet on every proposal, of which there are more in a larger image.
-    [pytest.param(CASCADE, (96, 128), id=CASCADE.name), pytest.param(C4, (64, 96), id=C4.name)],
+    [
+        pytest.param(CASCADE, (96, 128), id=CASCADE.name),
+        pytest.param(C4, (64, 96), id=C4.name, marks=pytest.mark.slow),
+    ],
 )
 def test_other_architectures_find_objects(model, size):
     found = find(model, 10, "opt", size)

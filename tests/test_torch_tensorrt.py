@@ -438,6 +438,7 @@ def test_call_equals_eager_at_the_tuned_sizes(install, name):
     assert result.seconds.compile > 0
 
 
+@pytest.mark.slow
 def test_a_detector_as_a_whole(install, exports):
     """Every convolution of RetinaNet goes into an engine with its weights, at every size."""
     trt = install()
