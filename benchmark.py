@@ -128,8 +128,8 @@ class StopRule:
             `LEAST_ROUNDS`, or `LEAST_GENERATIONS` of `LEAST_ROUNDS_OF_GENERATION`, are made all the
             same. None: no limit.
         min_generations, max_generations: where the budget cannot hold the least number, as many
-            as it holds will do, but no fewer than `LEAST_GENERATIONS`. Both 1: processes are never
-            started anew.
+            as it holds will do, but no fewer than `LEAST_GENERATIONS`. Where both are the same, so
+            many are made; both 1: processes are never started anew.
     """
 
     min_rounds: int = 15
@@ -373,6 +373,8 @@ class _Schedule:
     def _planned(self) -> int:
         """Generations that are made before anyone looks at the intervals."""
         wanted = self.rule.min_generations
+        if wanted == self.rule.max_generations:  # So many were asked for.
+            return wanted
         for count in range(wanted, LEAST_GENERATIONS, -1):
             if self._affordable(count) >= LEAST_ROUNDS_OF_GENERATION:
                 return count
@@ -482,7 +484,9 @@ def by_generation(samples: Sequence[float], generations: Sequence[int]) -> List[
         return [samples] if len(samples) else []
     ends = np.cumsum(generations)
     parts = [samples[end - count : end] for end, count in zip(ends, generations)]
-    return [part for part in parts if len(part)]
+    # One that was cut short is not worth as much as the others, where there are enough of these.
+    whole = [part for part in parts if len(part) >= LEAST_ROUNDS_OF_GENERATION]
+    return whole if len(whole) >= LEAST_GENERATIONS else [part for part in parts if len(part)]
 
 
 def bootstrap_medians(
@@ -668,7 +672,7 @@ def verdict(low: Optional[float], high: Optional[float], margin: float = MARGIN)
     margin = max(margin, MARGIN)
     if low > 1 + margin:
         return "faster"
-    if high < 1 - margin:
+    if high < min(1 - MARGIN, 1 / (1 + margin)):
         return "slower"
     return "same" if low >= 1 - MARGIN and high <= 1 + MARGIN else "inconclusive"
 
@@ -735,4 +739,4 @@ def resolution(same_against_same: Speedup) -> Optional[float]:
     """
     if same_against_same.low is None or same_against_same.high is None:
         return None
-    return max(abs(same_against_same.low - 1), abs(same_against_same.high - 1))
+    return max(1 / same_against_same.low, same_against_same.high) - 1

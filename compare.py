@@ -532,7 +532,7 @@ def report(
         rows=tuple(rows),
         notes=(
             *(note for comparison in compared for note in _notes(comparison, by)),
-            *_legend(threshold, by),
+            *_legend(compared, threshold, by),
             *(NEW_SIZES,) * (columns != COLUMNS),
             *_missing_and_new(before, after),
         ),
@@ -590,9 +590,15 @@ def _notes(comparison: Comparison, by: str) -> List[str]:
     return notes
 
 
-def _legend(threshold: float, by: str) -> Tuple[str, str]:
+def _legend(compared: Sequence[Comparison], threshold: float, by: str) -> Tuple[str, ...]:
     whose = "what both say" if by == "both" else f"by {by}"
+    made = [len(x.generations) for comparison in compared for x in comparison.pair.groups]
+    single = (
+        "where a file has fewer than three generations, the intervals leave out how much "
+        "processes differ",
+    )
     return (
+        *single[: min(made) < benchmark.LEAST_GENERATIONS],
         "by time, by speedup: how much faster it is now, and how much its speedup over the "
         "baseline in the same rounds has grown; above 1 is better; with 95% confidence all of the "
         "intervals hold",

@@ -98,6 +98,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--image",
         nargs="+",
+        action="extend",
         metavar="FILE",
         help="default: a photograph, cropped and resized to 480x640; several are measured in the "
         "same rounds, and reported one by one and together",

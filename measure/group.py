@@ -522,12 +522,15 @@ class Measurement:
             if run.key in self.rounds.failures:
                 run.give_up("failed", self.rounds.failures[run.key])
             run.settled = run.unsettled < MOST_UNSETTLED
+        for run in self.extras:
+            if run.status != "ok":
+                self.progress.say(f"{run.key}, which has no row: {run.status}: {run.reason}")
         self.read_gpu()
 
     def read_memory(self, run: Running) -> None:
-        """Takes note of the memory that a run has taken, in the process that prepared it."""
-        if run.memory is None:
-            run.memory = self.known(run, "how much memory it took", protocol.ReadMemory())
+        """Takes note of the most memory that a run has taken in one of its processes."""
+        known = self.known(run, "how much memory it took", protocol.ReadMemory())
+        run.memory = _larger(run.memory, known)
 
     def stream_of(self, rule: StopRule) -> Stream:
         """The calls of new sizes, as far as a budget allows for them.
@@ -538,7 +541,7 @@ class Measurement:
         if self.model.facts.drawn_failure is not None:
             return Stream(reason=self.model.facts.drawn_failure)
         live = [run for run in self.runs if run.worker is not None]
-        calls_s = [run.warmup_s[-1] for run in live if run.warmup_s]
+        calls_s = [median(run.warmup_s[-3:]) for run in live if run.warmup_s]
         return stream_of(self.plan.sizes, calls_s, rule.budget_s)
 
     def call_new_sizes(self) -> None:
@@ -774,7 +777,7 @@ class Measurement:
                     found.setdefault(name, {})[run.label] = images
         samples = tuple(tuple(self.samples(key)) for key in (self.runs[0].key, AGAIN))
         aa = None
-        if all(samples) and interruption is None:
+        if all(samples) and interruption is None and AGAIN not in self.rounds.failures:
             speedup = benchmark.speedup(*samples, self.plan.seed, self.rounds.generations)
             resolution = benchmark.resolution(speedup)
             of = (self.model.name, self.precision, speedup, resolution, samples)
@@ -936,6 +939,15 @@ class Measurement:
         images = self.model.model.images_per_call
         of = (*samples, extra_s, images, self.plan.seed)
         return benchmark.break_even(*of, self.rounds.generations)
+
+
+def _larger(one: protocol.Memory | None, other: protocol.Memory | None) -> protocol.Memory | None:
+    """The peaks of two processes."""
+    if one is None or other is None:
+        return one or other
+    device = [x.peak_device_memory_mb for x in (one, other) if x.peak_device_memory_mb is not None]
+    resident = max(one.peak_memory_mb, other.peak_memory_mb)
+    return protocol.Memory(resident, max(device, default=None))
 
 
 def _resident_mb(run: Running) -> tuple[float, ...]:

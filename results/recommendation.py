@@ -138,7 +138,7 @@ def _candidate(group: Group, run: Run, limits: Constraints, torch_s: float, seed
     if run.prepare and baseline and run.samples_s:
         extra_s = run.prepare.own - torch_s
         pays_back = benchmark.break_even(
-            baseline, run.samples_s, extra_s, group.images_per_call, seed
+            baseline, run.samples_s, extra_s, group.images_per_call, seed, group.generations
         )
     tasks = run.accuracy.tasks if run.accuracy else {}
     memory = run.peak_device_memory_mb
@@ -168,7 +168,7 @@ def _excluded(
     """Why a run does not qualify."""
     if run.status == "mismatch":
         return ("mismatch", *_beyond(known, limits))
-    if run.status != "ok" or known.median_ms is None:
+    if run.status != "ok" or known.median_ms is None or group.stopped == "interrupted":
         return ("failed",)
     found: List[Exclusion] = []
     # What computes at another precision than it was asked for stands there, too.

@@ -119,6 +119,25 @@ def test_a_run_that_dies_in_a_later_generation_costs_its_row(model, own_hosts):
     assert (torch_run.status, len(torch_run.samples_s)) == ("ok", 7)
 
 
+def test_an_a_a_that_dies_is_said_and_measured_again(model, own_hosts):
+    seen = Watching(own_hosts, kill_in=2)
+    plan = make_plan(rule=THREE, choices=(TORCH,))
+    measured = groups.measure_group(model, "fp32", plan, own_hosts, seen, same_again=True)
+    assert measured.groups[0].runs[0].status == "ok"
+    assert measured.aa is None
+    (said,) = [line for line in seen.said if "which has no row" in line]
+    assert said.startswith(
+        "torch again, which has no row: failed: the process was killed by SIGKIL"
+    )
+
+
+def test_the_peak_of_memory_is_that_of_the_process_with_more():
+    small, large = protocol.Memory(100.0, 7.0), protocol.Memory(300.0, 5.0)
+    assert groups._larger(small, large) == protocol.Memory(300.0, 7.0)
+    assert groups._larger(None, small) == groups._larger(small, None) == small
+    assert groups._larger(protocol.Memory(1.0), protocol.Memory(2.0)) == protocol.Memory(2.0)
+
+
 def test_a_run_that_cannot_be_started_anew_costs_its_row(model, own_hosts, monkeypatch, tmp_path):
     """What its engine was saved to is broken; what cannot be saved is said."""
     garbage = tmp_path / "garbage"

@@ -143,6 +143,20 @@ def test_what_an_image_of_a_new_size_takes_is_a_cost(ms, is_told):
     assert ("81.25 ms for an image of a new size" in sentences(told)[1]) is is_told
 
 
+def test_what_was_interrupted_is_not_shipped():
+    told = answer(dataclasses.replace(group(*FP32), stopped="interrupted"))
+    assert told.ship is None
+    assert "(it was not measured to the end)" in sentences(told)[1]
+
+
+def test_what_is_paid_back_goes_by_generations():
+    of = dataclasses.replace(group(*FP32), generations=(ROUNDS - 6, 3, 3))
+    found = answer(of).ship.pays_back
+    samples_s = (FP32[0].samples_s, FP32[2].samples_s)
+    assert found == benchmark.break_even(*samples_s, 5.0, 1, 0, of.generations)
+    assert found != benchmark.break_even(*samples_s, 5.0, 1, 0)
+
+
 def test_a_tie_goes_to_the_simpler_one():
     close = (*FP32[:1], run("torchscript", "fp32", 50.5, 100), run("openvino", "fp32", 50, 100))
     told = answer(group(*close))
