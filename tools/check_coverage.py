@@ -165,18 +165,18 @@ def invocation_of(
     for group in results.groups:
         rows = {run.name: run for run in group.runs}
         if group.precision == options.precision and {name, again} <= set(rows):
-            speedup = speedup_of(rows[name], rows[again], seed)
+            speedup = speedup_of(rows[name], rows[again], group.generations, seed)
             return Invocation(seed, speedup, group.rounds, seconds_of(folder))
     raise InputError(f"{folder} has no rows {name} and {again} at {options.precision}")
 
 
-def speedup_of(one: Run, other: Run, seed: int) -> Optional[Speedup]:
+def speedup_of(one: Run, other: Run, generations: Tuple[int, ...], seed: int) -> Optional[Speedup]:
     """Of the second side over the first: the row's own where that is the baseline."""
     if one.baseline:
         return other.speedup
     if not (one.samples_s and other.samples_s):
         return None
-    return benchmark.speedup(one.samples_s, other.samples_s, seed)
+    return benchmark.speedup(one.samples_s, other.samples_s, seed, generations)
 
 
 def seconds_of(folder: Path) -> Optional[float]:
