@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import check_coverage
 from check_coverage import Invocation
 
+import benchmark
 from benchmark import Speedup, verdict
 from results import file
 from results.record import Environment, Group, Results, Run, Settings
@@ -164,6 +165,13 @@ def test_two_rows_of_an_engine_are_compared_by_their_samples(call, measures):
     assert f"openvino@again={sys.executable}" in commands[0]
     assert told.startswith("seed 0: 2.000x, 2.000 to 2.000, faster")
     assert cells(printed)[1] == "0"
+
+
+def test_two_rows_of_an_engine_are_compared_by_generation():
+    one, other = (run_of("openvino", samples_s=x) for x in ((0.1, 0.3, 0.2) * 2, (0.1,) * 6))
+    found = check_coverage.speedup_of(one, other, (3, 3), 0)
+    assert found == benchmark.speedup(one.samples_s, other.samples_s, 0, (3, 3))
+    assert found != benchmark.speedup(one.samples_s, other.samples_s, 0)
 
 
 @pytest.mark.slow
