@@ -38,7 +38,8 @@ from results.tables import Table, left, markdown, percent, right, short_name
 
 # What --fail-on knows, with its exit code.
 FAILURES = {"slower": 3, "wrong": 4, "broken": 5}
-RESAMPLES = 4000
+# Of the bootstrap, and those that are to lie beyond either end of an interval.
+RESAMPLES, LEAST_BEYOND = 4000, 20
 BY = ("both", "time", "speedup")
 # Where the baseline itself has changed by more than this factor, it is another machine in all but
 # name: on one that took twice as long, an engine was seen to suffer more than the baseline.
@@ -463,9 +464,9 @@ def _ratio(
     if min(side.shape[1] for side in sides) < benchmark.LEAST_ROUNDS:
         return Ratio(ratio, None, None)
     generator, tail = np.random.default_rng(0), 0.025 / judged
+    resamples = max(RESAMPLES, int(LEAST_BEYOND / tail))
     before, after = (
-        _slowness(benchmark.bootstrap_medians(side, RESAMPLES * judged, generator))
-        for side in sides
+        _slowness(benchmark.bootstrap_medians(side, resamples, generator)) for side in sides
     )
     low, high = np.quantile(before / after, (tail, 1 - tail))
     return Ratio(ratio, float(low), float(high))
