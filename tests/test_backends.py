@@ -507,6 +507,7 @@ def test_onnxruntime_says_which_provider_got_how_many_nodes():
     assert phases(optimized) == {"export", "convert", "compile"}
 
 
+@pytest.mark.slow
 @needs_onnxruntime
 def test_masks_of_onnxruntime_are_bool():
     export = small_export("testMaskRCNNFPN_pproc")
@@ -697,6 +698,7 @@ def test_openvino_takes_the_model_from_the_cache(tmp_path, precision):
     assert_all_found(compare("testRetinaNet", kept.call, precision))
 
 
+@pytest.mark.slow
 def test_inductor_takes_its_code_from_the_cache(tmp_path):
     """In processes of their own, as the suite does it: what is compiled stays in a process."""
     first, second = (run_inductor(tmp_path) for _ in range(2))
@@ -752,7 +754,15 @@ def test_inductor_knows_the_share_of_flops_in_its_graphs():
     assert share == pytest.approx(2 / 3, abs=0.01)
 
 
-@pytest.mark.parametrize("backend", ["torchscript", "inductor", "openvino", "onnxruntime"])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "torchscript",
+        pytest.param("inductor", marks=pytest.mark.slow),
+        "openvino",
+        "onnxruntime",
+    ],
+)
 def test_artifacts_have_a_size(backend):
     if base.load(backend).unavailable("cpu"):
         pytest.skip(f"{backend} is not installed")
@@ -762,7 +772,10 @@ def test_artifacts_have_a_size(backend):
     assert size > (100_000 if backend == "inductor" else 140_000_000)
 
 
-@pytest.mark.parametrize("backend", ["inductor", "openvino", "onnxruntime"])
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param("inductor", marks=pytest.mark.slow), "openvino", "onnxruntime"],
+)
 def test_all_flops_of_retinanet_are_in_engines(backend):
     if base.load(backend).unavailable("cpu"):
         pytest.skip(f"{backend} is not installed")
