@@ -378,7 +378,7 @@ class _Schedule:
         for count in range(wanted, LEAST_GENERATIONS, -1):
             if self._affordable(count) >= LEAST_ROUNDS_OF_GENERATION:
                 return count
-        return min(wanted, LEAST_GENERATIONS)
+        return LEAST_GENERATIONS
 
     def _affordable(self, generations: int) -> float:
         """Rounds of the current generation for which there is time, if so many are made in all."""

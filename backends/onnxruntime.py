@@ -86,7 +86,6 @@ class ONNXRuntime(Backend):
     def optimize(
         self, export: Export, precision: str, device: str, cache: Optional[Path] = None
     ) -> Optimized:
-
         if export.onnx_file is not None:
             raise Unsupported("ONNX Runtime is the baseline of an ONNX file")
         start = time.perf_counter()

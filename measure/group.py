@@ -361,6 +361,11 @@ class Measurement:
         """Those with a row, and the others that take turns."""
         return self.runs + self.extras
 
+    @property
+    def generations(self) -> tuple[int, ...]:
+        """Complete rounds of each generation that has any."""
+        return tuple(filter(None, self.rounds.generations))
+
     def measure(self, hosts: Hosts, more: bool) -> None:
         """Does it all; what comes of it is collected on the way."""
         try:
@@ -778,10 +783,10 @@ class Measurement:
         samples = tuple(tuple(self.samples(key)) for key in (self.runs[0].key, AGAIN))
         aa = None
         if all(samples) and interruption is None and AGAIN not in self.rounds.failures:
-            speedup = benchmark.speedup(*samples, self.plan.seed, self.rounds.generations)
+            speedup = benchmark.speedup(*samples, self.plan.seed, self.generations)
             resolution = benchmark.resolution(speedup)
             of = (self.model.name, self.precision, speedup, resolution, samples)
-            aa = SameAgainstSame(*of, tuple(filter(None, self.rounds.generations)))
+            aa = SameAgainstSame(*of, self.generations)
         return Measured(groups, found, aa, interruption)
 
     def one_by_one(self) -> list[Group]:
@@ -816,7 +821,7 @@ class Measurement:
             images_per_call=self.model.model.images_per_call,
             image_sizes={name: known.sizes[name] for name in inputs},
             rounds=self.rounds.rounds,
-            generations=tuple(filter(None, self.rounds.generations)),
+            generations=self.generations,
             stopped=self.rounds.stopped,
             runs=tuple(self.record(run, inputs, place) for run in self.runs),
             image=image,
@@ -917,7 +922,7 @@ class Measurement:
         samples = self.samples(run.key, place)
         if not (baseline and samples):
             return None
-        return benchmark.speedup(baseline, samples, self.plan.seed, self.rounds.generations)
+        return benchmark.speedup(baseline, samples, self.plan.seed, self.generations)
 
     def own_torch(self, run: Running) -> str | None:
         """The key of Torch in the environment of a run, if that is not the suite's own."""
@@ -938,7 +943,7 @@ class Measurement:
         extra_s = run.facts.prepare.own - baseline.facts.prepare.own
         images = self.model.model.images_per_call
         of = (*samples, extra_s, images, self.plan.seed)
-        return benchmark.break_even(*of, self.rounds.generations)
+        return benchmark.break_even(*of, self.generations)
 
 
 def _larger(one: protocol.Memory | None, other: protocol.Memory | None) -> protocol.Memory | None:

@@ -421,7 +421,6 @@ class Run:
         )
         _raise_mmap_threshold()
         self.resident_warm_mb: Optional[float] = None
-        self.pixel_s: Optional[float] = None  # Of a timed call.
 
     def facts(self) -> protocol.RunFacts:
         """What is known of it."""
@@ -467,8 +466,6 @@ class Run:
         for name in self.timed:
             self._wake(name)
             calls.append(self._counted(name))
-        first = self.timed[0]
-        self.pixel_s = calls[0].seconds / _pixels(self.inputs[first])
         copies = tuple(call.copies for call in calls if call.copies is not None)
         return protocol.Seconds(tuple(call.seconds for call in calls), copies)
 
@@ -479,6 +476,13 @@ class Run:
         )
         self.resident_warm_mb = resident_mb()
         return protocol.Seconds(tuple(times))
+
+    def _expected_s(self, images: Tuple[Any, ...]) -> Optional[float]:
+        """Seconds for so many pixels, by the last call that was timed; None: there was none."""
+        name = self.timed[0]
+        if name not in self.last_s:
+            return None
+        return self.last_s[name] / _pixels(self.inputs[name]) * _pixels(images)
 
     def _wake(self, name: str) -> None:
         """Makes the calls that come before a short one which counts."""
@@ -533,7 +537,7 @@ class Run:
         seconds = (first.seconds,)
         count = 2
         if first.seconds >= SHORT_CALL_S:
-            expected = None if self.pixel_s is None else self.pixel_s * _pixels(images)
+            expected = self._expected_s(images)
             count = int(expected is not None and first.seconds > MOST_EXPECTED * expected)
         if request.repeat and count:
             seconds = tuple(self._timed(images).seconds for _ in range(count))

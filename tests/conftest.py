@@ -133,3 +133,15 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     hosts = Hosts((Command.own(),), tmp_path_factory.mktemp("hosts"))
     yield hosts
     hosts.close()
+
+
+@pytest.fixture(scope="module")
+def prepared(exports, tmp_path_factory) -> Path:
+    """Weights and inputs of a small RetinaNet, as the request `PrepareModel` leaves them."""
+    export = exports("testRetinaNet")
+    folder = tmp_path_factory.mktemp("prepared")
+    state = {name: x.numpy() for name, x in export.eager.detector.state_dict().items()}
+    np.savez(folder / "state.npz", **state)
+    images = {f"{name}/0": call[0].numpy() for name, call in export.tuning_inputs.items()}
+    np.savez(folder / "inputs.npz", **images)
+    return folder

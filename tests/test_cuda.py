@@ -190,18 +190,6 @@ def test_what_tf32_may_be_off():
     assert all(part_bound(kind, "tf32") >= part_bound(kind, "fp32") for kind in kinds)
 
 
-@pytest.fixture(scope="module")
-def prepared(exports, tmp_path_factory) -> Path:
-    """Weights and inputs of a small RetinaNet, as the request `PrepareModel` leaves them."""
-    export = exports("testRetinaNet")
-    folder = tmp_path_factory.mktemp("prepared")
-    state = {name: x.numpy() for name, x in export.eager.detector.state_dict().items()}
-    np.savez(folder / "state.npz", **state)
-    images = {f"{name}/0": call[0].numpy() for name, call in export.tuning_inputs.items()}
-    np.savez(folder / "inputs.npz", **images)
-    return folder
-
-
 def prepare(prepared: Path, device: str, backend: str = "torch") -> protocol.PrepareRun:
     model = MODELS["testRetinaNet"]
     return protocol.PrepareRun(model, backend, "fp32", device, "bundled", str(prepared))

@@ -10,10 +10,11 @@ from typing import Any, List, Tuple
 import numpy as np
 import pytest
 import torch
+from test_group import make_plan as make_plan_of_group
 
 import run_blade
 from backends import base
-from benchmark import RunFailed, StopRule, WarmUp
+from benchmark import RunFailed, StopRule
 from detectors import inputs
 from detectors.inputs import View, mirrored, tuning_sizes
 from errors import InputError
@@ -288,27 +289,9 @@ def leaking(tmp_path, monkeypatch):
 
 
 def make_plan(**changes: Any) -> Plan:
-    view = View(OPT)
-    pictures = inputs.read_images([], view, 0)
-    plan = Plan(
-        models=(MODELS["testRetinaNet"],),
-        choices=(Choice(base.load("torch")),),
-        precisions=("fp32",),
-        device="cpu",
-        source="bundled",
-        images=(),
-        view=view,
-        weights="synthetic",
-        detections=(30,),
-        warm_up=WarmUp.fixed(1),
-        later_warm_up=WarmUp.fixed(1),
-        rule=StopRule.fixed(3),
-        threads=1,
-        seed=0,
-        pictures=pictures,
-        sizes=draw(12, True, inputs.view_sizes(pictures, view, 0), (), 0),
-    )
-    return replace(plan, **changes)
+    plan = make_plan_of_group(choices=(Choice(base.load("torch")),), rule=StopRule.fixed(3))
+    sizes = draw(12, True, inputs.view_sizes(plan.pictures, plan.view, 0), (), 0)
+    return replace(plan, sizes=sizes, **changes)
 
 
 @pytest.fixture(scope="module")

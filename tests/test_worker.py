@@ -38,18 +38,6 @@ OWN = Command.own()
 
 
 @pytest.fixture(scope="module")
-def prepared(exports, tmp_path_factory) -> Path:
-    """Weights and inputs of a small RetinaNet, as the request `PrepareModel` leaves them."""
-    export = exports("testRetinaNet")
-    folder = tmp_path_factory.mktemp("prepared")
-    state = {name: x.numpy() for name, x in export.eager.detector.state_dict().items()}
-    np.savez(folder / "state.npz", **state)
-    images = {f"{name}/0": call[0].numpy() for name, call in export.tuning_inputs.items()}
-    np.savez(folder / "inputs.npz", **images)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def host(tmp_path_factory):
     """The host of the suite's own environment."""
     host = Host(OWN, tmp_path_factory.mktemp("host") / "host.log")
