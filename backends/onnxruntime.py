@@ -177,7 +177,7 @@ def convert(module: Any, export: Export) -> bytes:
     opset = OPSET_OF_DEFORM_CONV if deform in str(module.inlined_graph) else OPSET
     try:
         torch.onnx.export(
-            module,
+            _copied(module),
             export.inputs,
             file,
             input_names=names,
@@ -190,6 +190,19 @@ def convert(module: Any, export: Export) -> bytes:
             f"PyTorch cannot export the module to ONNX: {first_cause(error)}"
         ) from error
     return _with_any_sizes(file.getvalue())
+
+
+def _copied(module: Any) -> Any:
+    """The module with a graph of its own: the exporter rewrites functions in the one it is given.
+
+    OpenVINO could not convert the module of pasted masks after that.
+    """
+    import torch
+
+    file = io.BytesIO()
+    torch.jit.save(module, file)
+    file.seek(0)
+    return torch.jit.load(file)
 
 
 def _with_any_sizes(graph: bytes) -> bytes:

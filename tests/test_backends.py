@@ -507,6 +507,18 @@ def test_onnxruntime_says_which_provider_got_how_many_nodes():
     assert phases(optimized) == {"export", "convert", "compile"}
 
 
+@needs_onnxruntime
+def test_the_module_is_left_as_it_was_by_onnx():
+    """The exporter wrote into its graph, and OpenVINO could not convert it any more."""
+    from backends import onnxruntime
+
+    export = small_export("testMaskRCNNFPN_pproc")
+    module = export.script_module()
+    before = str(module.inlined_graph)
+    onnxruntime.convert(module, export)
+    assert str(module.inlined_graph) == before
+
+
 @pytest.mark.slow
 @needs_onnxruntime
 def test_masks_of_onnxruntime_are_bool():
