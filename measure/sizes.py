@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from measure.group import Running
 
 # Calls of each run where nothing else is asked for, and the fewest that say something.
-DEFAULT_COUNT, LEAST_COUNT = 20, 10
+DEFAULT_COUNT, LEAST_COUNT = 20, 4
 # The share of the rounds' time budget that they may take.
-BUDGET_SHARE = 1 / 3
+BUDGET_SHARE = 1 / 6
 # Pixels of an image of the stream differ from those of `opt` by this share at most, so that what a
 # call takes longer is for its size being new.
 PIXEL_MARGIN = 0.02
@@ -210,14 +210,14 @@ def stream_of(asked: Sizes, calls_s: Sequence[float], budget_s: float | None) ->
         count = int(limit_s / each)
     if count < LEAST_COUNT:
         return Stream(
-            reason=f"{LEAST_COUNT} would take about {LEAST_COUNT * each:.0f} s, more than a third "
+            reason=f"{LEAST_COUNT} would take about {LEAST_COUNT * each:.0f} s, more than a sixth "
             f"of the time budget of {budget_s:g} s: --sizes {LEAST_COUNT} makes them"
         )
     return Stream(asked.stream[:count], count * each, limit_s)
 
 
 def rounds_rule(rule: StopRule, stream: Stream) -> StopRule:
-    """The rule with what the stream leaves of the budget, which is no less than two thirds."""
+    """The rule with what the stream leaves of the budget, which is no less than five sixths."""
     if rule.budget_s is None:
         return rule
     taken = min(stream.seconds, BUDGET_SHARE * rule.budget_s)
