@@ -30,7 +30,7 @@ from measure.group import Measured, Measurement, PreparedModel
 from measure.plan import Choice, Plan
 from measure.progress import Progress
 from measure.worker import Command, Hosts, Worker
-from models import MODELS
+from models import MODELS, RUN_BUDGET_S
 from results import facts
 from results.record import Coverage, Group
 from tools.check_settling import suite_with_stand_in
@@ -584,7 +584,7 @@ def test_an_environment_that_is_gone_costs_its_row(model, hosts, tmp_path, leave
 
 
 def test_the_budget_grows_with_the_processes():
-    assert groups._with_budget(StopRule(), 4).budget_s == 36
+    assert groups._with_budget(StopRule(), 4).budget_s == 4 * RUN_BUDGET_S
     assert groups._with_budget(StopRule(budget_s=5.0), 4).budget_s == 5
     assert groups._with_budget(StopRule.fixed(9), 4).budget_s is None
 

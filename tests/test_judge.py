@@ -31,9 +31,10 @@ from results.record import Agreement
 
 PRECISIONS = tuple(TOLERANCES)
 # C4 runs its last stage on each of 1000 regions, however small the image.
-NAMES = [pytest.param(name, marks=pytest.mark.slow) if "C4" in name else name for name in MODELS]
+SLOW = ("testMaskRCNNC4", "testMaskRCNNFPN_b2")
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MODELS]
 WITH_MASKS = [
-    pytest.param(name, marks=pytest.mark.slow) if "C4" in name else name
+    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
     for name in MODELS
     if "pred_masks" in fields_of(MODELS[name])
 ]
