@@ -89,7 +89,7 @@ class ONNXRuntime(Backend):
         if export.onnx_file is not None:
             raise Unsupported("ONNX Runtime is the baseline of an ONNX file")
         start = time.perf_counter()
-        module = export.script_module()
+        module = export.graph_module()
         exported = time.perf_counter()
         graph = convert(module, export)
         control = None

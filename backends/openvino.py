@@ -56,7 +56,7 @@ class OpenVINO(Backend):
         import torch
 
         start = time.perf_counter()
-        module = export.onnx_file or export.program or export.script_module()
+        module = export.onnx_file or export.program or export.graph_module()
         exported = time.perf_counter()
         model = convert(module, export)
         control = None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from configuration import Configuration
+from detectors import masks
 from detectors.config import NO_DETECTIONS, fields
 from detectors.inputs import crops
 from detectors.instances import Instances, flatten
@@ -117,6 +118,7 @@ class Export:
         self.eager = eager
         self.tuning_inputs = tuning_inputs
         self._script_module: Optional[torch.jit.ScriptModule] = None
+        self._graph_module: Optional[torch.jit.ScriptModule] = None
 
     @property
     def inputs(self) -> Tuple[Tensor, ...]:
@@ -142,6 +144,15 @@ class Export:
         if self._script_module is None:
             self._script_module = self._script() if self.kind == "scripted" else self.trace()
         return self._script_module
+
+    def graph_module(self) -> torch.jit.ScriptModule:
+        """`script_module` as it suits engines with kernels of their own, with the same outputs."""
+        if "pred_masks" not in self.fields or not self.model.postprocess or self.kind != "traced":
+            return self.script_module()
+        if self._graph_module is None:
+            with masks.for_engine():
+                self._graph_module = self.trace()
+        return self._graph_module
 
     def python_module(self) -> nn.Module:
         """The module as Python code, called like `eager`."""

@@ -98,6 +98,10 @@ class ExportedElsewhere(Export):
         is_complete = "image_size" in self.fields or set(self.fields) == {"sem_seg"}
         return self.fields if is_complete else (*self.fields, "image_size")
 
+    def graph_module(self) -> torch.jit.ScriptModule:
+        """The TorchScript of the file, of which there is but one."""
+        return self.script_module()
+
     def completed(self, outputs: Sequence[Tensor], images: Sequence[Tensor]) -> Sequence[Tensor]:
         """The tensors that an image gave, and its size, see `compared_fields`."""
         if len(self.compared_fields) == len(self.fields):

@@ -192,6 +192,10 @@ class Detectron2Export(Export):
         with replaced_while_tracing():
             return super().trace()
 
+    def graph_module(self) -> torch.jit.ScriptModule:
+        """`script_module`: Detectron2 pastes masks in its own way."""
+        return self.script_module()
+
     def _script(self) -> torch.jit.ScriptModule:
         fields = {"pred_boxes": Boxes, "scores": Tensor, "pred_classes": Tensor}
         wrapper = _Scripted(scripting_with_instances(self._detector, fields))

@@ -1,6 +1,7 @@
 """Pasting masks: from M x M probabilities inside a box to a mask of the whole image."""
 
-from typing import List
+from contextlib import contextmanager
+from typing import Iterator, List
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +61,66 @@ def _paste_in_chunks(masks: Tensor, boxes: Tensor, size: Tensor) -> Tensor:
     return torch.cat(pasted)
 
 
+def _paste_by_rows(masks: Tensor, boxes: Tensor, size: Tensor) -> Tensor:
+    """Pastes all masks at once, by taking rows and mixing them two and two, without a loop.
+
+    Bilinear interpolation is separable: each column of the image is a mixture of two columns of the
+    mask, and each row one of two rows of that. The pixels are those of the others. As products of
+    matrices it would take about as long; but OpenVINO would round those to bfloat16, the places of
+    the pixels included, and int8 would quantize them.
+    """
+    count, cells = masks.shape[0], masks.shape[-1]
+    side = cells + 2
+    # Around a mask there is nothing.
+    padded = F.pad(masks, [1, 1, 1, 1]).transpose(1, 2).reshape(count * side, side)
+    x0, y0, x1, y1 = boxes.split(1, dim=1)
+    first = torch.arange(count, device=boxes.device)[:, None] * side
+    columns = _mixed_rows(padded, first, cells, size[1], x0, x1).transpose(1, 2)  # N x side x W
+    columns = columns.reshape(count * side, columns.shape[2])
+    return _mixed_rows(columns, first, cells, size[0], y0, y1) >= 0.5
+
+
+def _mixed_rows(
+    rows: Tensor, first: Tensor, cells: int, pixels: Tensor, low: Tensor, high: Tensor
+) -> Tensor:
+    """For every pixel along a side of the image, the mixture of the two rows that it lies between.
+
+    Args:
+        rows: (N * (cells + 2)) x D, those of all masks, one after the other; the first and the last
+            of each mask are zeros.
+        first: N x 1, where each mask begins.
+        cells: of a mask, along this side.
+        pixels: P, how many there are.
+        low, high: N x 1, the pixels where each box begins and ends.
+
+    Returns:
+        N x P x D.
+    """
+    at = torch.arange(pixels, dtype=torch.float32, device=low.device)
+    # In the steps of `F.grid_sample`, so that the rounding is the same.
+    at = (at + 0.5 - low) / (high - low) * 2 - 1
+    at = (((at + 1) * cells - 1) / 2).clamp(min=-1, max=cells)
+    before = at.floor().clamp(max=cells - 1)
+    share = (at - before)[:, :, None].to(rows.dtype)
+    place = first + 1 + before.to(torch.int64)
+    return rows[place] * (1 - share) + rows[place + 1] * share
+
+
+# Whether what is traced now is for an engine that has kernels of its own.
+_for_engine = False
+
+
+@contextmanager
+def for_engine() -> Iterator[None]:
+    """While it lasts, pasting is traced without a loop, which engines are slow at."""
+    global _for_engine
+    before, _for_engine = _for_engine, True
+    try:
+        yield
+    finally:
+        _for_engine = before
+
+
 def paste_masks(masks: Tensor, boxes: Tensor, size: Tensor) -> Tensor:
     """Pastes masks into the image.
 
@@ -71,6 +132,10 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: Tensor) -> Tensor:
     Returns:
         N x H x W bool, true where the probability is at least 0.5.
     """
+    # One `if` with both would not script: it would look at the global, too.
+    if not torch.jit.is_scripting():  # noqa: SIM102
+        if torch.jit.is_tracing() and _for_engine:
+            return _paste_by_rows(masks, boxes, size)
     if masks.is_cuda:
         return _paste_in_chunks(masks, boxes, size)
     return _paste_one_by_one(masks, boxes, size)

@@ -300,7 +300,10 @@ def pasted_probabilities(mask, box, size):
     return probabilities
 
 
-@pytest.mark.parametrize("paste", [masks.paste_masks, masks._paste_in_chunks])
+PASTES = (masks.paste_masks, masks._paste_in_chunks, masks._paste_by_rows)
+
+
+@pytest.mark.parametrize("paste", PASTES)
 def test_paste_masks(paste):
     size = (40, 50)
     boxes = [
@@ -324,6 +327,47 @@ def test_paste_masks(paste):
     assert decided.mean() > 0.99
     np.testing.assert_array_equal(found.numpy()[decided], (expected >= 0.5)[decided])
     assert all(mask.any() for mask in found[[0, 1, 2, 4, 5]])
+
+
+class Pasting(nn.Module):
+    """What is traced of it."""
+
+    def forward(self, probabilities, boxes, size):
+        return masks.paste_masks(probabilities, boxes, size)
+
+
+def test_pasting_scripts():
+    given = (
+        torch.rand(2, 28, 28),
+        torch.tensor([[1, 2, 9, 8], [0, 0, 4, 4.5]]),
+        torch.tensor([9, 9]),
+    )
+    assert torch.equal(torch.jit.script(masks.paste_masks)(*given), masks.paste_masks(*given))
+
+
+def test_engines_get_pasting_without_a_loop():
+    """At any number of masks and any size of the image, with the pixels of the loop."""
+    generator = torch.Generator().manual_seed(0)
+
+    def given(count, height, width):
+        corners = torch.rand(count, 2, generator=generator) * torch.tensor([width, height])
+        ends = corners + 0.1 + torch.rand(count, 2, generator=generator) * 40
+        boxes = torch.cat([corners, ends], dim=1)
+        probabilities = torch.rand(count, 28, 28, generator=generator)
+        return probabilities, boxes, torch.tensor([height, width])
+
+    example = given(3, 30, 40)
+    with masks.for_engine():
+        traced = torch.jit.trace(Pasting(), example, check_trace=False)
+    loop = torch.jit.trace(Pasting(), example, check_trace=False)
+    assert "prim::Loop" not in str(traced.inlined_graph)
+    assert "prim::Loop" in str(loop.inlined_graph)
+    for count, height, width in ((100, 60, 47), (1, 31, 90), (0, 30, 40)):
+        call = given(count, height, width)
+        found = traced(*call)
+        assert found.shape == (count, height, width)
+        assert torch.equal(found, masks.paste_masks(*call))
+        assert torch.equal(found, loop(*call))
 
 
 def cubic(count, side):
