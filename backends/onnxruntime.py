@@ -167,6 +167,8 @@ def convert(module: Any, export: Export) -> bytes:
     """
     import torch
 
+    from detectors.lowering import copied
+
     names = _input_names(export)
     file = io.BytesIO()
     parse, register = torch.onnx.symbolic_helper.parse_args, torch.onnx.register_custom_op_symbolic
@@ -177,7 +179,8 @@ def convert(module: Any, export: Export) -> bytes:
     opset = OPSET_OF_DEFORM_CONV if deform in str(module.inlined_graph) else OPSET
     try:
         torch.onnx.export(
-            _copied(module),
+            # It rewrites functions in the graph that it is given, which OpenVINO then refused.
+            copied(module),
             export.inputs,
             file,
             input_names=names,
@@ -190,19 +193,6 @@ def convert(module: Any, export: Export) -> bytes:
             f"PyTorch cannot export the module to ONNX: {first_cause(error)}"
         ) from error
     return _with_any_sizes(file.getvalue())
-
-
-def _copied(module: Any) -> Any:
-    """The module with a graph of its own: the exporter rewrites functions in the one it is given.
-
-    OpenVINO could not convert the module of pasted masks after that.
-    """
-    import torch
-
-    file = io.BytesIO()
-    torch.jit.save(module, file)
-    file.seek(0)
-    return torch.jit.load(file)
 
 
 def _with_any_sizes(graph: bytes) -> bytes:

@@ -3,6 +3,7 @@
 import copy
 from typing import Any, Dict, List, Sequence, Type
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -152,6 +153,14 @@ class LastLevelP6P7(nn.Module):
         return [p6, self.p7(F.relu(p6))]
 
 
+def _doubled(x: Tensor) -> Tensor:
+    """N x C x H x W to N x C x 2H x 2W."""
+    if torch.jit.is_scripting():
+        # What is behind `F.interpolate`, which asks for the rank first: that is nowhere in a graph.
+        return torch._C._nn.upsample_nearest2d(x, None, [2.0, 2.0])
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
 class FPN(nn.Module):
     """Feature pyramid (Lin et al. 2017, https://arxiv.org/abs/1612.03144).
 
@@ -217,7 +226,7 @@ class FPN(nn.Module):
         for n, (lateral, output) in enumerate(zip(self.laterals, self.outputs)):
             merged = lateral(features[len(features) - 1 - n])
             if n > 0:
-                merged = merged + F.interpolate(top, scale_factor=2.0, mode="nearest")
+                merged = merged + _doubled(top)
                 if self.average:
                     merged = merged / 2
             top = merged

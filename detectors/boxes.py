@@ -137,7 +137,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: fl
         Indices of the boxes that are kept, best score first.
     """
     boxes, scores = boxes.float(), scores.float()
-    if not torch.jit.is_scripting() and torch.jit.is_tracing():
+    if torch.jit.is_scripting() or torch.jit.is_tracing():
         # What torchvision does while tracing, without the branch for no boxes: each group is
         # moved to a place of its own. The zero makes the maximum of no boxes defined.
         extent = torch.cat([boxes, boxes.new_zeros(1, 4)]).max() + 1

@@ -13,6 +13,7 @@ from detectors import masks
 from detectors.config import NO_DETECTIONS, fields
 from detectors.inputs import crops
 from detectors.instances import Instances, flatten
+from detectors.lowering import lowered
 from models import Model
 
 if TYPE_CHECKING:
@@ -147,12 +148,17 @@ class Export:
 
     def graph_module(self) -> torch.jit.ScriptModule:
         """`script_module` as it suits engines with kernels of their own, with the same outputs."""
-        if "pred_masks" not in self.fields or not self.model.postprocess or self.kind != "traced":
-            return self.script_module()
         if self._graph_module is None:
-            with masks.for_engine():
-                self._graph_module = self.trace()
+            self._graph_module = self._for_engines()
         return self._graph_module
+
+    def _for_engines(self) -> torch.jit.ScriptModule:
+        if self.kind == "scripted":
+            return lowered(self.script_module())
+        if "pred_masks" in self.fields and self.model.postprocess:
+            with masks.for_engine():
+                return self.trace()
+        return self.script_module()
 
     def python_module(self) -> nn.Module:
         """The module as Python code, called like `eager`."""

@@ -88,6 +88,13 @@ class PerLevelRetinaNetHead(RetinaNetHead):
         return x
 
 
+def _probabilities(logits: Tensor) -> Tensor:
+    """In the memory of the logits, but not in TorchScript: engines change nothing in place."""
+    if torch.jit.is_scripting():
+        return logits.sigmoid()
+    return logits.sigmoid_()
+
+
 def _per_anchor(prediction: Tensor, channels: int) -> Tensor:
     """N x (A * channels) x H x W to N x (H * W * A) x channels."""
     n, _, height, width = prediction.shape
@@ -169,7 +176,7 @@ class RetinaNet(nn.Module):
         anchor_deltas = [_per_anchor(x, 4) for x in anchor_deltas]
         candidates: List[Tuple[Tensor, Tensor, Tensor]] = []
         for n in range(images):
-            scores = [x[n].sigmoid_() for x in logits]
+            scores = [_probabilities(x[n]) for x in logits]
             deltas = [x[n] for x in anchor_deltas]
             candidates.append(self.candidates_of_image(anchors, scores, deltas))
         return candidates
