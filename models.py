@@ -14,7 +14,7 @@ VERSION = "0.1.0"
 GENERATIONS = 5
 # Seconds of timed rounds, and of starting processes anew between them, for each call of a round;
 # seven models at two precisions are 14 groups.
-RUN_BUDGET_S = 7.5
+RUN_BUDGET_S = 6.0
 # That int8 is calibrated on, if there are so many: NNCF's own default.
 CALIBRATION_IMAGES = 300
 # That the test models tell apart.

@@ -161,7 +161,7 @@ def parser() -> argparse.ArgumentParser:
         type=_at_least(0),
         metavar="N",
         help="calls of images that each have a size never seen before, after the rounds (default: "
-        "20, or as many from 4 on as fit into a sixth of the time budget; none with --iterations)",
+        "20, or as many from 8 on as fit into a sixth of the time budget; none with --iterations)",
     )
     add(
         "--threads",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from measure.group import Running
 
 # Calls of each run where nothing else is asked for, and the fewest that say something.
-DEFAULT_COUNT, LEAST_COUNT = 20, 4
+DEFAULT_COUNT, LEAST_COUNT = 20, 8
 # The share of the rounds' time budget that they may take.
 BUDGET_SHARE = 1 / 6
 # Pixels of an image of the stream differ from those of `opt` by this share at most, so that what a
@@ -86,7 +86,7 @@ def stream_sizes(
 
 
 def drawn_sizes(
-    smallest: Size, largest: Size, seen: Collection[Size], seed: int
+    count: int, smallest: Size, largest: Size, seen: Collection[Size], seed: int
 ) -> tuple[Size, ...]:
     """Sizes between those that engines are made for, each side drawn on its own.
 
@@ -96,7 +96,7 @@ def drawn_sizes(
     generator = np.random.default_rng((seed, OF_DRAWN))
     low, high = np.log(smallest), np.log(np.add(largest, 1))
     drawn: list[Size] = []
-    for number in range(len(DRAWN)):
+    for number in range(count):
         tries = [
             (int(height), int(width))
             for height, width in np.exp(generator.uniform(low, high, size=(MOST_TRIES, 2)))
@@ -155,7 +155,8 @@ def draw(
             raise InputError(f"--sizes {asked}: {reason}")
         return Sizes(reason=reason)
     seen = {*ranges.values(), narrower(smallest), *others}
-    drawn = drawn_sizes(smallest, largest, seen, seed)
+    # The default run is to be short, and the second would be checked for as long as three others.
+    drawn = drawn_sizes(1 if asked is None else len(DRAWN), smallest, largest, seen, seed)
     stream = stream_sizes(count, opt, smallest, largest, {*seen, *drawn}, seed)
     if len(stream) == count:
         return Sizes(stream, drawn, is_asked=asked is not None)

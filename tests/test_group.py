@@ -183,19 +183,31 @@ def test_a_killed_baseline_costs_one_row(model, hosts, leaves_no_process):
     assert torchscript.speedup.verdict == "inconclusive"
 
 
-def test_what_is_unsupported_has_its_reason(hosts, tmp_path, leaves_no_process):
-    plan = make_plan(choices=(TORCH, OPENVINO))
-    scripted = groups.prepare_model(
-        MODELS["testRetinaNet_scripted"], 30, plan, hosts, tmp_path, Progress()
-    )
-    group, measured = measure(scripted, plan, hosts, Progress(), same_again=True)
-    torch_run, openvino = group.runs
-    assert group.export == "scripted"
+# A backend that takes no module.
+PICKY = """
+from backends.torch import Torch
+from errors import Unsupported
+
+
+class StandIn(Torch):
+    name, label, rank, default = "spinning", "Picky", 9, False
+
+    def optimize(self, *run):
+        raise Unsupported("it has no rule for aten::sort")
+"""
+
+
+def test_what_is_unsupported_has_its_reason(model, tmp_path, monkeypatch, leaves_no_process):
+    run, picky = suite_with_stand_in(tmp_path / "suite", stand_in=PICKY)
+    monkeypatch.setattr(worker, "RUN", run)
+    with contextlib.closing(Hosts((Command.own(),), tmp_path)) as hosts:
+        plan = make_plan(choices=(TORCH, Choice(picky)))
+        group, measured = measure(model, plan, hosts, Progress(), same_again=True)
+    torch_run, refused = group.runs
     assert torch_run.status == "ok"
-    assert openvino.status == "unsupported"
-    assert openvino.reason.startswith("OpenVINO cannot convert the module: ")
-    assert "\n" not in openvino.reason
-    assert (openvino.samples_s, openvino.statistics) == ((), None)
+    assert refused.status == "unsupported"
+    assert refused.reason == "it has no rule for aten::sort"
+    assert (refused.samples_s, refused.statistics) == ((), None)
     # The second Torch was measured all the same, and has no row.
     assert [len(samples) for samples in measured.aa.samples_s] == [6, 6]
     assert measured.aa.speedup.low <= measured.aa.speedup.ratio <= measured.aa.speedup.high

@@ -86,19 +86,22 @@ def test_drawn_sizes_have_sides_of_their_own_in_both_orientations():
     ratios = set()
     for seed in range(20):
         ranges = tuning_sizes((480, 640), seed)
-        first, second = drawn_sizes(ranges["min"], ranges["max"], set(ranges.values()), seed)
+        first, second = drawn_sizes(2, ranges["min"], ranges["max"], set(ranges.values()), seed)
         assert first[0] <= first[1]
         assert second[0] > second[1]
         for size in (first, second):
             assert all(a <= b <= c for a, b, c in zip(ranges["min"], size, ranges["max"]))
         ratios |= {round(first[1] / first[0], 2), round(second[0] / second[1], 2)}
     assert len(ratios) > 20
-    assert drawn_sizes((50, 60), (50, 61), {(50, 60)}, 0) == ((50, 61),)
+    assert drawn_sizes(2, (50, 60), (50, 61), {(50, 60)}, 0) == ((50, 61),)
 
 
-def test_a_plan_draws_twenty_and_two():
+def test_a_plan_draws_twenty_and_one_or_two():
     drawn = draw(None, False, RANGES, (), 0)
-    assert (len(drawn.stream), len(drawn.drawn), drawn.is_asked) == (20, 2, False)
+    assert (len(drawn.stream), len(drawn.drawn), drawn.is_asked) == (20, 1, False)
+    asked = draw(20, False, RANGES, (), 0)
+    assert (len(asked.stream), len(asked.drawn), asked.is_asked) == (20, 2, True)
+    assert asked.drawn[0] == drawn.drawn[0]
     assert not {*drawn.drawn, *RANGES.values()} & set(drawn.stream)
     others = drawn.stream[:3]
     assert not set(others) & set(draw(None, False, RANGES, others, 0).stream)
@@ -122,7 +125,7 @@ def test_sizes_run_out():
     narrow = {"min": (96, 128), "opt": (96, 128), "max": (98, 131)}
     with pytest.raises(InputError, match=r"--sizes 9: between 96x128 and 98x131 there are \d "):
         draw(9, False, narrow, (), 0)
-    assert "and 4 would say something" in draw(None, False, narrow, (), 0).reason
+    assert "and 8 would say something" in draw(None, False, narrow, (), 0).reason
 
 
 @pytest.mark.parametrize(
@@ -149,12 +152,12 @@ TWENTY = Sizes(tuple((100 + place, 200) for place in range(20)))
 
 def test_what_fits_into_a_sixth_of_the_budget_is_made():
     assert stream_of(TWENTY, [0.3, 0.2], 60.0) == Stream(TWENTY.stream, 10.0, 10.0)
-    fewer = stream_of(TWENTY, [1.0, 0.5], 60.0)
-    assert (fewer.sizes, fewer.seconds) == (TWENTY.stream[:6], 9.0)
+    fewer = stream_of(TWENTY, [0.7, 0.3], 60.0)
+    assert (fewer.sizes, fewer.seconds) == (TWENTY.stream[:10], 10.0)
     none = stream_of(TWENTY, [2.0, 1.0], 60.0)
     assert (none.sizes, none.seconds) == ((), 0.0)
     assert none.reason == (
-        "4 would take about 12 s, more than a sixth of the time budget of 60 s: --sizes 4 makes "
+        "8 would take about 24 s, more than a sixth of the time budget of 60 s: --sizes 8 makes "
         "them"
     )
 
