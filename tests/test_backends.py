@@ -282,7 +282,12 @@ def test_a_healthy_engine_matches_with_masks(backend, precision):
 
 
 TAKE_TORCHSCRIPT = [
-    each for each in ENGINES if each.values[0] in ("torchscript", "openvino", "onnxruntime")
+    # The others are slow tests: each makes an engine of its own.
+    each
+    if each.values == ("openvino", "fp32")
+    else pytest.param(*each.values, marks=[*each.marks, pytest.mark.slow])
+    for each in ENGINES
+    if each.values[0] in ("torchscript", "openvino", "onnxruntime")
 ]
 
 
