@@ -24,8 +24,8 @@ def lowered(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
     # A frozen copy of its own: freezing alone shares the graphs of functions.
     frozen = torch.jit.freeze(copied(module).eval())
     graph = frozen.graph
+    before = ""
     for _ in range(MOST_PASSES):
-        before = str(graph)
         torch._C._jit_pass_inline(graph)
         torch._C._jit_pass_remove_mutation(graph)
         torch._C._jit_pass_peephole_list_idioms(graph, refine_list_len=True)
@@ -37,6 +37,7 @@ def lowered(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
         after = str(graph)
         if after == before or not any(kind in after for kind in UNWANTED):
             break
+        before = after
     return frozen
 
 
